@@ -1,0 +1,144 @@
+"""From frozen dataclasses to flags and YAML: the machinery, without any option of its own.
+
+A command's options are frozen dataclasses whose fields are made with `option`. The field `learning_rate` becomes the flag
+`--learning-rate` and the YAML key `learning_rate`; its annotation gives the type. Order of precedence: flags over YAML over defaults.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sedd_megatron.errors import UserError
+
+
+def option(default: Any, help: str, choices: Sequence[str] = ()) -> Any:
+    """A dataclass field that is also a flag; `dataclasses.MISSING` as default makes it required."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": tuple(choices)})
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message} (--help lists every flag)")
+
+
+def parse_options(option_classes: Sequence[type], argv: Sequence[str], prog: str, description: str) -> tuple[Any, ...]:
+    """Parse `argv` into one instance of each class, in the order given.
+
+    A `config` field among the classes names a YAML file whose keys are the field names.
+
+    Raises:
+        UserError: an unknown flag or YAML key, a value of the wrong type or outside the choices, a missing required flag.
+    """
+    fields = _fields_by_name(option_classes)
+    parser = _build_parser(option_classes, prog, description)
+    namespace, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        raise UserError(_unknown("flag", unknown[0], ["--" + name.replace("_", "-") for name in fields]))
+    given = vars(namespace)
+    values = {**load_yaml_options(Path(given["config"]), option_classes), **given} if given.get("config") else given
+    required = [name for name, f in fields.items() if f.default is dataclasses.MISSING and name not in values]
+    if required:
+        raise UserError(f"missing {', '.join('--' + n.replace('_', '-') for n in required)}: required; --help explains")
+    return tuple(
+        cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}) for cls in option_classes
+    )
+
+
+def load_yaml_options(path: Path, option_classes: Sequence[type]) -> dict[str, Any]:
+    """Read a YAML preset (safe loader) and check every key and value against the options."""
+    if not path.is_file():
+        raise UserError(f"--config {path}: no such file; presets are in examples/configs")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: expected 'option: value' lines, found a {type(values).__name__}")
+    return check_values(values, option_classes, where=f"--config {path}")
+
+
+def check_values(values: dict[str, Any], option_classes: Sequence[type], where: str) -> dict[str, Any]:
+    """Convert plain values (from YAML or JSON) to the options' types; `where` opens the message of an error."""
+    fields = _fields_by_name(option_classes)
+    checked = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise UserError(f"{where}: {_unknown('option', str(name), list(fields))}")
+        checked[name] = _convert(name, value, fields[name], where)
+    return checked
+
+
+def _fields_by_name(option_classes: Sequence[type]) -> dict[str, dataclasses.Field]:
+    return {field.name: field for cls in option_classes for field in dataclasses.fields(cls)}
+
+
+def _build_parser(option_classes: Sequence[type], prog: str, description: str) -> argparse.ArgumentParser:
+    # Abbreviations are off: a preset or script must not change meaning when an option is added.
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for cls in option_classes:
+        group = parser.add_argument_group((cls.__doc__ or cls.__name__).splitlines()[0])
+        for field in dataclasses.fields(cls):
+            _add_flag(group, field)
+    return parser
+
+
+def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
+    scalar_type, is_list = _scalar_type(field)
+    default = "required" if field.default is dataclasses.MISSING else f"default: {field.default}"
+    arguments: dict[str, Any] = {"help": f"{field.metadata['help']} ({default})".replace("%", "%%")}
+    if scalar_type is bool:
+        arguments["action"] = argparse.BooleanOptionalAction
+    else:
+        arguments["type"] = scalar_type
+        arguments["metavar"] = scalar_type.__name__.upper()
+        if field.metadata["choices"]:
+            arguments["choices"] = field.metadata["choices"]
+            arguments["metavar"] = "|".join(field.metadata["choices"])
+        if is_list:
+            arguments["nargs"] = "+"
+    group.add_argument("--" + field.name.replace("_", "-"), dest=field.name, **arguments)
+
+
+def _scalar_type(field: dataclasses.Field) -> tuple[type, bool]:
+    """(`int`, False) for `int` and `int | None`; (`str`, True) for `tuple[str, ...]`."""
+    annotation = field.type
+    if isinstance(annotation, types.UnionType):
+        annotation = next(arg for arg in typing.get_args(annotation) if arg is not types.NoneType)
+    if typing.get_origin(annotation) is tuple:
+        return typing.get_args(annotation)[0], True
+    return annotation, False
+
+
+def _convert(name: str, value: Any, field: dataclasses.Field, where: str) -> Any:
+    scalar_type, is_list = _scalar_type(field)
+    if value is None and field.default is None:
+        return None
+    if is_list:
+        return tuple(value) if isinstance(value, list | tuple) else (scalar_type(value),)
+    # YAML reads 3e-4 as a string; bool is a subclass of int and must not pass for one.
+    number_as_text = scalar_type in (int, float) and isinstance(value, str)
+    if isinstance(value, bool) != (scalar_type is bool) or not (
+        number_as_text or isinstance(value, (int, float) if scalar_type is float else scalar_type)
+    ):
+        raise UserError(f"{where}: {name} is {value!r}, must be of type {scalar_type.__name__}")
+    try:
+        converted = scalar_type(value)
+    except ValueError as error:
+        raise UserError(f"{where}: {name} is {value!r}, must be of type {scalar_type.__name__}") from error
+    choices = field.metadata["choices"]
+    if choices and converted not in choices:
+        raise UserError(f"{where}: {name} is {value!r}, must be one of {', '.join(choices)}")
+    return converted
+
+
+def _unknown(kind: str, name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name.split("=")[0], known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"unknown {kind} {name}: {hint}--help lists every flag"
