@@ -1,0 +1,1 @@
+"""The score network as Megatron-Core modules."""

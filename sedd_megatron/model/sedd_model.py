@@ -1,0 +1,106 @@
+"""The score network: one pipeline stage of embedding | DiT layers | score head."""
+
+import dataclasses
+from typing import Any
+
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.enums import ModelType
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.tensor_parallel import VocabParallelEmbedding
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor, nn
+
+from sedd_megatron.config import ModelOptions
+from sedd_megatron.diffusion.graph import AbsorbingGraph, UniformGraph
+from sedd_megatron.model.conditioning import SigmaEmbedding
+from sedd_megatron.model.model_config import padded_vocab_size
+from sedd_megatron.model.score_head import ScoreHead, log_score_offset
+from sedd_megatron.parallel.groups import ParallelGroups
+from sedd_megatron.parallel.vocab_parallel import gather_log_score
+
+
+class SEDDModel(MegatronModule):
+    """This rank's part of the score network of arXiv 2310.16834.
+
+    Every stage embeds sigma for itself; hidden states travel between stages as [S, B, H].
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        options: ModelOptions,
+        graph: AbsorbingGraph | UniformGraph,
+        layer_spec: ModuleSpec,
+        groups: ParallelGroups,
+    ) -> None:
+        super().__init__(config=config)
+        # Read by Megatron's pipeline schedules.
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = False
+        self.pre_process, self.post_process = groups.is_first_stage, groups.is_last_stage
+        self.graph = graph
+        self.pg_collection = groups.collection
+        self.tp_group = groups.collection.tp
+        vocab_size = padded_vocab_size(graph.num_states, options.make_vocab_size_divisible_by)
+        if self.pre_process:
+            self.embedding = VocabParallelEmbedding(
+                vocab_size, options.hidden_size, init_method=nn.init.zeros_, config=config, tp_group=self.tp_group
+            )
+        self.sigma_embedding = SigmaEmbedding(options.cond_dim, config, groups.device, groups.is_first_stage)
+        self.rotary_embedding = RotaryEmbedding(
+            config.kv_channels,
+            rotary_percent=1.0,
+            use_cpu_initialization=config.use_cpu_initialization,
+            cp_group=groups.collection.cp,
+        )
+        self.decoder = TransformerBlock(
+            config,
+            layer_spec,
+            post_layer_norm=False,
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            pg_collection=groups.collection,
+        )
+        if self.post_process:
+            self.head = ScoreHead(config, options.cond_dim, vocab_size, groups.device, self.tp_group)
+
+    def set_input_tensor(self, input_tensor: list[Tensor] | Tensor | None) -> None:
+        """Take the previous stage's hidden states [S, B, H] (Megatron's pipeline schedules call this)."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(self, x_t: Tensor, sigma: Tensor) -> Tensor:
+        """One stage: x_t [B, S] int64, sigma [B] float32.
+
+        Returns:
+            Hidden states [S, B, H], or on the last stage logits [B, S, padded_vocab_size / TP] in the parameters' dtype.
+        """
+        conditioning = self.sigma_embedding(sigma)
+        hidden_states = self.embedding(x_t).transpose(0, 1).contiguous() if self.pre_process else None
+        hidden_states = self.decoder(
+            hidden_states=hidden_states,
+            attention_mask=None,
+            context=conditioning,
+            rotary_pos_emb=self.rotary_embedding.get_emb(x_t.shape[1]),
+        )
+        return self.head(hidden_states, conditioning) if self.post_process else hidden_states
+
+    def log_score(self, x_t: Tensor, sigma: Tensor) -> Tensor:
+        """Whole log-scores [B, S, num_states] float32, 0 at x_t; for a model that is one pipeline stage."""
+        log_offset = log_score_offset(self.graph, sigma.float())[:, None].expand_as(x_t)
+        return gather_log_score(self.forward(x_t, sigma), log_offset, x_t, self.graph.num_states, self.tp_group)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
+        """Megatron's description of this rank's shards; the stages' copies of the sigma embedding count as replicas."""
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        pipeline_rank = self.pg_collection.pp.rank()
+        for name, tensor in sharded.items():
+            if name.startswith(f"{prefix}sigma_embedding."):
+                # Without the stage in the replica id, two ranks would write one tensor.
+                replica_id = (pipeline_rank, *tensor.replica_id[1:])
+                sharded[name] = dataclasses.replace(tensor, replica_id=replica_id)
+        return sharded

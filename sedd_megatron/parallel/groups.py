@@ -1,0 +1,139 @@
+"""Set-up and tear-down of torch.distributed and Megatron's process groups; the only user of Megatron's parallel_state."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+
+from sedd_megatron.config import ParallelOptions, data_parallel_size_of
+from sedd_megatron.errors import UserError
+from sedd_megatron.parallel import cpu_backend
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """This rank's place in the layout: Megatron's process groups and the device that this rank computes on."""
+
+    collection: "ProcessGroupCollection"
+    device: torch.device
+
+    @property
+    def tensor_rank(self) -> int:
+        """Which vocabulary and head shard this rank holds."""
+        return self.collection.tp.rank()
+
+    @property
+    def tensor_size(self) -> int:
+        """Number of shards of each layer."""
+        return self.collection.tp.size()
+
+    @property
+    def pipeline_rank(self) -> int:
+        """Which stage this rank holds."""
+        return self.collection.pp.rank()
+
+    @property
+    def pipeline_size(self) -> int:
+        """Number of stages."""
+        return self.collection.pp.size()
+
+    @property
+    def data_rank(self) -> int:
+        """Which replica this rank belongs to."""
+        return self.collection.dp.rank()
+
+    @property
+    def data_size(self) -> int:
+        """Number of replicas."""
+        return self.collection.dp.size()
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank embeds tokens."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the score head and the loss."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+
+def choose_device(device: str) -> torch.device:
+    """The device of this rank for `--device auto|cpu|cuda`; nothing is allocated.
+
+    Raises:
+        UserError: GPUs are asked for and there are none, or fewer than this node's ranks.
+    """
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    # Judged by the node's number of ranks and not by this one's, so that every rank of the node ends.
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if local_ranks <= count:
+        return torch.device("cuda", local_rank)
+    if device == "auto":
+        return torch.device("cpu")
+    raise UserError(f"--device cuda: {local_ranks} ranks on this node and {count} GPUs; start one rank per GPU")
+
+
+@contextlib.contextmanager
+def parallel_groups(options: ParallelOptions) -> Iterator[ParallelGroups]:
+    """Join the ranks that torchrun (or nothing: a single process) started, and leave at the end.
+
+    Raises:
+        UserError: before any group is made, if the layout does not fit the ranks or the device is not there.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    data_parallel_size_of(options, world_size)
+    device = choose_device(options.device)
+    if device.type == "cpu":
+        cpu_backend.install()
+    else:
+        torch.cuda.set_device(device)
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    _join_ranks(device, world_size, timedelta(minutes=options.distributed_timeout_minutes))
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=options.tensor_model_parallel_size,
+        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
+        distributed_timeout_minutes=options.distributed_timeout_minutes,
+        create_gloo_process_groups=device.type == "cuda",
+    )
+    try:
+        yield ParallelGroups(ProcessGroupCollection.use_mpu_process_groups(), device)
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def _join_ranks(device: torch.device, world_size: int, timeout: timedelta) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if world_size == 1:
+        # No rendezvous for one process: a second command on the same machine must not meet it on a port.
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    else:
+        torch.distributed.init_process_group(backend, timeout=timeout)
+
+
+def seed_dropout(seed: int, iteration: int, groups: ParallelGroups) -> None:
+    """Start the dropout generators of one training step from (seed, iteration, rank) alone.
+
+    A checkpoint then needs no generator state: a resumed run draws what the unbroken one draws. Tensor-parallel ranks share the
+    default generator, as Megatron needs it (tensor_parallel/random.py).
+    """
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    # Strides keep apart the seeds of steps, replicas and stages; Megatron adds up to 2718 + tensor rank to each.
+    step_seed = (seed + 1_000_003 * iteration) * 8191 + 100 * groups.pipeline_rank + 100 * groups.pipeline_size * (
+        groups.data_rank
+    )
+    model_parallel_cuda_manual_seed(step_seed % 2**62, force_reset_rng=True)

@@ -1,0 +1,221 @@
+"""The training loop, from options to the last checkpoint."""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.num_microbatches_calculator import ConstantNumMicroBatchesCalculator
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+
+from sedd_megatron.config import PretrainOptions
+from sedd_megatron.data.collator import NoisingCollator
+from sedd_megatron.data.loader import training_batches, validation_batches
+from sedd_megatron.data.tokenizers import Tokenizer
+from sedd_megatron.data.windows import WindowDataset, Windows
+from sedd_megatron.diffusion.corruption import NoisyBatch
+from sedd_megatron.diffusion.draws import Stream
+from sedd_megatron.errors import UserError
+from sedd_megatron.parallel.groups import ParallelGroups, seed_dropout
+from sedd_megatron.training.build import TrainingRun, build_run
+from sedd_megatron.training.checkpoint import load_checkpoint, save_checkpoint
+from sedd_megatron.training.forward_step import make_forward_step
+from sedd_megatron.training.metrics import MetricsWriter
+
+
+def train(
+    options: PretrainOptions,
+    windows: Windows,
+    tokenizer: Tokenizer,
+    checkpoint: Path | None,
+    groups: ParallelGroups,
+) -> TrainingRun:
+    """Train until `train_iters`, or until SIGTERM asks to save and leave; returns the finished run.
+
+    Raises:
+        UserError: a damaged checkpoint, or a loss that is not finite; the last checkpoint stays as it is.
+    """
+    run = build_run(options, tokenizer, groups)
+    if checkpoint is not None:
+        load_checkpoint(run, checkpoint)
+    metrics = _open_metrics(options)
+    _print_summary(run, windows)
+    batches = _training_batches(run, windows.train)
+    stop_requested = _catch_sigterm()
+    saved_at = run.iteration if checkpoint is not None else None
+    while run.iteration < options.training.train_iters:
+        step = train_step(run, batches)
+        if metrics is not None:
+            metrics.train_step(step, options.training.global_batch_size * options.model.seq_length)
+        if _is_due(run.iteration, options.logging.eval_interval) and len(windows.valid) > 0:
+            validation_loss = validate(run, windows.valid)
+            if metrics is not None:
+                metrics.validation({"iteration": run.iteration, "validation_loss": validation_loss})
+        stopping = _any_rank(bool(stop_requested), groups)
+        if options.checkpoint.save and (stopping or _is_due(run.iteration, options.checkpoint.save_interval)):
+            _save(run)
+            saved_at = run.iteration
+        if stopping:
+            break
+    if options.checkpoint.save and saved_at != run.iteration:
+        _save(run)
+    if metrics is not None:
+        metrics.close()
+    return run
+
+
+def train_step(run: TrainingRun, batches: Iterator[NoisyBatch]) -> dict[str, Any]:
+    """One optimizer step on one global batch; returns the metrics of DESIGN's metrics.jsonl, equal on every rank."""
+    options, start = run.options, time.monotonic()
+    run.ddp_model.train()
+    seed_dropout(options.training.seed, run.iteration, run.groups)
+    run.ddp_model.zero_grad_buffer()
+    run.optimizer.zero_grad()
+    losses = _forward_backward(run, batches, forward_only=False)
+    loss = _mean_loss(losses, run.groups)
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss is {loss} at iteration {run.iteration + 1}; nothing was saved from this step: resume from the "
+            "last checkpoint with a lower --lr or --clip-grad, and look at the data"
+        )
+    learning_rate = run.optimizer.param_groups[0]["lr"]
+    _, grad_norm, _ = run.optimizer.step()
+    run.iteration += 1
+    run.consumed_samples += options.training.global_batch_size
+    run.scheduler.step(increment=options.training.global_batch_size)
+    run.ema.update(run.iteration)
+    tokens = options.training.global_batch_size * options.model.seq_length
+    return {
+        "iteration": run.iteration,
+        "loss": loss,
+        "learning_rate": learning_rate,
+        "grad_norm": float(grad_norm),
+        "tokens_per_second": tokens / (time.monotonic() - start),
+        "consumed_samples": run.consumed_samples,
+    }
+
+
+@torch.no_grad()
+def validate(run: TrainingRun, dataset: WindowDataset) -> float:
+    """The bound in nats per token of the EMA weights, on the same windows, times and noise at every call."""
+    options = run.options
+    batches = validation_batches(
+        dataset,
+        _collator(run, Stream.VALIDATION_NOISE),
+        num_samples=options.logging.eval_iters * options.training.global_batch_size,
+        micro_batch_size=options.training.micro_batch_size,
+        data_parallel_rank=run.groups.data_rank,
+        data_parallel_size=run.groups.data_size,
+    )
+    run.ddp_model.eval()
+    losses = []
+    with run.ema.swapped_in():
+        for _ in range(options.logging.eval_iters):
+            losses += _forward_backward(run, batches, forward_only=True)
+    return _mean_loss(losses, run.groups)
+
+
+def _forward_backward(run: TrainingRun, batches: Iterator[NoisyBatch], forward_only: bool) -> list[dict[str, Any]]:
+    training = run.options.training
+    calculator = ConstantNumMicroBatchesCalculator(
+        training.global_batch_size, training.micro_batch_size, run.groups.data_size, False, rank=-1
+    )
+    return get_forward_backward_func()(
+        forward_step_func=make_forward_step(run.graph, run.groups),
+        data_iterator=batches,
+        model=[run.ddp_model],
+        num_microbatches=calculator.get(),
+        seq_length=run.options.model.seq_length,
+        micro_batch_size=training.micro_batch_size,
+        forward_only=forward_only,
+    )
+
+
+def _mean_loss(losses: list[dict[str, Any]], groups: ParallelGroups) -> float:
+    """Mean over micro-batches and replicas, in float64 so that it does not depend on how they are split; to every rank."""
+    mean = torch.zeros(1, dtype=torch.float64, device=groups.device)
+    if groups.is_last_stage:
+        mean += torch.stack([loss["loss"].double() for loss in losses]).mean()
+        torch.distributed.all_reduce(mean, group=groups.collection.dp)
+        mean /= groups.data_size
+    torch.distributed.all_reduce(mean, group=groups.collection.pp)
+    return mean.item()
+
+
+def _collator(run: TrainingRun, stream: Stream) -> NoisingCollator:
+    return NoisingCollator(
+        graph=run.graph,
+        schedule=run.schedule,
+        seed=run.options.training.seed,
+        stream=stream,
+        time_sampling=run.options.diffusion.time_sampling,
+        time_eps=run.options.diffusion.time_eps,
+    )
+
+
+def _training_batches(run: TrainingRun, dataset: WindowDataset) -> Iterator[NoisyBatch]:
+    return training_batches(
+        dataset,
+        _collator(run, Stream.TRAIN_NOISE),
+        consumed_samples=run.consumed_samples,
+        micro_batch_size=run.options.training.micro_batch_size,
+        data_parallel_rank=run.groups.data_rank,
+        data_parallel_size=run.groups.data_size,
+        num_workers=run.options.data.num_workers,
+    )
+
+
+def _open_metrics(options: PretrainOptions) -> MetricsWriter | None:
+    if torch.distributed.get_rank() != 0:
+        return None
+    log_dir = options.logging.log_dir or options.checkpoint.save
+    return MetricsWriter(options.logging, Path(log_dir) if log_dir else None, options.training.train_iters)
+
+
+def _save(run: TrainingRun) -> None:
+    directory = save_checkpoint(run, Path(run.options.checkpoint.save))
+    if torch.distributed.get_rank() == 0:
+        print(f"saved {directory}", flush=True)
+
+
+def _print_summary(run: TrainingRun, windows: Windows) -> None:
+    own = sum(p.numel() for p in run.model.parameters())
+    counted_here = (p for p in run.model.parameters() if param_is_not_tensor_parallel_duplicate(p))
+    count = torch.tensor(
+        [sum(p.numel() for p in counted_here if not getattr(p, "shared", False))],
+        device=run.groups.device,
+        dtype=torch.float64,
+    )
+    torch.distributed.all_reduce(count, group=run.groups.collection.mp)
+    if torch.distributed.get_rank() != 0:
+        return
+    groups, training = run.groups, run.options.training
+    print(
+        f"{count.item():,.0f} parameters, {own:,} of them on this rank | tensor {groups.tensor_size} "
+        f"x pipeline {groups.pipeline_size} x data {groups.data_size} on {groups.device.type} | {len(windows.train):,} training and "
+        f"{len(windows.valid):,} validation windows of {run.options.model.seq_length} tokens | "
+        f"starting at iteration {run.iteration} of {training.train_iters}",
+        flush=True,
+    )
+
+
+def _is_due(iteration: int, interval: int) -> bool:
+    return interval > 0 and iteration % interval == 0
+
+
+def _catch_sigterm() -> list[int]:
+    """Have SIGTERM (Slurm, torchrun) noted instead of obeyed; the list fills when it comes."""
+    received: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    return received
+
+
+def _any_rank(flag: bool, groups: ParallelGroups) -> bool:
+    """Whether any rank has the flag up: ranks that stopped at different steps would wait for each other forever."""
+    value = torch.tensor([float(flag)], device=groups.device)
+    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
+    return bool(value.item())

@@ -1,0 +1,29 @@
+"""Packaging. Megatron-Core 0.16 is used unmodified; `apex` is left out on purpose: the PyPI project of that name is unrelated."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="sedd_megatron",
+    version="0.1.0",
+    description="Score entropy discrete diffusion language models on Megatron-Core",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["sedd_megatron", "sedd_megatron.*"]),
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16,<0.17",
+        "numpy",
+        "packaging",
+        "psutil",  # imported by Megatron-Core, which does not declare it
+        "pyyaml",
+        "safetensors>=0.4",
+        "sentencepiece>=0.2",
+        "tokenizers>=0.20",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
+        "data": ["datasets>=3"],
+        "log": ["tensorboard"],
+        "test": ["pytest>=8", "ruff>=0.6", "tensorboard"],
+    },
+)
