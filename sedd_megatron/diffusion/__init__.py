@@ -1,0 +1,25 @@
+"""The mathematics of score entropy discrete diffusion (arXiv 2310.16834): torch, numpy's Philox, and nothing of ours."""
+
+from sedd_megatron.diffusion.corruption import NoisyBatch, corrupt
+from sedd_megatron.diffusion.graph import AbsorbingGraph, UniformGraph, make_graph
+from sedd_megatron.diffusion.noise_schedule import GeometricSchedule, LogLinearSchedule, NoiseLevel, make_schedule
+from sedd_megatron.diffusion.sampler import SAMPLERS, sample
+from sedd_megatron.diffusion.score_entropy import ScoreEntropyCoefficients, ScoreSums, score_sums, weighted_loss
+
+__all__ = [
+    "SAMPLERS",
+    "AbsorbingGraph",
+    "GeometricSchedule",
+    "LogLinearSchedule",
+    "NoiseLevel",
+    "NoisyBatch",
+    "ScoreEntropyCoefficients",
+    "ScoreSums",
+    "UniformGraph",
+    "corrupt",
+    "make_graph",
+    "make_schedule",
+    "sample",
+    "score_sums",
+    "weighted_loss",
+]
