@@ -48,7 +48,9 @@ def main() -> None:
 
     model = load_pretrained(options.load, device=options.device)
     length = options.length or model.seq_length
-    fixed_tokens, fixed_mask = fixed_positions(model.tokenizer, options.prompt, options.suffix, length, model.seq_length)
+    fixed_tokens, fixed_mask = fixed_positions(
+        model.tokenizer, options.prompt, options.suffix, length, model.seq_length
+    )
     output = _open_output(options.output)
     for first_sample in range(0, options.num_samples, options.batch_size):
         count = min(options.batch_size, options.num_samples - first_sample)

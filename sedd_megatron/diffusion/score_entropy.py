@@ -32,9 +32,7 @@ class ScoreEntropyCoefficients(NamedTuple):
 
     def apply(self, sums: ScoreSums) -> Tensor:
         """Score entropy [B, S] in nats, not yet times sigma_rate."""
-        return (
-            self.exp_sum * sums.exp_sum + self.log_sum * sums.log_sum + self.target * sums.target + self.constant
-        )
+        return self.exp_sum * sums.exp_sum + self.log_sum * sums.log_sum + self.target * sums.target + self.constant
 
 
 def score_sums(

@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 
-_FACTORIES = (
-    "tensor empty zeros ones full arange rand randn empty_like zeros_like ones_like full_like rand_like randn_like"
-).split()
+_FACTORIES = ["tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"]
 
 
 class _InertStream:

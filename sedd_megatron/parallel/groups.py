@@ -133,7 +133,9 @@ def seed_dropout(seed: int, iteration: int, groups: ParallelGroups) -> None:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     # Strides keep apart the seeds of steps, replicas and stages; Megatron adds up to 2718 + tensor rank to each.
-    step_seed = (seed + 1_000_003 * iteration) * 8191 + 100 * groups.pipeline_rank + 100 * groups.pipeline_size * (
-        groups.data_rank
+    step_seed = (
+        (seed + 1_000_003 * iteration) * 8191
+        + 100 * groups.pipeline_rank
+        + 100 * groups.pipeline_size * (groups.data_rank)
     )
     model_parallel_cuda_manual_seed(step_seed % 2**62, force_reset_rng=True)

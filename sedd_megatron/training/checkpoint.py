@@ -91,7 +91,9 @@ def latest_checkpoint(root: Path) -> Path:
         raise UserError(f"--load {root}: no checkpoint there (no {LATEST}); give a folder that training saved to")
     text = marker.read_text(encoding="utf-8").strip()
     if not text.isdigit():
-        raise UserError(f"{marker}: holds {text[:40]!r}, must hold an iteration number; write the newest iter_* into it")
+        raise UserError(
+            f"{marker}: holds {text[:40]!r}, must hold an iteration number; write the newest iter_* into it"
+        )
     return root / f"iter_{int(text):07d}"
 
 
@@ -118,8 +120,7 @@ def check_same_model(body: dict[str, Any], options: PretrainOptions, num_tokens:
             "use data of the same tokenizer"
         )
     now = options.to_dict()
-    names = ("num_layers hidden_size num_attention_heads ffn_hidden_size cond_dim make_vocab_size_divisible_by graph "
-             "noise noise_eps sigma_min sigma_max").split()  # fmt: skip
+    names = ["num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "cond_dim", "make_vocab_size_divisible_by", "graph", "noise", "noise_eps", "sigma_min", "sigma_max"]  # fmt: skip
     for name in names:
         if saved["options"][name] != now[name]:
             flag = "--" + name.replace("_", "-")

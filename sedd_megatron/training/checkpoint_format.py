@@ -48,7 +48,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """
     path = directory / MANIFEST
     if not path.is_file():
-        raise UserError(f"{directory}: no {MANIFEST}, so not a checkpoint of sedd_megatron; give the folder after --save")
+        raise UserError(
+            f"{directory}: no {MANIFEST}, so not a checkpoint of sedd_megatron; give the folder after --save"
+        )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         intact = manifest["digest"] == _digest_of_json(manifest["body"])
@@ -92,7 +94,9 @@ def read_shards(directory: Path, body: dict[str, Any], tensors: Iterable[Sharded
         for tensor in tensors:
             entry = body["tensors"].get(tensor.key)
             if entry is None:
-                raise UserError(f"{directory}: has no tensor {tensor.key}; it was saved by another kind of run or model")
+                raise UserError(
+                    f"{directory}: has no tensor {tensor.key}; it was saved by another kind of run or model"
+                )
             if tuple(entry["global_shape"]) != tuple(tensor.global_shape):
                 raise UserError(
                     f"{directory}: {tensor.key} has shape {tuple(entry['global_shape'])}, this model needs "

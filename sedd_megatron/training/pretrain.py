@@ -78,4 +78,6 @@ def _check_log_folders(options: PretrainOptions) -> None:
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{flag} {folder}: cannot be made ({error.strerror}); name a folder you may write to") from error
+            raise UserError(
+                f"{flag} {folder}: cannot be made ({error.strerror}); name a folder you may write to"
+            ) from error

@@ -5,11 +5,11 @@ import os
 import sys
 
 import torch
-
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sedd_megatron.config import ParallelOptions
 from sedd_megatron.parallel.groups import parallel_groups
+
 
 class CollectiveCount(TorchDispatchMode):
     """Counts c10d operations below autograd, wherever they are issued from."""

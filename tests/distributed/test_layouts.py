@@ -11,9 +11,7 @@ from sedd_megatron.training.checkpoint_format import read_manifest
 from tests.distributed.launch import launch
 
 STEPS = 20
-MODEL = ("--num-layers 2 --hidden-size 32 --num-attention-heads 4 --cond-dim 16 --seq-length 16 --hidden-dropout 0 "
-         "--global-batch-size 8 --micro-batch-size 2 --lr 1e-2 --lr-warmup-iters 4 --ema-decay 0.9 "
-         "--eval-interval 10 --eval-iters 2 --split 80,20,0 --device cpu").split()  # fmt: skip
+MODEL = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--cond-dim", "16", "--seq-length", "16", "--hidden-dropout", "0", "--global-batch-size", "8", "--micro-batch-size", "2", "--lr", "1e-2", "--lr-warmup-iters", "4", "--ema-decay", "0.9", "--eval-interval", "10", "--eval-iters", "2", "--split", "80,20,0", "--device", "cpu"]  # fmt: skip
 LAYOUTS = {
     "TP2": (2, ["--tensor-model-parallel-size", "2"]),
     "PP2": (2, ["--pipeline-model-parallel-size", "2"]),

@@ -1,0 +1,202 @@
+"""From documents to Megatron's indexed token files, and back to their bare numbers."""
+
+import json
+import os
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sedd_megatron.data.tokenizers import Tokenizer, replace_folder
+from sedd_megatron.errors import UserError
+
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".py", ".jsonl")
+# Megatron's .idx file: magic, version 1, dtype code, number of sequences, number of documents + 1 (indexed_dataset.py).
+INDEX_HEADER = struct.Struct("<9sQBQQ")
+INDEX_MAGIC = b"MMIDIDX\x00\x00"
+INDEX_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+
+
+@dataclass(frozen=True)
+class CorpusStats:
+    """What is kept beside a corpus in PREFIX_stats.json."""
+
+    num_documents: int
+    num_tokens: int
+    unigram_entropy_nats: float
+    tokenizer_type: str
+
+
+def input_files(inputs: Sequence[str]) -> list[Path]:
+    """The files that --input names; a folder stands for the text files in it, in the order of their names.
+
+    Raises:
+        UserError: a path that is not there, or a folder without text files.
+    """
+    files = []
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())
+            if not found:
+                raise UserError(f"--input {name}: no file in it ends with {', '.join(TEXT_SUFFIXES)}; name the files")
+            files += found
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UserError(f"--input {name}: no such file or folder; check the path")
+    return files
+
+
+def documents(files: Iterable[Path], json_key: str | None) -> Iterator[str]:
+    """The texts: a .jsonl file gives one per line (the value at `json_key`), any other file is one.
+
+    Raises:
+        UserError: naming the file and line that is not UTF-8, not JSON or lacks the key.
+    """
+    for path in files:
+        try:
+            if path.suffix == ".jsonl":
+                with path.open(encoding="utf-8") as lines:
+                    for number, line in enumerate(lines, start=1):
+                        if line.strip():
+                            yield _json_text(line, json_key or "text", f"--input {path} line {number}")
+            else:
+                # Line ends as they are: text that is read back must be the text that was written.
+                yield path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"--input {path}: not UTF-8 at byte {error.start}; convert it or leave it out") from error
+
+
+def write_corpus(
+    texts: Iterable[str],
+    tokenizer: Tokenizer,
+    prefix: Path,
+    *,
+    append_eod: bool = False,
+    key: str = "text",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> CorpusStats:
+    """Write PREFIX_KEY_document.bin and .idx, the tokenizer and the statistics beside them.
+
+    Everything is written under hidden names and renamed, the .idx last: a prefix either is a whole corpus or is not there.
+
+    Args:
+        on_progress: called with (documents, tokens) after each document.
+
+    Raises:
+        UserError: no tokens at all.
+    """
+    # Imported here: Megatron takes seconds to import, and a mistake in the flags should show before.
+    import torch
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    name = f"{prefix.name}_{key}_document"
+    partial, final = prefix.parent / f".{name}.partial", prefix.parent / name
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    builder = IndexedDatasetBuilder(f"{partial}.bin", dtype=DType.optimal_dtype(tokenizer.num_tokens))
+    counts = np.zeros(tokenizer.num_tokens, dtype=np.int64)
+    num_documents = 0
+    for text in texts:
+        ids = tokenizer.encode(text)
+        if append_eod and ids:
+            ids.append(tokenizer.eod_id)
+        if not ids:
+            continue
+        builder.add_document(torch.tensor(ids), [len(ids)])
+        counts += np.bincount(ids, minlength=tokenizer.num_tokens)
+        num_documents += 1
+        if on_progress is not None:
+            on_progress(num_documents, int(counts.sum()))
+    builder.finalize(f"{partial}.idx")
+    stats = CorpusStats(num_documents, int(counts.sum()), unigram_entropy(counts), tokenizer.tokenizer_type)
+    if not num_documents:
+        for suffix in (".bin", ".idx"):
+            os.unlink(f"{partial}{suffix}")
+        raise UserError("--input has no text; give files with at least one character")
+    Path(f"{partial}_stats.json").write_text(json.dumps(asdict(stats), indent=1) + "\n", encoding="utf-8")
+    _publish(partial, final, tokenizer)
+    return stats
+
+
+def unigram_entropy(counts: np.ndarray) -> float:
+    """Entropy in nats per token of the token frequencies: the loss of a model that knows nothing else."""
+    frequencies = counts[counts > 0] / max(int(counts.sum()), 1)
+    return float(-(frequencies * np.log(frequencies)).sum()) if len(frequencies) else 0.0
+
+
+def open_tokens(data_path: str) -> np.memmap:
+    """All tokens of a .bin/.idx pair as one read-only array in the order of the documents.
+
+    Raises:
+        UserError: a file is missing, foreign or damaged; named.
+    """
+    index, tokens = Path(f"{data_path}.idx"), Path(f"{data_path}.bin")
+    for path in (index, tokens):
+        if not path.is_file():
+            raise UserError(
+                f"--data-path {data_path}: no file {path}; give the prefix that sedd_megatron.prepare_data printed"
+            )
+    with index.open("rb") as file:
+        header = file.read(INDEX_HEADER.size)
+    if len(header) < INDEX_HEADER.size or not header.startswith(INDEX_MAGIC):
+        raise UserError(f"{index}: not a Megatron index file; make one with sedd_megatron.prepare_data")
+    _, version, dtype_code, num_sequences, num_documents = INDEX_HEADER.unpack(header)
+    expected_size = INDEX_HEADER.size + num_sequences * (4 + 8) + num_documents * 8
+    if version != 1 or dtype_code not in INDEX_DTYPES or index.stat().st_size != expected_size:
+        raise UserError(
+            f"{index}: damaged, or of a version that Megatron-Core 0.16 does not write; prepare the data again"
+        )
+    dtype = np.dtype(INDEX_DTYPES[dtype_code])
+    lengths = np.fromfile(index, dtype=np.int32, count=num_sequences, offset=INDEX_HEADER.size)
+    num_tokens = int(lengths.sum(dtype=np.int64))
+    if tokens.stat().st_size != num_tokens * dtype.itemsize:
+        raise UserError(
+            f"{tokens}: has {tokens.stat().st_size} bytes, its index says {num_tokens * dtype.itemsize}; it is cut short or "
+            "belongs to another index: prepare the data again"
+        )
+    if num_tokens == 0:
+        raise UserError(f"{tokens}: holds no tokens; prepare the data again from files with text")
+    return np.memmap(tokens, dtype=dtype, mode="r")
+
+
+class ProgressLine:
+    """Documents, tokens and rate on stderr every few seconds of a long preparation."""
+
+    def __init__(self, seconds_between: float = 5.0) -> None:
+        self.start = self.last = time.monotonic()
+        self.seconds_between = seconds_between
+
+    def __call__(self, num_documents: int, num_tokens: int) -> None:
+        """Print if it is time."""
+        now = time.monotonic()
+        if now - self.last >= self.seconds_between:
+            self.last = now
+            rate = num_tokens / (now - self.start)
+            print(f"{num_documents:,} documents, {num_tokens:,} tokens, {rate:,.0f} tokens/s", file=sys.stderr)
+
+
+def _publish(partial: Path, final: Path, tokenizer: Tokenizer) -> None:
+    new_tokenizer = Path(f"{partial}_tokenizer")
+    if new_tokenizer.exists():
+        replace_folder(new_tokenizer, new_tokenizer.with_name(new_tokenizer.name + ".old"))
+    tokenizer.save(new_tokenizer)
+    # Without its index a corpus does not exist: take the old one away before anything beside it changes.
+    Path(f"{final}.idx").unlink(missing_ok=True)
+    replace_folder(new_tokenizer, Path(f"{final}_tokenizer"))
+    for suffix in ("_stats.json", ".bin", ".idx"):
+        os.replace(f"{partial}{suffix}", f"{final}{suffix}")
+
+
+def _json_text(line: str, key: str, where: str) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON; each line must be an object") from error
+    if not isinstance(value, dict) or not isinstance(value.get(key), str):
+        raise UserError(f"{where}: no text at key {key!r}; name the right one with --json-keys")
+    return value[key]

@@ -1,0 +1,318 @@
+"""Tokenizers under Megatron's names, and their description as a folder that is kept beside data and in checkpoints.
+
+A description is description.json with the tokenizer's type, and the model files it needs. Reading one executes nothing.
+"""
+
+import io
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import sentencepiece
+import tokenizers as hf_tokenizers
+
+from sedd_megatron.errors import UserError
+
+DESCRIPTION = "description.json"
+GPT2_END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer(Protocol):
+    """What training and sampling need of a tokenizer."""
+
+    tokenizer_type: str
+    num_tokens: int
+    eod_id: int | None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids below num_tokens."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text; bytes that are not UTF-8 become the replacement character."""
+
+    def save(self, directory: Path) -> None:
+        """Write the description into a new folder."""
+
+
+class ByteTokenizer:
+    """The 256 bytes of UTF-8."""
+
+    tokenizer_type = "ByteTokenizer"
+    num_tokens = 256
+    eod_id = None
+
+    def encode(self, text: str) -> list[int]:
+        """UTF-8 bytes."""
+        return list(text.encode("utf-8"))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of UTF-8 bytes."""
+        return bytes(ids).decode("utf-8", errors="replace")
+
+    def save(self, directory: Path) -> None:
+        """Write the description into a new folder."""
+        _write_description(directory, self.tokenizer_type)
+
+
+class CharTokenizer:
+    """One token per character that occurs in the training text, in code point order."""
+
+    tokenizer_type = "CharTokenizer"
+    eod_id = None
+
+    def __init__(self, characters: str) -> None:
+        self.characters = characters
+        self.num_tokens = len(characters)
+        self._ids = {character: i for i, character in enumerate(characters)}
+
+    @classmethod
+    def from_texts(cls, texts: Iterable[str]) -> "CharTokenizer":
+        """Collect the characters of a corpus."""
+        return cls("".join(sorted(set().union(*texts))))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the characters.
+
+        Raises:
+            UserError: naming a character that the training text did not have.
+        """
+        try:
+            return [self._ids[character] for character in text]
+        except KeyError as error:
+            raise UserError(
+                f"character {error.args[0]!r} is not among the {self.num_tokens} that this CharTokenizer knows; "
+                "leave it out, or train with ByteTokenizer"
+            ) from error
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of character ids."""
+        return "".join(self.characters[i] for i in ids)
+
+    def save(self, directory: Path) -> None:
+        """Write the description into a new folder."""
+        _write_description(directory, self.tokenizer_type, characters=self.characters)
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model."""
+
+    tokenizer_type = "SentencePieceTokenizer"
+
+    def __init__(self, model: bytes, name: str = "model") -> None:
+        self.model = model
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self.num_tokens = self._processor.get_piece_size()
+        except RuntimeError as error:
+            raise UserError(f"--tokenizer-model {name}: not a SentencePiece model; give a .model file") from error
+        eos = self._processor.eos_id()
+        self.eod_id = eos if eos >= 0 else None
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "SentencePieceTokenizer":
+        """Train a unigram model on whole lines, so that decode(encode(text)) == text for anything but U+2581.
+
+        Text is taken as it is (no normalisation, no dummy prefix, blanks kept): line feeds and tabs are tokens of their own, runs
+        of blanks may become one token, and bytes stand in for rare characters.
+
+        Raises:
+            UserError: the text is too small for the vocabulary, or the vocabulary too small for the bytes.
+        """
+        lines = (line for text in texts for line in text.splitlines() if line)
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=lines, model_writer=model, vocab_size=vocab_size, model_type="unigram",
+                normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
+                allow_whitespace_only_pieces=True, split_by_whitespace=True, byte_fallback=True,
+                character_coverage=0.9999, user_defined_symbols=["\n", "\t"], bos_id=-1, eos_id=1, unk_id=0,
+                max_sentence_length=1 << 16, input_sentence_size=200_000, shuffle_input_sentence=False, num_threads=1,
+                minloglevel=2,
+            )  # fmt: skip
+        except (RuntimeError, OSError) as error:
+            reason = " ".join(str(error).split())[-200:]
+            raise UserError(
+                f"--vocab-size {vocab_size} does not suit this input ({reason}); take between about 400 and a few "
+                "thousand per megabyte of text"
+            ) from error
+        return cls(model.getvalue())
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the most probable segmentation."""
+        return self._processor.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of pieces and bytes."""
+        return self._processor.decode(list(ids))
+
+    def save(self, directory: Path) -> None:
+        """Write the description into a new folder."""
+        _write_description(directory, self.tokenizer_type)
+        (directory / "tokenizer.model").write_bytes(self.model)
+
+
+class GPT2BPETokenizer:
+    """GPT-2's byte-level BPE from its vocabulary and merges files; <|endoftext|> ends a document."""
+
+    tokenizer_type = "GPT2BPETokenizer"
+
+    def __init__(self, vocab_file: Path, merge_file: Path) -> None:
+        self._files = {"vocab.json": vocab_file.read_bytes(), "merges.txt": merge_file.read_bytes()}
+        try:
+            self._tokenizer = hf_tokenizers.Tokenizer(
+                hf_tokenizers.models.BPE.from_file(str(vocab_file), str(merge_file))
+            )
+        except Exception as error:  # the library raises bare Exceptions
+            raise UserError(
+                f"--vocab-file {vocab_file}, --merge-file {merge_file}: not a BPE vocabulary and its merges ({error})"
+            ) from error
+        self._tokenizer.pre_tokenizer = hf_tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        self._tokenizer.decoder = hf_tokenizers.decoders.ByteLevel()
+        self.num_tokens = self._tokenizer.get_vocab_size()
+        self.eod_id = self._tokenizer.token_to_id(GPT2_END_OF_TEXT)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text, in which <|endoftext|> is text like any other."""
+        return self._tokenizer.encode(text).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def save(self, directory: Path) -> None:
+        """Write the description into a new folder."""
+        _write_description(directory, self.tokenizer_type)
+        for name, content in self._files.items():
+            (directory / name).write_bytes(content)
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer.json of the `tokenizers` library, from a local folder or a hub name."""
+
+    tokenizer_type = "HuggingFaceTokenizer"
+
+    def __init__(self, tokenizer: hf_tokenizers.Tokenizer, eod_token: str | None) -> None:
+        self._tokenizer = tokenizer
+        self.eod_token = eod_token
+        self.num_tokens = tokenizer.get_vocab_size(with_added_tokens=True)
+        self.eod_id = tokenizer.token_to_id(eod_token) if eod_token else None
+
+    @classmethod
+    def from_name(cls, name: str) -> "HuggingFaceTokenizer":
+        """Read a folder, or fetch a hub name where there is a network; no code is fetched or run.
+
+        Raises:
+            UserError: there is no tokenizer.json.
+        """
+        folder = Path(name)
+        try:
+            if not folder.is_dir():
+                return cls(hf_tokenizers.Tokenizer.from_pretrained(name), None)
+            tokenizer = hf_tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises bare Exceptions
+            raise UserError(
+                f"--tokenizer-model {name}: neither a folder with a tokenizer.json nor a hub name that can be fetched "
+                f"({' '.join(str(error).split())[:120]})"
+            ) from error
+        config = folder / "tokenizer_config.json"
+        eod = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
+        return cls(tokenizer, eod["content"] if isinstance(eod, dict) else eod)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text, without the special tokens that a model's template would add."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens included."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def save(self, directory: Path) -> None:
+        """Write the description into a new folder."""
+        _write_description(directory, self.tokenizer_type, eod_token=self.eod_token)
+        self._tokenizer.save(str(directory / "tokenizer.json"))
+
+
+TOKENIZER_TYPES = (
+    ByteTokenizer.tokenizer_type,
+    CharTokenizer.tokenizer_type,
+    SentencePieceTokenizer.tokenizer_type,
+    GPT2BPETokenizer.tokenizer_type,
+    HuggingFaceTokenizer.tokenizer_type,
+)
+
+
+def build_tokenizer(
+    tokenizer_type: str, tokenizer_model: str | None, vocab_file: str | None, merge_file: str | None
+) -> Tokenizer:
+    """A tokenizer from flags, for the types that need no text to learn from.
+
+    Raises:
+        UserError: an unknown type, a missing flag or file.
+    """
+    if tokenizer_type == ByteTokenizer.tokenizer_type:
+        return ByteTokenizer()
+    if tokenizer_type == SentencePieceTokenizer.tokenizer_type:
+        path = _required_file(tokenizer_type, "--tokenizer-model", tokenizer_model)
+        return SentencePieceTokenizer(path.read_bytes(), str(path))
+    if tokenizer_type == GPT2BPETokenizer.tokenizer_type:
+        return GPT2BPETokenizer(
+            _required_file(tokenizer_type, "--vocab-file", vocab_file),
+            _required_file(tokenizer_type, "--merge-file", merge_file),
+        )
+    if tokenizer_type == HuggingFaceTokenizer.tokenizer_type:
+        if tokenizer_model is None:
+            raise UserError(f"--tokenizer-type {tokenizer_type} needs --tokenizer-model: a local folder or a hub name")
+        return HuggingFaceTokenizer.from_name(tokenizer_model)
+    if tokenizer_type == CharTokenizer.tokenizer_type:
+        raise UserError(
+            f"--tokenizer-type {tokenizer_type} is made by prepare_data from its input; train without the flag"
+        )
+    raise UserError(f"--tokenizer-type {tokenizer_type} does not exist; choose one of {', '.join(TOKENIZER_TYPES)}")
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer that a description folder holds.
+
+    Raises:
+        UserError: there is no folder, or a file of it is missing or unreadable.
+    """
+    path = directory / DESCRIPTION
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no tokenizer description; prepare the data with sedd_megatron.prepare_data, or give --tokenizer-type"
+        )
+    try:
+        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        tokenizer_type = description["tokenizer_type"]
+        if tokenizer_type == CharTokenizer.tokenizer_type:
+            return CharTokenizer(description["characters"])
+        if tokenizer_type == HuggingFaceTokenizer.tokenizer_type:
+            tokenizer = HuggingFaceTokenizer.from_name(str(directory))
+            return HuggingFaceTokenizer(tokenizer._tokenizer, description["eod_token"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error}); prepare the data again, or use another copy") from error
+    return build_tokenizer(
+        tokenizer_type, str(directory / "tokenizer.model"), str(directory / "vocab.json"), str(directory / "merges.txt")
+    )
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """Put a finished folder in the place of another, so that readers see the one or the other."""
+    shutil.rmtree(final, ignore_errors=True)
+    new.rename(final)
+
+
+def _required_file(tokenizer_type: str, flag: str, value: str | None) -> Path:
+    if value is None:
+        raise UserError(f"--tokenizer-type {tokenizer_type} needs {flag}: the file of a trained tokenizer")
+    if not Path(value).is_file():
+        raise UserError(f"{flag} {value}: no such file; {tokenizer_type} needs one")
+    return Path(value)
+
+
+def _write_description(directory: Path, tokenizer_type: str, **extra: Any) -> None:
+    directory.mkdir(parents=True)
+    text = json.dumps({"tokenizer_type": tokenizer_type, **extra}, ensure_ascii=False, indent=1)
+    (directory / DESCRIPTION).write_text(text, encoding="utf-8")
