@@ -5,6 +5,7 @@ import os
 import struct
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,8 +92,11 @@ def write_corpus(
     Raises:
         UserError: no tokens at all.
     """
-    # Imported here: Megatron takes seconds to import, and a mistake in the flags should show before.
+    # Imported here: Megatron takes seconds to import, and a mistake in the flags should show before. It warns of what training
+    # on this machine would lack; preparing data lacks nothing.
     import torch
+
+    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     name = f"{prefix.name}_{key}_document"

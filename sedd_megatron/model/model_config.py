@@ -32,8 +32,10 @@ def transformer_config(model: ModelOptions, parallel: ParallelOptions, device: t
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=parallel.bf16,
-        # initialisation.py fills every parameter from its name, so that it does not depend on the layout.
-        perform_initialization=False,
+        # initialization.py fills every parameter from its name. Megatron's own initialisation runs all the same, with nothing to
+        # do: it also marks what is tensor-parallel, and unmarked shards are left out of the gradient norm, silently.
+        init_method=leave_uninitialized,
+        output_layer_init_method=leave_uninitialized,
         use_cpu_initialization=not on_gpu,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
@@ -46,6 +48,10 @@ def transformer_config(model: ModelOptions, parallel: ParallelOptions, device: t
     # (distributed/finalize_model_grads.py). Without it the stages' copies drift apart silently.
     config.has_cond_embedder = True
     return config
+
+
+def leave_uninitialized(tensor: torch.Tensor) -> None:
+    """An init_method that does nothing."""
 
 
 def padded_vocab_size(num_states: int, divisible_by: int) -> int:

@@ -5,13 +5,15 @@ import math
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
-from torch import Tensor, nn
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
 
 from sedd_megatron.diffusion.graph import AbsorbingGraph, UniformGraph
 from sedd_megatron.model.conditioning import Modulation, ScaleNorm, modulate
+from sedd_megatron.model.model_config import leave_uninitialized
 
 
-class ScoreHead(nn.Module):
+class ScoreHead(MegatronModule):
     """Final norm with adaLN, then a linear layer whose output columns are split over the tensor-parallel ranks."""
 
     def __init__(
@@ -22,7 +24,7 @@ class ScoreHead(nn.Module):
         device: torch.device,
         tp_group: torch.distributed.ProcessGroup,
     ) -> None:
-        super().__init__()
+        super().__init__(config=config)
         self.tp_group = tp_group
         self.norm = ScaleNorm(config, config.hidden_size, config.layernorm_epsilon, device)
         self.modulation = Modulation(2, config.hidden_size, cond_dim, config, device)
@@ -30,7 +32,7 @@ class ScoreHead(nn.Module):
             config.hidden_size,
             padded_vocab_size,
             config=config,
-            init_method=nn.init.zeros_,
+            init_method=leave_uninitialized,
             bias=True,
             gather_output=False,
             tp_group=tp_group,

@@ -11,12 +11,12 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
-from torch import Tensor, nn
+from torch import Tensor
 
 from sedd_megatron.config import ModelOptions
 from sedd_megatron.diffusion.graph import AbsorbingGraph, UniformGraph
 from sedd_megatron.model.conditioning import SigmaEmbedding
-from sedd_megatron.model.model_config import padded_vocab_size
+from sedd_megatron.model.model_config import leave_uninitialized, padded_vocab_size
 from sedd_megatron.model.score_head import ScoreHead, log_score_offset
 from sedd_megatron.parallel.groups import ParallelGroups
 from sedd_megatron.parallel.vocab_parallel import gather_log_score
@@ -47,7 +47,7 @@ class SEDDModel(MegatronModule):
         vocab_size = padded_vocab_size(graph.num_states, options.make_vocab_size_divisible_by)
         if self.pre_process:
             self.embedding = VocabParallelEmbedding(
-                vocab_size, options.hidden_size, init_method=nn.init.zeros_, config=config, tp_group=self.tp_group
+                vocab_size, options.hidden_size, init_method=leave_uninitialized, config=config, tp_group=self.tp_group
             )
         self.sigma_embedding = SigmaEmbedding(options.cond_dim, config, groups.device, groups.is_first_stage)
         self.rotary_embedding = RotaryEmbedding(

@@ -13,6 +13,14 @@ import torch
 
 _FACTORIES = ["tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"]
 
+# What Megatron-Core says of a machine without a GPU, once per rank and import.
+_EXPECTED_WARNINGS = (
+    ".*Transformer Engine and Apex are not installed.*",
+    ".*Apex is not installed.*",
+    ".*full scope is deprecated.*",
+    ".*CUDA_DEVICE_MAX_CONNECTIONS.*",
+)
+
 
 class _InertStream:
     """Work on a CPU is done when the call returns: streams and events have nothing to order."""
@@ -48,8 +56,8 @@ def install() -> None:
     """Make torch.cuda's names act on the CPU, in this process and for good; a second call does nothing."""
     if torch.cuda.current_device is _current_device:
         return
-    warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex are not installed.*")
-    warnings.filterwarnings("ignore", message=".*not find nvcc.*")
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     _replace_device_calls()
     _replace_streams()
     _replace_random_state()

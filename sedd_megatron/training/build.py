@@ -17,7 +17,7 @@ from sedd_megatron.model.initialization import initialize_parameters
 from sedd_megatron.model.layer_spec import choose_layer_spec
 from sedd_megatron.model.model_config import transformer_config
 from sedd_megatron.model.sedd_model import SEDDModel
-from sedd_megatron.parallel.groups import ParallelGroups
+from sedd_megatron.parallel.groups import ParallelGroups, seed_dropout
 from sedd_megatron.training.ema import ExponentialMovingAverage
 
 
@@ -43,6 +43,8 @@ def build_model(
     model_options: ModelOptions, parallel: ParallelOptions, graph: AbsorbingGraph | UniformGraph, groups: ParallelGroups
 ) -> SEDDModel:
     """This rank's stage of the score network, with uninitialised parameters."""
+    # Megatron forks its generators while it builds, and stops if they have no seed; nothing is drawn from them.
+    seed_dropout(0, 0, groups)
     config = transformer_config(model_options, parallel, groups.device)
     return SEDDModel(config, model_options, graph, choose_layer_spec(model_options.cond_dim, groups.device), groups)
 

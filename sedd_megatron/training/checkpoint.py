@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor
 
 from sedd_megatron.config import PretrainOptions
 from sedd_megatron.data.tokenizers import Tokenizer, load_tokenizer
@@ -176,9 +176,11 @@ def _sharded_tensors(state: Any) -> Iterator[ShardedTensor]:
 
 
 def _map_tensors(state: Any) -> Any:
-    """The same structure with every ShardedTensor replaced by its data."""
+    """The same structure with plain values in place of Megatron's wrappers."""
     if isinstance(state, ShardedTensor):
         return state.data
+    if isinstance(state, LocalNonpersistentObject):
+        return state.unwrap()
     if isinstance(state, dict):
         return {key: _map_tensors(value) for key, value in state.items()}
     if isinstance(state, list):

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -29,6 +30,10 @@ MANIFEST = "manifest.json"
 
 def write_shards(directory: Path, tensors: Iterable[ShardedTensor], state: dict[str, Any]) -> None:
     """Write the first replicas of `tensors` and, from rank 0, the manifest with `state`. Collective over all ranks."""
+    tensors = list(tensors)
+    # Megatron's own check that every element is written by exactly one rank.
+    _, global_metadata = determine_global_metadata({str(i): tensor for i, tensor in enumerate(tensors)})
+    validate_sharding_integrity(global_metadata)
     rank = torch.distributed.get_rank()
     entries, file = _write_own_file(directory, f"shards-{rank:05d}.safetensors", tensors)
     gathered: list[Any] = [None] * torch.distributed.get_world_size()

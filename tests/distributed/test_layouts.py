@@ -11,7 +11,13 @@ from sedd_megatron.training.checkpoint_format import read_manifest
 from tests.distributed.launch import launch
 
 STEPS = 20
-MODEL = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--cond-dim", "16", "--seq-length", "16", "--hidden-dropout", "0", "--global-batch-size", "8", "--micro-batch-size", "2", "--lr", "1e-2", "--lr-warmup-iters", "4", "--ema-decay", "0.9", "--eval-interval", "10", "--eval-iters", "2", "--split", "80,20,0", "--device", "cpu"]  # fmt: skip
+MODEL = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --cond-dim 16 --seq-length 16 --hidden-dropout 0 "
+    "--global-batch-size 8 --micro-batch-size 2 --lr 3e-3 --lr-warmup-iters 4 --ema-decay 0.9 "
+    "--eval-interval 10 --eval-iters 2 --split 80,20,0 --device cpu"
+).split()
+# The norm's float32 square sum is itself only good to a few 1e-6.
+TOLERANCES = {"loss": 1e-6, "validation_loss": 1e-6, "grad_norm": 1e-5, "learning_rate": 1e-12}
 LAYOUTS = {
     "TP2": (2, ["--tensor-model-parallel-size", "2"]),
     "PP2": (2, ["--pipeline-model-parallel-size", "2"]),
@@ -83,8 +89,10 @@ def test_layout_trains_what_one_process_trains(runs, layout, graph):
     losses = metrics(one, "loss")
     assert len(losses) == STEPS
     assert losses[-1] < losses[0], "the reference run learns nothing, so that comparing with it would show nothing"
-    for name in ("loss", "grad_norm", "validation_loss", "learning_rate"):
-        torch.testing.assert_close(metrics(other, name), metrics(one, name), rtol=1e-6, atol=1e-9, msg=name)
+    for name, tolerance in TOLERANCES.items():
+        expected, actual = metrics(one, name), metrics(other, name)
+        assert len(actual) == len(expected)
+        assert ((actual - expected).abs() <= tolerance * expected.abs()).all(), (name, actual, expected)
     assert torch.equal(metrics(other, "consumed_samples"), metrics(one, "consumed_samples"))
 
 
