@@ -1,4 +1,6 @@
-"""Packaging. Megatron-Core 0.16 is used unmodified; `apex` is left out on purpose: the PyPI project of that name is unrelated."""
+"""Packaging. Megatron-Core 0.16 is used unmodified; `apex` is left out on purpose: the PyPI project of that name is
+unrelated.
+"""
 
 from setuptools import find_packages, setup
 

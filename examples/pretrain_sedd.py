@@ -1,4 +1,6 @@
-"""Train a score entropy discrete diffusion model: torchrun --nproc-per-node N examples/pretrain_sedd.py [--config YAML] [flags]."""
+"""Train a score entropy discrete diffusion model: torchrun --nproc-per-node N examples/pretrain_sedd.py [--config
+YAML] [flags].
+"""
 
 import sys
 

@@ -1,6 +1,7 @@
 """Every option of a training run, once: flags, YAML keys and checks come from these dataclasses.
 
-Flags that Megatron-LM has keep Megatron-LM's spelling. Values default to the published SEDD training (arXiv 2310.16834, section 5).
+Flags that Megatron-LM has keep Megatron-LM's spelling. Values default to the published SEDD training (arXiv
+2310.16834, section 5).
 """
 
 import dataclasses
@@ -229,8 +230,14 @@ def check_diffusion(diffusion: DiffusionOptions) -> None:
 
 
 def _check_ranges(options: PretrainOptions) -> None:
-    at_least_one = ["num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "seq_length", "cond_dim", "make_vocab_size_divisible_by", "tensor_model_parallel_size", "pipeline_model_parallel_size", "distributed_timeout_minutes", "micro_batch_size", "global_batch_size", "lr_decay_iters", "save_interval", "eval_iters", "log_interval"]  # fmt: skip
-    at_least_zero = ["train_iters", "lr", "min_lr", "lr_warmup_iters", "clip_grad", "weight_decay", "seed", "num_workers", "eval_interval"]  # fmt: skip
+    at_least_one = (
+        "num_layers hidden_size num_attention_heads ffn_hidden_size seq_length cond_dim make_vocab_size_divisible_by "
+        "tensor_model_parallel_size pipeline_model_parallel_size distributed_timeout_minutes micro_batch_size "
+        "global_batch_size lr_decay_iters save_interval eval_iters log_interval"
+    ).split()
+    at_least_zero = (
+        "train_iters lr min_lr lr_warmup_iters clip_grad weight_decay seed num_workers eval_interval"
+    ).split()
     below_one = ["hidden_dropout", "adam_beta1", "adam_beta2", "ema_decay"]
     values = options.to_dict()
     for names, holds, rule in (

@@ -12,7 +12,8 @@ class UserError(Exception):
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's main function; a UserError becomes one line on stderr and exit code 2.
 
-    Every rank exits with 2; only the first rank of each node prints, so that the line is not repeated by its neighbours.
+    Every rank exits with 2; only the first rank of each node prints, so that the line is not repeated by its
+    neighbours.
     """
     try:
         main()

@@ -1,7 +1,8 @@
 """From frozen dataclasses to flags and YAML: the machinery, without any option of its own.
 
-A command's options are frozen dataclasses whose fields are made with `option`. The field `learning_rate` becomes the flag
-`--learning-rate` and the YAML key `learning_rate`; its annotation gives the type. Order of precedence: flags over YAML over defaults.
+A command's options are frozen dataclasses whose fields are made with `option`. The field `learning_rate` becomes the
+flag `--learning-rate` and the YAML key `learning_rate`; its annotation gives the type. Order of precedence: flags
+over YAML over defaults.
 """
 
 import argparse
@@ -34,7 +35,8 @@ def parse_options(option_classes: Sequence[type], argv: Sequence[str], prog: str
     A `config` field among the classes names a YAML file whose keys are the field names.
 
     Raises:
-        UserError: an unknown flag or YAML key, a value of the wrong type or outside the choices, a missing required flag.
+        UserError: an unknown flag or YAML key, a value of the wrong type or outside the choices, a missing required
+            flag.
     """
     fields = _fields_by_name(option_classes)
     parser = _build_parser(option_classes, prog, description)

@@ -66,7 +66,8 @@ def make_tokenizer(options: PrepareOptions, files: list[Path]) -> Tokenizer:
     """The tokenizer that the flags ask for, learnt from the files where it has to be."""
     if options.train_tokenizer and options.tokenizer_type != SentencePieceTokenizer.tokenizer_type:
         raise UserError(
-            f"--train-tokenizer: {options.tokenizer_type} is not trained; use it with SentencePieceTokenizer, or leave it out"
+            f"--train-tokenizer: {options.tokenizer_type} is not trained; use it with SentencePieceTokenizer, "
+            "or leave it out"
         )
     texts = (text for key in options.json_keys for text in documents(files, key))
     if options.train_tokenizer:

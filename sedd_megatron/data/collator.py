@@ -15,7 +15,8 @@ from sedd_megatron.diffusion.noise_schedule import GeometricSchedule, LogLinearS
 class NoisingCollator:
     """A collate_fn whose noise is a function of (seed, stream, sample index).
 
-    Every rank of a replica, every layout and every resumed run so gets the same batch, without a broadcast and without state.
+    Every rank of a replica, every layout and every resumed run so gets the same batch, without a broadcast and
+    without state.
     """
 
     graph: AbsorbingGraph | UniformGraph

@@ -84,7 +84,8 @@ def write_corpus(
 ) -> CorpusStats:
     """Write PREFIX_KEY_document.bin and .idx, the tokenizer and the statistics beside them.
 
-    Everything is written under hidden names and renamed, the .idx last: a prefix either is a whole corpus or is not there.
+    Everything is written under hidden names and renamed, the .idx last: a prefix either is a whole corpus or is not
+    there.
 
     Args:
         on_progress: called with (documents, tokens) after each document.
@@ -92,8 +93,8 @@ def write_corpus(
     Raises:
         UserError: no tokens at all.
     """
-    # Imported here: Megatron takes seconds to import, and a mistake in the flags should show before. It warns of what training
-    # on this machine would lack; preparing data lacks nothing.
+    # Imported here: Megatron takes seconds to import, and a mistake in the flags should show before. It warns of what
+    # training on this machine would lack; preparing data lacks nothing.
     import torch
 
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
@@ -160,8 +161,8 @@ def open_tokens(data_path: str) -> np.memmap:
     num_tokens = int(lengths.sum(dtype=np.int64))
     if tokens.stat().st_size != num_tokens * dtype.itemsize:
         raise UserError(
-            f"{tokens}: has {tokens.stat().st_size} bytes, its index says {num_tokens * dtype.itemsize}; it is cut short or "
-            "belongs to another index: prepare the data again"
+            f"{tokens}: has {tokens.stat().st_size} bytes, its index says {num_tokens * dtype.itemsize}; it is cut "
+            "short or belongs to another index: prepare the data again"
         )
     if num_tokens == 0:
         raise UserError(f"{tokens}: holds no tokens; prepare the data again from files with text")

@@ -14,7 +14,8 @@ from sedd_megatron.diffusion.corruption import NoisyBatch
 class MicroBatchSampler(Sampler[list[int]]):
     """Positions n of this rank's micro-batches, from `consumed_samples` on.
 
-    As in Megatron-LM the order is cut into pieces of one micro-batch per replica, of which replica r takes the r-th part.
+    As in Megatron-LM the order is cut into pieces of one micro-batch per replica, of which replica r takes the r-th
+    part.
     """
 
     consumed_samples: int

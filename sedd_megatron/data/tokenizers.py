@@ -114,8 +114,8 @@ class SentencePieceTokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int) -> "SentencePieceTokenizer":
         """Train a unigram model on whole lines, so that decode(encode(text)) == text for anything but U+2581.
 
-        Text is taken as it is (no normalisation, no dummy prefix, blanks kept): line feeds and tabs are tokens of their own, runs
-        of blanks may become one token, and bytes stand in for rare characters.
+        Text is taken as it is (no normalisation, no dummy prefix, blanks kept): line feeds and tabs are tokens of
+        their own, runs of blanks may become one token, and bytes stand in for rare characters.
 
         Raises:
             UserError: the text is too small for the vocabulary, or the vocabulary too small for the bytes.
@@ -281,7 +281,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     path = directory / DESCRIPTION
     if not path.is_file():
         raise UserError(
-            f"{path}: no tokenizer description; prepare the data with sedd_megatron.prepare_data, or give --tokenizer-type"
+            f"{path}: no tokenizer there; prepare the data with sedd_megatron.prepare_data, or give --tokenizer-type"
         )
     try:
         description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

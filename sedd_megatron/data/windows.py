@@ -1,5 +1,6 @@
 """Windows of a token stream in an order that is a function of (seed, n) alone."""
 
+import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -17,8 +18,8 @@ from sedd_megatron.errors import UserError
 class WindowDataset(torch.utils.data.Dataset):
     """Windows of seq_length tokens without overlap, addressed by their position n in the training order, without end.
 
-    Each epoch is a permutation of its own. The order does not depend on how long the run is: a run that is made longer goes on as
-    it would have.
+    Each epoch is a permutation of its own. The order does not depend on how long the run is: a run that is made
+    longer goes on as it would have.
     """
 
     tokens: np.ndarray
@@ -93,7 +94,7 @@ def split_ranges(split: str, num_windows: int) -> list[tuple[int, int]]:
         raise UserError(f"--split {split}: must be three weights for training, validation and test, as 969,30,1")
     shares = np.cumsum([0.0, *weights]) / sum(weights)
     bounds = [round(share * num_windows) for share in shares]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(itertools.pairwise(bounds))
 
 
 def _check_tokens(tokens: np.ndarray, num_tokens: int, data_path: str) -> None:
@@ -103,8 +104,8 @@ def _check_tokens(tokens: np.ndarray, num_tokens: int, data_path: str) -> None:
         low, high = int(part.min()), int(part.max())
         if low < 0 or high >= num_tokens:
             raise UserError(
-                f"--data-path {data_path}: has token {low if low < 0 else high}, the tokenizer's vocabulary has tokens 0 to "
-                f"{num_tokens - 1}; prepare the data with this tokenizer"
+                f"--data-path {data_path}: has token {low if low < 0 else high}, the tokenizer's vocabulary has tokens "
+                f"0 to {num_tokens - 1}; prepare the data with this tokenizer"
             )
 
 

@@ -1,4 +1,4 @@
-"""The mathematics of score entropy discrete diffusion (arXiv 2310.16834): torch, numpy's Philox, and nothing of ours."""
+"""The mathematics of score entropy discrete diffusion (arXiv 2310.16834): torch and numpy's Philox, nothing else."""
 
 from sedd_megatron.diffusion.corruption import NoisyBatch, corrupt
 from sedd_megatron.diffusion.graph import AbsorbingGraph, UniformGraph, make_graph

@@ -7,8 +7,8 @@ from torch import Tensor
 def sample_categorical(probs: Tensor, uniform: Tensor) -> Tensor:
     """Draw by the inverse of the cumulative distribution, in float64.
 
-    A float32 Gumbel draw cannot be rarer than about 2^-24 and starves rare tokens; this costs one uniform per draw and is exact
-    to 1e-16 of the total.
+    A float32 Gumbel draw cannot be rarer than about 2^-24 and starves rare tokens; this costs one uniform per draw
+    and is exact to 1e-16 of the total.
 
     Args:
         probs: [..., N] floating, at least 0, not all 0; need not sum to 1.

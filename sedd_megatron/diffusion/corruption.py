@@ -11,7 +11,7 @@ from sedd_megatron.diffusion.noise_schedule import GeometricSchedule, LogLinearS
 
 
 class NoisyBatch(NamedTuple):
-    """Clean and corrupted tokens [B, S] int64, and per sequence [B] the noise (float32) and the sample index (int64)."""
+    """Clean and corrupted tokens [B, S] int64; per sequence [B] the noise (float32) and the sample index (int64)."""
 
     x_0: Tensor
     x_t: Tensor

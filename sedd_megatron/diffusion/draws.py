@@ -1,4 +1,4 @@
-"""Counter-based random numbers: every draw is a function of (seed, stream, index, step) and of nothing that ran before."""
+"""Counter-based random numbers: every draw is a function of (seed, stream, index, step) alone."""
 
 import enum
 from collections.abc import Sequence
@@ -23,7 +23,8 @@ class Stream(enum.IntEnum):
 def philox_generator(seed: int, stream: int, index: int, step: int = 0) -> np.random.Generator:
     """A generator of its own for each (seed, stream, index, step).
 
-    Philox counts its low word up, one per four draws: with the other three words fixed, generators stay 2^64 blocks apart.
+    Philox counts its low word up, one per four draws: with the other three words fixed, generators stay 2^64 blocks
+    apart.
     """
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, step, index, stream]))
 
@@ -38,8 +39,8 @@ def philox_uniforms(seed: int, stream: int, index: int | Sequence[int] | Tensor,
 def low_discrepancy_times(seed: int, index: Tensor, eps: float, stream: int) -> Tensor:
     """t_n = eps + (1 - eps) * frac(u + n * phi) for sample indices n [B]; [B] float64.
 
-    Steps of the golden ratio's fraction spread any run of consecutive samples almost evenly, so every micro-batch is nearly
-    stratified without knowing its size or rank. In 64-bit integers the fraction is exact for every n.
+    Steps of the golden ratio's fraction spread any run of consecutive samples almost evenly, so every micro-batch is
+    nearly stratified without knowing its size or rank. In 64-bit integers the fraction is exact for every n.
     """
     offset = philox_generator(seed, Stream.TIME_OFFSET, stream).integers(0, 2**64, dtype=np.uint64)
     # numpy's unsigned integers wrap around, which is the fraction.

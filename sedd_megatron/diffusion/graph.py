@@ -1,7 +1,7 @@
 """The two noising graphs of arXiv 2310.16834, section 3.3: rates, transitions, score entropy and reverse steps.
 
-A graph's rate matrix Q has Q[y, x] = rate of x -> y, so that columns sum to 0 and p_t = expm(sigma Q) p_0. Shapes: B batch, S
-sequence, N = num_states. Everything works in the dtype it is given.
+A graph's rate matrix Q has Q[y, x] = rate of x -> y, so that columns sum to 0 and p_t = expm(sigma Q) p_0. Shapes: B
+batch, S sequence, N = num_states. Everything works in the dtype it is given.
 """
 
 from dataclasses import dataclass
@@ -33,13 +33,17 @@ class _Graph:
         return self.coefficients(sigma, x_t, x_0).apply(score_sums(log_score, x_t, x_0))
 
     def reverse_rate(self, log_score: Tensor, x_t: Tensor) -> Tensor:
-        """Rates out of x_t of the reverse process, score_y * Q[x_t, y] (equation 3): [B, S, num_states], rows sum to 0."""
+        """Rates out of x_t of the reverse process, score_y * Q[x_t, y] (equation 3).
+
+        Returns:
+            [B, S, num_states]; rows sum to 0.
+        """
         rate = log_score.exp() * self._rate_into(x_t, log_score)
         rate = rate.scatter(-1, x_t[..., None], 0.0)
         return rate.scatter(-1, x_t[..., None], -rate.sum(-1, keepdim=True))
 
     def analytic_step_probs(self, log_score: Tensor, x_t: Tensor, delta_sigma: Tensor) -> Tensor:
-        """Tweedie step over delta_sigma [B] (theorem 4.2): (expm(-delta_sigma Q) score)_y * expm(delta_sigma Q)[x_t, y].
+        """Tweedie step (theorem 4.2): (expm(-delta_sigma Q) score)_y * expm(delta_sigma Q)[x_t, y], delta_sigma [B].
 
         Returns:
             [B, S, num_states], unnormalised as in the paper.
@@ -140,7 +144,7 @@ class UniformGraph(_Graph):
         return F.one_hot(x, self.num_states) * (1 - move) + move / self.num_states
 
     def corrupt_tokens(self, x_0: Tensor, sigma: Tensor, uniforms: Tensor) -> Tensor:
-        """x_t [B, S] from x_0 [B, S], sigma [B] float64 and uniforms [B, 2, S] float64: whether to move, and where to."""
+        """x_t [B, S] from x_0, sigma [B] float64 and uniforms [B, 2, S] float64: whether to move, and where to."""
         moves = uniforms[:, 0] < -torch.expm1(-sigma)[:, None]
         return torch.where(moves, self._uniform_token(uniforms[:, 1]), x_0)
 

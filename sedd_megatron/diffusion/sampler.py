@@ -24,7 +24,8 @@ def euler_step(
     delta_t: float,
     uniform: Tensor,
 ) -> Tensor:
-    """One Euler step of the reverse process (arXiv 2310.16834, section 4.2): stay, plus delta_t * sigma_rate * reverse rate.
+    """One Euler step of the reverse process (arXiv 2310.16834, section 4.2): stay, plus delta_t * sigma_rate *
+    reverse rate.
 
     Args:
         log_score: [B, S, num_states] float64 at x_t.
@@ -50,7 +51,9 @@ def analytic_step(
     delta_t: float,
     uniform: Tensor,
 ) -> Tensor:
-    """One Tweedie tau-leaping step (theorem 4.2): exact per position while the score holds. Arguments as in euler_step."""
+    """One Tweedie tau-leaping step (theorem 4.2): exact per position while the score holds. Arguments as in
+    euler_step.
+    """
     probs = graph.analytic_step_probs(log_score, x_t, now.sigma - later.sigma).clamp_min(0)
     return sample_categorical(probs, uniform)
 
@@ -87,11 +90,13 @@ def sample(
 ) -> Tensor:
     """Run the reverse process from t = 1 to time_eps in equal steps, and denoise.
 
-    Each position's draw in each step depends on (seed, sample number, step) alone: sample k is the same whatever the batch.
+    Each position's draw in each step depends on (seed, sample number, step) alone: sample k is the same whatever the
+    batch.
 
     Args:
         first_sample: number of the first sample.
-        fixed_tokens, fixed_mask: [B, S] int64 and bool on any device: where the mask is True the token is given and stays.
+        fixed_tokens, fixed_mask: [B, S] int64 and bool on any device: where the mask is True the token is given and
+            stays.
         on_step: called with (steps done, steps in all).
 
     Returns:

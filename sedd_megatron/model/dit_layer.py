@@ -17,8 +17,8 @@ from sedd_megatron.model.conditioning import Modulation, modulate
 class DiTLayer(TransformerLayer):
     """One layer of the score network (arXiv 2212.09748, section 3.2, block with adaLN-zero).
 
-    `cond_dim` comes through the layer spec's params; the conditioning vector comes as TransformerBlock's `context`, which
-    activation recompute threads through as well.
+    `cond_dim` comes through the layer spec's params; the conditioning vector comes as TransformerBlock's `context`,
+    which activation recompute threads through as well.
     """
 
     def __init__(

@@ -12,10 +12,11 @@ from sedd_megatron.model.sedd_model import SEDDModel
 
 @torch.no_grad()
 def initialize_parameters(model: SEDDModel, seed: int) -> None:
-    """Fill this rank's shards with the published initialisation (torch's defaults for linear layers; zeros where adaLN-zero asks).
+    """Fill this rank's shards with the published initialisation (torch's defaults for linear layers; zeros where
+    adaLN-zero asks).
 
-    The sharded state dict already says which part of which tensor this rank holds, for checkpoints; the same description cuts the
-    draws. Costs one whole tensor of host memory at a time.
+    The sharded state dict already says which part of which tensor this rank holds, for checkpoints; the same
+    description cuts the draws. Costs one whole tensor of host memory at a time.
     """
     # Read by name: a bias is drawn by its weight's fan-in.
     shards = {name: tensor for name, tensor in model.sharded_state_dict().items() if isinstance(tensor, ShardedTensor)}

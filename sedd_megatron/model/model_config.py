@@ -12,8 +12,8 @@ from sedd_megatron.config import ModelOptions, ParallelOptions
 def transformer_config(model: ModelOptions, parallel: ParallelOptions, device: torch.device) -> TransformerConfig:
     """The configuration of every Megatron-Core module of the score network.
 
-    Follows the published model (arXiv 2310.16834, appendix; the DiT of arXiv 2212.09748): LayerNorm with epsilon 1e-5, tanh-GELU,
-    biases in the MLP, no dropout inside attention.
+    Follows the published model (arXiv 2310.16834, appendix; the DiT of arXiv 2212.09748): LayerNorm with epsilon
+    1e-5, tanh-GELU, biases in the MLP, no dropout inside attention.
     """
     dtype = torch.bfloat16 if parallel.bf16 else torch.float32
     on_gpu = device.type == "cuda"
@@ -32,7 +32,8 @@ def transformer_config(model: ModelOptions, parallel: ParallelOptions, device: t
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=parallel.bf16,
-        # initialization.py fills every parameter from its name. Megatron's own initialisation runs all the same, with nothing to
+        # initialization.py fills every parameter from its name. Megatron's own initialisation runs all the same, with
+        # nothing to
         # do: it also marks what is tensor-parallel, and unmarked shards are left out of the gradient norm, silently.
         init_method=leave_uninitialized,
         output_layer_init_method=leave_uninitialized,
@@ -44,8 +45,8 @@ def transformer_config(model: ModelOptions, parallel: ParallelOptions, device: t
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
     )
-    # Not a field: Megatron asks for it by getattr before it sums the sigma embedding's gradients over the pipeline stages
-    # (distributed/finalize_model_grads.py). Without it the stages' copies drift apart silently.
+    # Not a field: Megatron asks for it by getattr before it sums the sigma embedding's gradients over the pipeline
+    # stages (distributed/finalize_model_grads.py). Without it the stages' copies drift apart silently.
     config.has_cond_embedder = True
     return config
 

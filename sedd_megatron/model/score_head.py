@@ -1,4 +1,6 @@
-"""From hidden states to logits over the states: final adaLN and the vocabulary-parallel projection; and their sigma scaling."""
+"""From hidden states to logits over the states: final adaLN and the vocabulary-parallel projection; and their sigma
+scaling.
+"""
 
 import math
 
@@ -48,8 +50,8 @@ class ScoreHead(MegatronModule):
 def log_score_offset(graph: AbsorbingGraph | UniformGraph, sigma: Tensor) -> Tensor:
     """What is subtracted from the logits to give log-scores: [B] float32.
 
-    The absorbing graph's true ratios are p(token | context) / expm1(sigma); with this scaling (arXiv 2310.16834, section 5.1,
-    "scale by sigma") a fresh network already has their size. The uniform graph's ratios need none.
+    The absorbing graph's true ratios are p(token | context) / expm1(sigma); with this scaling (arXiv 2310.16834,
+    section 5.1, "scale by sigma") a fresh network already has their size. The uniform graph's ratios need none.
     """
     if graph.mask_token_id is None:
         return torch.zeros_like(sigma)

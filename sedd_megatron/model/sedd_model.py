@@ -75,7 +75,8 @@ class SEDDModel(MegatronModule):
         """One stage: x_t [B, S] int64, sigma [B] float32.
 
         Returns:
-            Hidden states [S, B, H], or on the last stage logits [B, S, padded_vocab_size / TP] in the parameters' dtype.
+            Hidden states [S, B, H], or on the last stage logits [B, S, padded_vocab_size / TP] in the parameters'
+            dtype.
         """
         conditioning = self.sigma_embedding(sigma)
         hidden_states = self.embedding(x_t).transpose(0, 1).contiguous() if self.pre_process else None

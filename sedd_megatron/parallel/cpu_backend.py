@@ -1,7 +1,7 @@
 """Unmodified Megatron-Core 0.16 on CPU over gloo: the one place that replaces torch.cuda calls.
 
-Megatron-Core writes `device=torch.cuda.current_device()` and `device="cuda"` wherever it allocates. `install` makes these mean the
-CPU for the rest of the process. It is called only where there is no GPU, or for `--device cpu`.
+Megatron-Core writes `device=torch.cuda.current_device()` and `device="cuda"` wherever it allocates. `install` makes
+these mean the CPU for the rest of the process. It is called only where there is no GPU, or for `--device cpu`.
 """
 
 import contextlib
@@ -11,7 +11,22 @@ from typing import Any
 
 import torch
 
-_FACTORIES = ["tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"]
+_FACTORIES = [
+    "tensor",
+    "empty",
+    "zeros",
+    "ones",
+    "full",
+    "arange",
+    "rand",
+    "randn",
+    "empty_like",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "rand_like",
+    "randn_like",
+]
 
 # What Megatron-Core says of a machine without a GPU, once per rank and import.
 _EXPECTED_WARNINGS = (
@@ -124,7 +139,9 @@ def _fork(tracker: Any, name: str = "model-parallel-rng"):
 
 
 def _on_cpu(factory: Any) -> Any:
-    """Read device="cuda" as the CPU. A TorchFunctionMode would cost a fifth of a layer's time and miss custom backwards."""
+    """Read device="cuda" as the CPU. A TorchFunctionMode would cost a fifth of a layer's time and miss custom
+    backwards.
+    """
 
     @functools.wraps(factory)
     def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -137,7 +154,7 @@ def _on_cpu(factory: Any) -> Any:
 
 
 def _cuda_type_names(tensor_type: Any) -> Any:
-    """Tensor.type() as on a GPU: Megatron's optimizer sorts parameters by the names torch.cuda.FloatTensor and so on."""
+    """Tensor.type() as on a GPU: Megatron's optimizer sorts parameters by names like torch.cuda.FloatTensor."""
 
     def wrapped(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         answer = tensor_type(tensor, *args, **kwargs)

@@ -1,4 +1,6 @@
-"""Set-up and tear-down of torch.distributed and Megatron's process groups; the only user of Megatron's parallel_state."""
+"""Set-up and tear-down of torch.distributed and Megatron's process groups; the only user of Megatron's
+parallel_state.
+"""
 
 import contextlib
 import os
@@ -127,8 +129,8 @@ def _join_ranks(device: torch.device, world_size: int, timeout: timedelta) -> No
 def seed_dropout(seed: int, iteration: int, groups: ParallelGroups) -> None:
     """Start the dropout generators of one training step from (seed, iteration, rank) alone.
 
-    A checkpoint then needs no generator state: a resumed run draws what the unbroken one draws. Tensor-parallel ranks share the
-    default generator, as Megatron needs it (tensor_parallel/random.py).
+    A checkpoint then needs no generator state: a resumed run draws what the unbroken one draws. Tensor-parallel ranks
+    share the default generator, as Megatron needs it (tensor_parallel/random.py).
     """
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 

@@ -49,7 +49,8 @@ def vocab_parallel_score_entropy(
     """Score entropy of every position from this rank's shard of the logits.
 
     Args:
-        logits: [B, S, padded_vocab_size / TP], any floating dtype: this rank's columns; log_score = logits - log_offset.
+        logits: [B, S, padded_vocab_size / TP], any floating dtype: this rank's columns; log_score = logits -
+            log_offset.
         log_offset: [B, S] float32, the sigma scaling; 0 where the graph has none.
         x_t, x_0: [B, S] int64, corrupted and clean tokens.
         coefficients: of the graph, each [B, S] float32 (arXiv 2310.16834, equation 5, as an affine form in three sums).
@@ -65,7 +66,9 @@ def vocab_parallel_score_entropy(
 def gather_log_score(
     logits: Tensor, log_offset: Tensor, x_t: Tensor, num_states: int, tp_group: torch.distributed.ProcessGroup
 ) -> Tensor:
-    """Whole log-scores for sampling: [B, S, num_states] float32 with 0 at x_t, on every rank of the group. No gradient."""
+    """Whole log-scores for sampling: [B, S, num_states] float32 with 0 at x_t, on every rank of the group. No
+    gradient.
+    """
     shards = [torch.empty_like(logits) for _ in range(tp_group.size())]
     torch.distributed.all_gather(shards, logits.contiguous(), group=tp_group)
     log_score = torch.cat(shards, dim=-1)[..., :num_states].float() - log_offset[..., None]

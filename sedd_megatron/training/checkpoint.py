@@ -120,7 +120,10 @@ def check_same_model(body: dict[str, Any], options: PretrainOptions, num_tokens:
             "use data of the same tokenizer"
         )
     now = options.to_dict()
-    names = ["num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "cond_dim", "make_vocab_size_divisible_by", "graph", "noise", "noise_eps", "sigma_min", "sigma_max"]  # fmt: skip
+    names = (
+        "num_layers hidden_size num_attention_heads ffn_hidden_size cond_dim make_vocab_size_divisible_by graph noise "
+        "noise_eps sigma_min sigma_max"
+    ).split()
     for name in names:
         if saved["options"][name] != now[name]:
             flag = "--" + name.replace("_", "-")

@@ -1,7 +1,7 @@
 """Tensors of a checkpoint on disk: safetensors shards and one JSON manifest with their digests.
 
-Megatron's own torch_dist format keeps its metadata in pickles, which execute code when read, and has no digests. Here the same
-description of shards (Megatron's ShardedTensor) goes to formats that hold nothing but numbers and text:
+Megatron's own torch_dist format keeps its metadata in pickles, which execute code when read, and has no digests. Here
+the same description of shards (Megatron's ShardedTensor) goes to formats that hold nothing but numbers and text:
 
     manifest.json                     {"digest": sha256 of the body, "body": {state, files, tensors}}
     shards-00000.safetensors, ...     one file per rank that holds a first replica of anything

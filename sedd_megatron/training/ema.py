@@ -16,8 +16,8 @@ KEY_PREFIX = "ema."
 class ExponentialMovingAverage:
     """average <- decay * average + (1 - decay) * weights after each step.
 
-    The decay warms up as (1 + n) / (10 + n) over the first n steps, as in the published training, so that the initial weights are
-    forgotten. Costs one float32 copy of this rank's parameters and no communication.
+    The decay warms up as (1 + n) / (10 + n) over the first n steps, as in the published training, so that the initial
+    weights are forgotten. Costs one float32 copy of this rank's parameters and no communication.
     """
 
     def __init__(self, model: SEDDModel, decay: float) -> None:

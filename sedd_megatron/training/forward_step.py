@@ -18,7 +18,7 @@ ForwardStep = Callable[[Iterator[NoisyBatch], torch.nn.Module], tuple[Tensor, Lo
 
 
 def make_forward_step(graph: AbsorbingGraph | UniformGraph, groups: ParallelGroups) -> ForwardStep:
-    """Megatron's forward_step_func for this graph and layout; the model's output is hidden states before the last stage."""
+    """Megatron's forward_step_func for this graph and layout."""
 
     def forward_step(batches: Iterator[NoisyBatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         batch = NoisyBatch(*(field.to(groups.device, non_blocking=True) for field in next(batches)))
@@ -39,8 +39,8 @@ def score_entropy_loss(
         logits: [B, S, padded_vocab_size / TP], this rank's columns.
 
     Returns:
-        The published loss, whose gradient is taken: summed over positions, averaged over sequences. And for the log the same in
-        nats per token.
+        The published loss, whose gradient is taken: summed over positions, averaged over sequences. And for the log
+        the same in nats per token.
     """
     log_offset = log_score_offset(graph, batch.sigma)[:, None].expand_as(batch.x_t)
     coefficients = graph.coefficients(batch.sigma, batch.x_t, batch.x_0)

@@ -136,7 +136,9 @@ def _forward_backward(run: TrainingRun, batches: Iterator[NoisyBatch], forward_o
 
 
 def _mean_loss(losses: list[dict[str, Any]], groups: ParallelGroups) -> float:
-    """Mean over micro-batches and replicas, in float64 so that it does not depend on how they are split; to every rank."""
+    """Mean over micro-batches and replicas, in float64 so that it does not depend on how they are split; to every
+    rank.
+    """
     mean = torch.zeros(1, dtype=torch.float64, device=groups.device)
     if groups.is_last_stage:
         mean += torch.stack([loss["loss"].double() for loss in losses]).mean()
@@ -195,10 +197,10 @@ def _print_summary(run: TrainingRun, windows: Windows) -> None:
         return
     groups, training = run.groups, run.options.training
     print(
-        f"{count.item():,.0f} parameters, {own:,} of them on this rank | tensor {groups.tensor_size} "
-        f"x pipeline {groups.pipeline_size} x data {groups.data_size} on {groups.device.type} | {len(windows.train):,} training and "
-        f"{len(windows.valid):,} validation windows of {run.options.model.seq_length} tokens | "
-        f"starting at iteration {run.iteration} of {training.train_iters}",
+        f"{count.item():,.0f} parameters, {own:,} of them on this rank | "
+        f"tensor {groups.tensor_size} x pipeline {groups.pipeline_size} x data {groups.data_size} "
+        f"on {groups.device.type} | {len(windows.train):,} training and {len(windows.valid):,} validation windows of "
+        f"{run.options.model.seq_length} tokens | at iteration {run.iteration} of {training.train_iters}",
         flush=True,
     )
 

@@ -26,7 +26,9 @@ def open_tensorboard(directory: str | None) -> Any:
 
 
 class MetricsWriter:
-    """Writes each training step and validation to LOG_DIR/metrics.jsonl as it happens, and progress lines at the interval."""
+    """Writes each training step and validation to LOG_DIR/metrics.jsonl as it happens, and progress lines at the
+    interval.
+    """
 
     def __init__(self, options: LoggingOptions, log_dir: Path | None, train_iters: int) -> None:
         self.log_interval = options.log_interval

@@ -15,7 +15,8 @@ def pretrain(options: PretrainOptions) -> None:
     """Train as `options` say.
 
     Raises:
-        UserError: a mistake that a person can mend; on every rank, and before process groups or GPU memory are taken wherever
+        UserError: a mistake that a person can mend; on every rank, and before process groups or GPU memory are taken
+            wherever
             the mistake can be seen before.
     """
     if choose_device(options.parallel.device).type == "cpu":
@@ -57,7 +58,8 @@ def checkpoint_to_resume(options: PretrainOptions, num_tokens: int) -> Path | No
     save, load = options.checkpoint.save, options.checkpoint.load
     if save and (Path(save) / LATEST).exists() and (load is None or Path(load).resolve() != Path(save).resolve()):
         raise UserError(
-            f"--save {save}: holds another run's checkpoints; add --load {save} to continue it, or save to another folder"
+            f"--save {save}: holds another run's checkpoints; add --load {save} to continue it, "
+            "or save to another folder"
         )
     if load is None:
         return None

@@ -15,7 +15,8 @@ REPOSITORY = HERE.parent.parent
 def launch(script: str, world_size: int, jobs: list[Any], timeout: int = 400) -> None:
     """Run `script` once per rank with `jobs` as its JSON argument; each job gets a rendezvous port of its own.
 
-    Importing torch and Megatron costs more than these jobs do, so that several share one start. Fails with the ranks' output.
+    Importing torch and Megatron costs more than these jobs do, so that several share one start. Fails with the ranks'
+    output.
     """
     ports = free_ports(len(jobs))
     processes = []

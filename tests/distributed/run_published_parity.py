@@ -1,0 +1,117 @@
+"""Puts published-format weights into this layout's model; compares log-scores, loss and gradients with the published code's."""
+
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from sedd_megatron.config import ModelOptions, ParallelOptions
+from sedd_megatron.diffusion.corruption import NoisyBatch
+from sedd_megatron.parallel.groups import parallel_groups
+
+FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
+# Names at the end of ours -> the published name.
+NAMES = {
+    "embedding.weight": "vocab_embed.embedding",
+    "sigma_embedding.input": "sigma_map.mlp.0",
+    "sigma_embedding.output": "sigma_map.mlp.2",
+    "input_layernorm": "blocks.{layer}.norm1",
+    "pre_mlp_layernorm": "blocks.{layer}.norm2",
+    "self_attention.linear_qkv": "blocks.{layer}.attn_qkv",
+    "self_attention.linear_proj": "blocks.{layer}.attn_out",
+    "mlp.linear_fc1": "blocks.{layer}.mlp.0",
+    "mlp.linear_fc2": "blocks.{layer}.mlp.2",
+    "modulation.linear": "blocks.{layer}.adaLN_modulation",
+    "head.norm": "output_layer.norm_final",
+    "head.modulation.linear": "output_layer.adaLN_modulation",
+    "head.linear": "output_layer.linear",
+}
+
+
+def published_name(shard) -> str:
+    name, kind = (shard.key, "") if shard.key == "embedding.weight" else shard.key.rsplit(".", 1)
+    ending = max((ending for ending in NAMES if name.endswith(ending)), key=len)
+    published = NAMES[ending].format(layer=shard.global_offset[0])
+    return f"{published}.{kind}" if kind else published
+
+
+def ours_from_published(tensor: torch.Tensor, name: str, shard, heads: int) -> torch.Tensor:
+    """This rank's part of a published tensor: q, k, v per head instead of all q, all k, all v; vocabulary padded."""
+    if name.endswith("attn_qkv.weight"):
+        tensor = tensor.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
+    shape = shard.global_shape[shard.prepend_axis_num :]
+    padded = torch.zeros(shape)
+    padded[: tensor.shape[0]] = tensor
+    return padded[tuple(shard.global_slice()[shard.prepend_axis_num :])]
+
+
+def check(graph_name: str, tensor_size: int, pipeline_size: int) -> None:
+    path = FIXTURES / f"model_{graph_name}.safetensors"
+    golden = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        published = json.loads(file.metadata()["config"])
+    shape = published["model"]
+    options = ModelOptions(
+        num_layers=shape["n_blocks"], hidden_size=shape["hidden_size"], num_attention_heads=shape["n_heads"],
+        seq_length=shape["length"], cond_dim=shape["cond_dim"], hidden_dropout=0.0,
+    )  # fmt: skip
+    parallel = ParallelOptions(
+        tensor_model_parallel_size=tensor_size, pipeline_model_parallel_size=pipeline_size, device="cpu"
+    )
+    with parallel_groups(parallel) as groups:
+        from megatron.core.distributed import (
+            DistributedDataParallel,
+            DistributedDataParallelConfig,
+            finalize_model_grads,
+        )
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        from sedd_megatron.diffusion.graph import make_graph
+        from sedd_megatron.training.build import build_model
+        from sedd_megatron.training.forward_step import make_forward_step
+
+        graph = make_graph(graph_name, published["tokens"])
+        model = build_model(options, parallel, graph, groups)
+        shards = {name: shard for name, shard in model.sharded_state_dict().items() if hasattr(shard, "global_slice")}
+        seen = set()
+        with torch.no_grad():
+            for shard in shards.values():
+                name = published_name(shard)
+                seen.add("param." + name)
+                shard.data.copy_(ours_from_published(golden["param." + name], name, shard, shape["n_heads"]))
+        if tensor_size * pipeline_size == 1:
+            assert seen == {key for key in golden if key.startswith("param.")} - {"param.rotary_emb.inv_freq"}
+        if pipeline_size == 1:
+            log_score = model.log_score(golden["x"], golden["sigma"])
+            error = (log_score - golden["log_score"]).abs().max() / golden["log_score"].abs().max()
+            assert error < 2e-5, f"log-scores are off by {error:.1e}"
+
+        ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model,
+                                      pg_collection=groups.collection)  # fmt: skip
+        model.config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=groups.collection)
+        batch = NoisyBatch(golden["x0"], golden["x"], golden["t"], golden["sigma"], golden["dsigma"], torch.arange(4))
+        losses = get_forward_backward_func()(
+            forward_step_func=make_forward_step(graph, groups), data_iterator=iter([batch]), model=[ddp],
+            num_microbatches=1, seq_length=shape["length"], micro_batch_size=4, forward_only=False,
+        )  # fmt: skip
+        if groups.is_last_stage:
+            expected = golden["loss"].double().mean() / shape["length"]
+            assert abs(losses[0]["loss"].double() - expected) < 1e-5 * expected.abs()
+        parameters = dict(model.named_parameters())
+        for key, shard in shards.items():
+            name = published_name(shard)
+            expected = ours_from_published(golden["grad." + name], name, shard, shape["n_heads"])
+            actual = parameters[key].main_grad
+            error = (actual - expected).norm() / golden["grad." + name].norm().clamp_min(1e-12)
+            assert error < 1e-4, f"gradient of {name} is off by {error:.1e}"
+
+
+if __name__ == "__main__":
+    for job, port in zip(json.loads(sys.argv[1]), json.loads(sys.argv[2]), strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        check(*job)
