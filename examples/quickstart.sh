@@ -19,7 +19,7 @@ STDLIB=$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
 if [ ! -e "$RUN_DIR/data/stdlib_text_document.idx" ]; then
     # Top-level modules only: a few megabytes, no packages that happen to be installed beside them.
     python -m sedd_megatron.prepare_data --input "$STDLIB"/*.py --output-prefix "$RUN_DIR/data/stdlib" \
-        --tokenizer-type SentencePieceTokenizer --train-tokenizer --vocab-size 1024
+        --tokenizer-type ByteTokenizer
 fi
 DATA="$RUN_DIR/data/stdlib_text_document"
 

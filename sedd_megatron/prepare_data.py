@@ -5,7 +5,7 @@ import time
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
-from sedd_megatron.data.corpus import ProgressLine, documents, input_files, write_corpus
+from sedd_megatron.data.corpus import ProgressLine, corpus_path, documents, input_files, write_corpus
 from sedd_megatron.data.tokenizers import (
     TOKENIZER_TYPES,
     CharTokenizer,
@@ -38,17 +38,36 @@ def main() -> None:
     (options,) = parse_options(
         (PrepareOptions,), sys.argv[1:], "sedd_megatron.prepare_data", "Turn text into token files for training."
     )
+    try:
+        prepare(options)
+    except OSError as error:
+        where = error.filename or f"--output-prefix {options.output_prefix}"
+        raise UserError(f"{where}: {error.strerror}; give another path, or room and permission there") from error
+
+
+def prepare(options: PrepareOptions) -> None:
+    """Write one corpus per JSON key and print what it holds.
+
+    Raises:
+        UserError: input that is missing, damaged or does not fit the flags.
+        OSError: a file or folder that cannot be read or written.
+    """
     files = input_files(options.input)
+    plain = [path for path in files if path.suffix != ".jsonl"]
+    if plain and options.json_keys != ("text",):
+        raise UserError(
+            f"--json-keys {' '.join(options.json_keys)}: {plain[0]} has no keys; leave the flag out, or give .jsonl files"
+        )
     tokenizer = make_tokenizer(options, files)
     if options.append_eod and tokenizer.eod_id is None:
         raise UserError(f"--append-eod: {options.tokenizer_type} has no end-of-document token; leave the flag out")
-    keys = options.json_keys if any(path.suffix == ".jsonl" for path in files) else ("text",)
-    for key in keys:
+    prefix = Path(options.output_prefix)
+    for key in options.json_keys:
         start = time.monotonic()
         stats = write_corpus(
             documents(files, key),
             tokenizer,
-            Path(options.output_prefix),
+            prefix,
             append_eod=options.append_eod,
             key=key,
             on_progress=ProgressLine(),
@@ -58,7 +77,7 @@ def main() -> None:
         print(
             f"{stats.num_documents:,} documents, {stats.num_tokens:,} tokens of {tokenizer.num_tokens:,}, "
             f"unigram entropy {stats.unigram_entropy_nats:.3f} nats per token, {megabytes / seconds:.1f} MB/s\n"
-            f"--data-path {options.output_prefix}_{key}_document"
+            f"--data-path {corpus_path(prefix, key)}"
         )
 
 

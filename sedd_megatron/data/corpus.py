@@ -1,9 +1,11 @@
 """From documents to Megatron's indexed token files, and back to their bare numbers."""
 
+import codecs
 import json
 import os
 import struct
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,6 +37,8 @@ class CorpusStats:
 def input_files(inputs: Sequence[str]) -> list[Path]:
     """The files that --input names; a folder stands for the text files in it, in the order of their names.
 
+    Files of a folder that are not UTF-8 are left out, with one warning on stderr; the check reads each file once.
+
     Raises:
         UserError: a path that is not there, or a folder without text files.
     """
@@ -42,10 +46,7 @@ def input_files(inputs: Sequence[str]) -> list[Path]:
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())
-            if not found:
-                raise UserError(f"--input {name}: no file in it ends with {', '.join(TEXT_SUFFIXES)}; name the files")
-            files += found
+            files += _folder_files(path)
         elif path.is_file():
             files.append(path)
         else:
@@ -53,24 +54,26 @@ def input_files(inputs: Sequence[str]) -> list[Path]:
     return files
 
 
-def documents(files: Iterable[Path], json_key: str | None) -> Iterator[str]:
+def documents(files: Iterable[Path], json_key: str = "text") -> Iterator[str]:
     """The texts: a .jsonl file gives one per line (the value at `json_key`), any other file is one.
 
     Raises:
         UserError: naming the file and line that is not UTF-8, not JSON or lacks the key.
     """
     for path in files:
-        try:
-            if path.suffix == ".jsonl":
-                with path.open(encoding="utf-8") as lines:
-                    for number, line in enumerate(lines, start=1):
-                        if line.strip():
-                            yield _json_text(line, json_key or "text", f"--input {path} line {number}")
-            else:
-                # Line ends as they are: text that is read back must be the text that was written.
-                yield path.read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"--input {path}: not UTF-8 at byte {error.start}; convert it or leave it out") from error
+        if path.suffix == ".jsonl":
+            with path.open("rb") as lines:
+                for number, line in enumerate(lines, start=1):
+                    if line.strip():
+                        yield _json_text(line, json_key, f"--input {path} line {number}")
+        else:
+            # Line ends as they are: text that is read back must be the text that was written.
+            yield _utf8(path.read_bytes(), f"--input {path}")
+
+
+def corpus_path(prefix: Path, key: str = "text") -> Path:
+    """What --data-path has to be for the corpus that `write_corpus` writes."""
+    return prefix.parent / f"{prefix.name}_{key}_document"
 
 
 def write_corpus(
@@ -84,8 +87,8 @@ def write_corpus(
 ) -> CorpusStats:
     """Write PREFIX_KEY_document.bin and .idx, the tokenizer and the statistics beside them.
 
-    Everything is written under hidden names and renamed, the .idx last: a prefix either is a whole corpus or is not
-    there.
+    Everything is written into a hidden folder and renamed, the .idx last: a prefix either is a whole corpus or is not
+    there. A corpus of that name stays until then.
 
     Args:
         on_progress: called with (documents, tokens) after each document.
@@ -100,31 +103,34 @@ def write_corpus(
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    name = f"{prefix.name}_{key}_document"
-    partial, final = prefix.parent / f".{name}.partial", prefix.parent / name
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    builder = IndexedDatasetBuilder(f"{partial}.bin", dtype=DType.optimal_dtype(tokenizer.num_tokens))
-    counts = np.zeros(tokenizer.num_tokens, dtype=np.int64)
-    num_documents = 0
-    for text in texts:
-        ids = tokenizer.encode(text)
-        if append_eod and ids:
-            ids.append(tokenizer.eod_id)
-        if not ids:
-            continue
-        builder.add_document(torch.tensor(ids), [len(ids)])
-        counts += np.bincount(ids, minlength=tokenizer.num_tokens)
-        num_documents += 1
-        if on_progress is not None:
-            on_progress(num_documents, int(counts.sum()))
-    builder.finalize(f"{partial}.idx")
-    stats = CorpusStats(num_documents, int(counts.sum()), unigram_entropy(counts), tokenizer.tokenizer_type)
-    if not num_documents:
-        for suffix in (".bin", ".idx"):
-            os.unlink(f"{partial}{suffix}")
-        raise UserError("--input has no text; give files with at least one character")
-    Path(f"{partial}_stats.json").write_text(json.dumps(asdict(stats), indent=1) + "\n", encoding="utf-8")
-    _publish(partial, final, tokenizer)
+    final = corpus_path(prefix, key)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    dtype = DType.optimal_dtype(tokenizer.num_tokens)
+    # In the same folder: a rename within one file system is atomic.
+    with tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent) as folder:
+        partial = Path(folder) / final.name
+        builder = IndexedDatasetBuilder(f"{partial}.bin", dtype=dtype)
+        num_documents = num_tokens = 0
+        for text in texts:
+            ids = tokenizer.encode(text)
+            if not ids:
+                continue
+            if append_eod:
+                ids.append(tokenizer.eod_id)
+            builder.add_document(torch.tensor(ids), [len(ids)])
+            num_documents += 1
+            num_tokens += len(ids)
+            if on_progress is not None:
+                on_progress(num_documents, num_tokens)
+        if num_documents == 0:
+            raise UserError("--input has no text; give files with at least one character")
+        builder.finalize(f"{partial}.idx")
+        # Counted from the file: one count of the vocabulary per short document would cost more than the rest.
+        counts = _token_counts(np.memmap(f"{partial}.bin", dtype=dtype, mode="r"), tokenizer.num_tokens)
+        stats = CorpusStats(num_documents, num_tokens, unigram_entropy(counts), tokenizer.tokenizer_type)
+        Path(f"{partial}_stats.json").write_text(json.dumps(asdict(stats), indent=1) + "\n", encoding="utf-8")
+        tokenizer.save(Path(f"{partial}_tokenizer"))
+        _publish(partial, final)
     return stats
 
 
@@ -173,35 +179,81 @@ class ProgressLine:
     """Documents, tokens and rate on stderr every few seconds of a long preparation."""
 
     def __init__(self, seconds_between: float = 5.0) -> None:
-        self.start = self.last = time.monotonic()
+        self.start = self.last = None
         self.seconds_between = seconds_between
 
     def __call__(self, num_documents: int, num_tokens: int) -> None:
         """Print if it is time."""
         now = time.monotonic()
+        if self.start is None:
+            # From the first document on, and not from before Megatron's import.
+            self.start = self.last = now
         if now - self.last >= self.seconds_between:
             self.last = now
             rate = num_tokens / (now - self.start)
             print(f"{num_documents:,} documents, {num_tokens:,} tokens, {rate:,.0f} tokens/s", file=sys.stderr)
 
 
-def _publish(partial: Path, final: Path, tokenizer: Tokenizer) -> None:
-    new_tokenizer = Path(f"{partial}_tokenizer")
-    if new_tokenizer.exists():
-        replace_folder(new_tokenizer, new_tokenizer.with_name(new_tokenizer.name + ".old"))
-    tokenizer.save(new_tokenizer)
+def _folder_files(folder: Path) -> list[Path]:
+    found = sorted(p for p in folder.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())
+    readable = [path for path in found if _is_utf8(path)]
+    if not readable:
+        raise UserError(
+            f"--input {folder}: no UTF-8 file in it ends with {', '.join(TEXT_SUFFIXES)}; name the files one by one"
+        )
+    skipped = [path for path in found if path not in set(readable)]
+    if skipped:
+        print(f"warning: left out {len(skipped)} files that are not UTF-8, first {skipped[0]}", file=sys.stderr)
+    return readable
+
+
+def _is_utf8(path: Path) -> bool:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                decoder.decode(chunk)
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _token_counts(tokens: np.ndarray, num_tokens: int) -> np.ndarray:
+    counts = np.zeros(num_tokens, dtype=np.int64)
+    chunk = 1 << 24
+    for start in range(0, len(tokens), chunk):
+        counts += np.bincount(tokens[start : start + chunk], minlength=num_tokens)
+    return counts
+
+
+def _publish(partial: Path, final: Path) -> None:
     # Without its index a corpus does not exist: take the old one away before anything beside it changes.
     Path(f"{final}.idx").unlink(missing_ok=True)
-    replace_folder(new_tokenizer, Path(f"{final}_tokenizer"))
+    replace_folder(Path(f"{partial}_tokenizer"), Path(f"{final}_tokenizer"))
     for suffix in ("_stats.json", ".bin", ".idx"):
         os.replace(f"{partial}{suffix}", f"{final}{suffix}")
 
 
-def _json_text(line: str, key: str, where: str) -> str:
+def _utf8(data: bytes, where: str) -> str:
     try:
-        value = json.loads(line)
-    except ValueError as error:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 at byte {error.start}; convert it or leave it out") from error
+
+
+def _json_text(line: bytes, key: str, where: str) -> str:
+    try:
+        value = json.loads(_utf8(line, where))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON; each line must be an object") from error
     if not isinstance(value, dict) or not isinstance(value.get(key), str):
         raise UserError(f"{where}: no text at key {key!r}; name the right one with --json-keys")
+    try:
+        # JSON can write half of a surrogate pair, as \ud800; no tokenizer can.
+        value[key].encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: character {error.start} of {key!r} is half a surrogate pair; mend the line"
+        ) from error
     return value[key]

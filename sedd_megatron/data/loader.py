@@ -15,7 +15,7 @@ class MicroBatchSampler(Sampler[list[int]]):
     """Positions n of this rank's micro-batches, from `consumed_samples` on.
 
     As in Megatron-LM the order is cut into pieces of one micro-batch per replica, of which replica r takes the r-th
-    part.
+    part. Every replica gets the same number of micro-batches; a last_sample that does not end a piece is rounded up.
     """
 
     consumed_samples: int
@@ -26,10 +26,11 @@ class MicroBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Micro-batches; without end unless last_sample is given."""
-        start = self.consumed_samples + self.data_parallel_rank * self.micro_batch_size
-        while self.last_sample is None or start < self.last_sample:
+        first = self.consumed_samples
+        while self.last_sample is None or first < self.last_sample:
+            start = first + self.data_parallel_rank * self.micro_batch_size
             yield list(range(start, start + self.micro_batch_size))
-            start += self.micro_batch_size * self.data_parallel_size
+            first += self.micro_batch_size * self.data_parallel_size
 
 
 def training_batches(

@@ -5,8 +5,9 @@ A description is description.json with the tokenizer's type, and the model files
 
 import io
 import json
+import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,9 @@ from sedd_megatron.errors import UserError
 
 DESCRIPTION = "description.json"
 GPT2_END_OF_TEXT = "<|endoftext|>"
+TRAINING_LINE_CHARACTERS = 8192
+PIECE_CHARACTERS = 1 << 15
+PIECES_AT_ONCE = 16
 
 
 class Tokenizer(Protocol):
@@ -70,7 +74,10 @@ class CharTokenizer:
     @classmethod
     def from_texts(cls, texts: Iterable[str]) -> "CharTokenizer":
         """Collect the characters of a corpus."""
-        return cls("".join(sorted(set().union(*texts))))
+        characters: set[str] = set()
+        for text in texts:
+            characters.update(text)
+        return cls("".join(sorted(characters)))
 
     def encode(self, text: str) -> list[int]:
         """Ids of the characters.
@@ -115,12 +122,14 @@ class SentencePieceTokenizer:
         """Train a unigram model on whole lines, so that decode(encode(text)) == text for anything but U+2581.
 
         Text is taken as it is (no normalisation, no dummy prefix, blanks kept): line feeds and tabs are tokens of
-        their own, runs of blanks may become one token, and bytes stand in for rare characters.
+        their own, runs of blanks may become one token, and bytes stand in for rare characters. Learns from the first
+        200,000 lines.
 
         Raises:
             UserError: the text is too small for the vocabulary, or the vocabulary too small for the bytes.
         """
-        lines = (line for text in texts for line in text.splitlines() if line)
+        # The trainer leaves out lines beyond its limit, so a text without line feeds would teach it nothing.
+        lines = (piece for text in texts for line in text.splitlines() for piece in _cut(line))
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -166,16 +175,28 @@ class GPT2BPETokenizer:
             )
         except Exception as error:  # the library raises bare Exceptions
             raise UserError(
-                f"--vocab-file {vocab_file}, --merge-file {merge_file}: not a BPE vocabulary and its merges ({error})"
+                f"--vocab-file {vocab_file}, --merge-file {merge_file}: not a BPE vocabulary and its merges "
+                f"({_one_line(error)}); give GPT-2's encoder.json and vocab.bpe"
             ) from error
+        # The library drops what it has no token for, without a word.
+        missing = set(hf_tokenizers.pre_tokenizers.ByteLevel.alphabet()) - set(self._tokenizer.get_vocab())
+        if missing:
+            raise UserError(
+                f"--vocab-file {vocab_file}: has no token for {len(missing)} of the 256 bytes; give GPT-2's encoder.json"
+            )
         self._tokenizer.pre_tokenizer = hf_tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         self._tokenizer.decoder = hf_tokenizers.decoders.ByteLevel()
-        self.num_tokens = self._tokenizer.get_vocab_size()
+        self.num_tokens = _num_ids(self._tokenizer)
         self.eod_id = self._tokenizer.token_to_id(GPT2_END_OF_TEXT)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, in which <|endoftext|> is text like any other."""
-        return self._tokenizer.encode(text).ids
+        # In pieces, because the library takes 130 bytes of memory per character.
+        pieces, ids = list(_pieces(text)), []
+        for start in range(0, len(pieces), PIECES_AT_ONCE):
+            for encoding in self._tokenizer.encode_batch_fast(pieces[start : start + PIECES_AT_ONCE]):
+                ids += encoding.ids
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids."""
@@ -195,8 +216,11 @@ class HuggingFaceTokenizer:
 
     def __init__(self, tokenizer: hf_tokenizers.Tokenizer, eod_token: str | None) -> None:
         self._tokenizer = tokenizer
+        # A tokenizer.json may ask for documents to be cut at a model's length; a corpus wants all of them.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         self.eod_token = eod_token
-        self.num_tokens = tokenizer.get_vocab_size(with_added_tokens=True)
+        self.num_tokens = _num_ids(tokenizer)
         self.eod_id = tokenizer.token_to_id(eod_token) if eod_token else None
 
     @classmethod
@@ -204,21 +228,22 @@ class HuggingFaceTokenizer:
         """Read a folder, or fetch a hub name where there is a network; no code is fetched or run.
 
         Raises:
-            UserError: there is no tokenizer.json.
+            UserError: there is no tokenizer.json, or a damaged one.
         """
         folder = Path(name)
         try:
             if not folder.is_dir():
-                return cls(hf_tokenizers.Tokenizer.from_pretrained(name), None)
+                # Imported here: with its HTTP client it takes longer than all the rest.
+                from huggingface_hub import snapshot_download
+
+                folder = Path(snapshot_download(name, allow_patterns=["tokenizer.json", "tokenizer_config.json"]))
             tokenizer = hf_tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises bare Exceptions
+        except Exception as error:  # the libraries raise bare Exceptions
             raise UserError(
                 f"--tokenizer-model {name}: neither a folder with a tokenizer.json nor a hub name that can be fetched "
-                f"({' '.join(str(error).split())[:120]})"
+                f"({_one_line(error)}); download the tokenizer and name its folder"
             ) from error
-        config = folder / "tokenizer_config.json"
-        eod = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
-        return cls(tokenizer, eod["content"] if isinstance(eod, dict) else eod)
+        return cls(tokenizer, _configured_eod(folder / "tokenizer_config.json"))
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without the special tokens that a model's template would add."""
@@ -302,6 +327,42 @@ def replace_folder(new: Path, final: Path) -> None:
     """Put a finished folder in the place of another, so that readers see the one or the other."""
     shutil.rmtree(final, ignore_errors=True)
     new.rename(final)
+
+
+def _num_ids(tokenizer: hf_tokenizers.Tokenizer) -> int:
+    # Not the number of tokens: a vocabulary may leave ids out, and the ids index the model's rows.
+    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+
+def _configured_eod(config: Path) -> str | None:
+    if not config.is_file():
+        return None
+    try:
+        eod = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+        return eod["content"] if isinstance(eod, dict) else eod
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{config}: damaged ({_one_line(error)}); use another copy, or leave it out") from error
+
+
+def _cut(line: str) -> Iterator[str]:
+    return (line[i : i + TRAINING_LINE_CHARACTERS] for i in range(0, len(line), TRAINING_LINE_CHARACTERS))
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Pieces whose ids, one after the other, are the ids of the whole.
+
+    Every word of GPT-2's pattern that ends in a character that is not blank ends before a blank, whatever follows.
+    """
+    word_end = re.compile(r"(?<=\S)(?=[ \n])")
+    start = 0
+    while (found := word_end.search(text, start + PIECE_CHARACTERS)) is not None:
+        yield text[start : found.end()]
+        start = found.end()
+    yield text[start:]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
 
 
 def _required_file(tokenizer_type: str, flag: str, value: str | None) -> Path:

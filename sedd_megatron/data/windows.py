@@ -3,7 +3,7 @@
 import itertools
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ class WindowDataset(torch.utils.data.Dataset):
     longer goes on as it would have.
     """
 
-    tokens: np.ndarray
+    tokens: np.memmap
     seq_length: int
     first_window: int
     num_windows: int
@@ -41,6 +41,11 @@ class WindowDataset(torch.utils.data.Dataset):
         )
         tokens = self.tokens[window * self.seq_length : (window + 1) * self.seq_length]
         return n, torch.from_numpy(tokens.astype(np.int64))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Loader processes that are not forked get the dataset by pickle, which would copy the whole corpus to each.
+        where = (self.tokens.filename, self.tokens.dtype)
+        return _reopen, (*where, self.seq_length, self.first_window, self.num_windows, self.seed, self.shuffle)
 
 
 class Windows(NamedTuple):
@@ -99,14 +104,17 @@ def split_ranges(split: str, num_windows: int) -> list[tuple[int, int]]:
 
 def _check_tokens(tokens: np.ndarray, num_tokens: int, data_path: str) -> None:
     chunk = 1 << 24
-    for start in range(0, len(tokens), chunk):
-        part = tokens[start : start + chunk]
-        low, high = int(part.min()), int(part.max())
-        if low < 0 or high >= num_tokens:
-            raise UserError(
-                f"--data-path {data_path}: has token {low if low < 0 else high}, the tokenizer's vocabulary has tokens "
-                f"0 to {num_tokens - 1}; prepare the data with this tokenizer"
-            )
+    parts = [tokens[start : start + chunk] for start in range(0, len(tokens), chunk)]
+    low, high = min(int(part.min()) for part in parts), max(int(part.max()) for part in parts)
+    if low < 0 or high >= num_tokens:
+        raise UserError(
+            f"{data_path}.bin: has tokens {low} to {high}, the tokenizer's vocabulary has tokens 0 to "
+            f"{num_tokens - 1}; prepare the data with this tokenizer"
+        )
+
+
+def _reopen(filename: str, dtype: np.dtype, *fields: Any) -> WindowDataset:
+    return WindowDataset(np.memmap(filename, dtype=dtype, mode="r"), *fields)
 
 
 # Three: a batch may straddle two epochs, and validation never asks.

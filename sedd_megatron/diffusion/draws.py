@@ -26,7 +26,8 @@ def philox_generator(seed: int, stream: int, index: int, step: int = 0) -> np.ra
     Philox counts its low word up, one per four draws: with the other three words fixed, generators stay 2^64 blocks
     apart.
     """
-    return np.random.Generator(np.random.Philox(key=seed, counter=[0, step, index, stream]))
+    counter = np.array([0, step, index, stream], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=np.array([seed, 0], dtype=np.uint64), counter=counter))
 
 
 def philox_uniforms(seed: int, stream: int, index: int | Sequence[int] | Tensor, count: int, step: int = 0) -> Tensor:

@@ -1,0 +1,128 @@
+"""Windows: every one once per epoch, in an order that (seed, n) alone decides; ranks share them without gap or overlap."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from sedd_megatron.data.collator import NoisingCollator
+from sedd_megatron.data.corpus import write_corpus
+from sedd_megatron.data.loader import training_batches, validation_batches
+from sedd_megatron.data.tokenizers import ByteTokenizer
+from sedd_megatron.data.windows import open_windows, split_ranges
+from sedd_megatron.diffusion import AbsorbingGraph, LogLinearSchedule
+from sedd_megatron.diffusion.draws import Stream
+from sedd_megatron.errors import UserError
+
+LENGTH = 8
+
+
+@pytest.fixture(scope="module")
+def data_path(tmp_path_factory) -> str:
+    """100 windows and a rest, each window different."""
+    folder = tmp_path_factory.mktemp("windows")
+    text = bytes(np.random.Generator(np.random.Philox(0)).integers(0, 128, 100 * LENGTH + 3).tolist()).decode()
+    write_corpus(iter([text[:300], text[300:]]), ByteTokenizer(), folder / "w")
+    return str(folder / "w_text_document")
+
+
+def windows(data_path: str, **change):
+    return open_windows(data_path, **{"seq_length": LENGTH, "split": "80,15,5", "num_tokens": 256, "seed": 3, **change})
+
+
+def rows(dataset, indices) -> list[tuple]:
+    return [tuple(dataset[n][1].tolist()) for n in indices]
+
+
+def test_each_epoch_has_every_window_once_in_an_order_of_its_own(data_path):
+    train = windows(data_path).train
+    assert len(train) == 80
+    stream = np.fromfile(data_path + ".bin", dtype=np.uint16)[: 80 * LENGTH].reshape(80, LENGTH)
+    expected = sorted(map(tuple, stream.tolist()))
+    epochs = [rows(train, range(e * 80, (e + 1) * 80)) for e in range(3)]
+    assert all(sorted(epoch) == expected for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert epochs[1] != epochs[2]
+    assert rows(windows(data_path, seed=4).train, range(80)) != epochs[0]
+
+
+def test_splits_share_no_window(data_path):
+    parts = windows(data_path)
+    found = [set(rows(part, range(len(part)))) for part in parts]
+    assert [len(part) for part in parts] == [80, 15, 5]
+    assert all(not a & b for a, b in itertools.combinations(found, 2))
+    assert rows(parts.valid, range(15)) == rows(parts.valid, range(15, 30)), "validation is in the same order each time"
+
+
+@pytest.mark.parametrize("num_windows", [1, 2, 7, 1000])
+def test_split_ranges_cover_everything(num_windows):
+    ranges = split_ranges("969,30,1", num_windows)
+    assert ranges[0][0] == 0
+    assert ranges[-1][1] == num_windows
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
+
+
+def collator(stream=Stream.TRAIN_NOISE) -> NoisingCollator:
+    return NoisingCollator(AbsorbingGraph(256), LogLinearSchedule(), seed=5, stream=stream)
+
+
+def take(data_path: str, count: int, **change) -> list:
+    options = {"consumed_samples": 0, "micro_batch_size": 4, "data_parallel_rank": 0, "data_parallel_size": 1, **change}
+    return list(itertools.islice(training_batches(windows(data_path).train, collator(), **options), count))
+
+
+def joined(batches: list) -> list[torch.Tensor]:
+    """The fields of many batches, in the order of the samples."""
+    fields = [torch.cat(field) for field in zip(*batches, strict=True)]
+    order = fields[-1].argsort()
+    return [field[order] for field in fields]
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch_size"), [(1, 2), (2, 4), (4, 2), (3, 4)])
+def test_ranks_share_the_samples_of_one(data_path, ranks, micro_batch_size):
+    one = joined(take(data_path, 60 // 4 * 2))
+    steps = 120 // (ranks * micro_batch_size)
+    many = joined([
+        batch
+        for rank in range(ranks)
+        for batch in take(data_path, steps, data_parallel_rank=rank, data_parallel_size=ranks,
+                          micro_batch_size=micro_batch_size)
+    ])  # fmt: skip
+    for a, b in zip(one, many, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resuming_gives_the_rest(data_path, num_workers):
+    unbroken = take(data_path, 30)
+    resumed = take(data_path, 10, consumed_samples=80, num_workers=num_workers)
+    for a, b in zip(unbroken[20:], resumed, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_validation_is_the_same_every_time_and_bounded(data_path):
+    def once():
+        return list(validation_batches(windows(data_path).valid, collator(Stream.VALIDATION_NOISE), num_samples=12,
+                                       micro_batch_size=3, data_parallel_rank=0, data_parallel_size=2))  # fmt: skip
+
+    first, second = once(), once()
+    assert [batch.sample_index.tolist() for batch in first] == [[0, 1, 2], [6, 7, 8]]
+    assert all(torch.equal(x, y) for a, b in zip(first, second, strict=True) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"seq_length": 10_000}, "fewer than one window"),
+        ({"num_tokens": 100}, r"has tokens 0 to 127, the tokenizer's vocabulary has tokens 0 to 99"),
+        ({"split": "1,2"}, "must be three weights"),
+        ({"split": "a,b,c"}, "must be three weights"),
+        ({"split": "0,0,0"}, "must be three weights"),
+        ({"split": "-1,1,1"}, "must be three weights"),
+        ({"split": "0,1,1"}, "leaves no training window"),
+    ],
+)
+def test_errors_name_the_value_and_the_way_out(data_path, change, text):
+    with pytest.raises(UserError, match=text):
+        windows(data_path, **change)

@@ -1,0 +1,123 @@
+"""Options: one definition gives flags, YAML and checks; every mistake gets one line with the value and the way out."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sedd_megatron.config import parse_pretrain_options
+from sedd_megatron.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CONFIGS = REPOSITORY / "examples" / "configs"
+REQUIRED = ["--data-path", "x"]
+
+
+def parse(*flags: str, world_size: int = 1, monkeypatch=None):
+    if monkeypatch is not None:
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    return parse_pretrain_options([*REQUIRED, *flags])
+
+
+@pytest.mark.parametrize("preset", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_presets_are_valid(preset):
+    parse("--config", str(preset))
+
+
+@pytest.mark.parametrize(
+    ("preset", "shape"), [("sedd-small", (12, 768, 12)), ("sedd-medium", (24, 1024, 16))]
+)  # fmt: skip
+def test_published_presets_have_the_published_shapes(preset, shape):
+    options = parse("--config", str(CONFIGS / f"{preset}.yaml"))
+    model, training = options.model, options.training
+    assert (model.num_layers, model.hidden_size, model.num_attention_heads) == shape
+    assert (model.cond_dim, model.seq_length, model.hidden_dropout) == (128, 1024, 0.1)
+    assert (training.lr, training.lr_warmup_iters, training.lr_decay_style) == (3e-4, 2500, "constant")
+    assert (training.clip_grad, training.ema_decay, training.global_batch_size) == (1.0, 0.9999, 512)
+    assert model.mlp_hidden_size == 4 * model.hidden_size
+
+
+def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("lr: 1e-2\nseed: 7\nbf16: true\n")
+    options = parse("--config", str(config), "--seed", "8", "--no-bf16")
+    assert (options.training.lr, options.training.seed, options.parallel.bf16) == (1e-2, 8, False)
+    assert parse().training.lr == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("flags", "world_size", "text"),
+    [
+        (["--tensor-parallel-size", "2"], 1, "unknown flag --tensor-parallel-size: did you mean --tensor-model-parallel"),
+        (["--num-layers", "two"], 1, "argument --num-layers: invalid int value: 'two'"),
+        (["--graph", "absorbing"], 1, "invalid choice: 'absorbing'"),
+        (["--hidden-size", "770"], 1, "--hidden-size 770 is not a multiple of --num-attention-heads 12"),
+        (["--hidden-size", "12"], 1, "rotary embedding needs an even size"),
+        (["--tensor-model-parallel-size", "5"], 5, "--num-attention-heads 12 is not a multiple of --tensor-model"),
+        (["--pipeline-model-parallel-size", "5"], 5, "--num-layers 12 is not a multiple of --pipeline-model"),
+        (["--tensor-model-parallel-size", "2"], 3, "must divide the 3 ranks started; start a multiple of 2"),
+        (["--global-batch-size", "9"], 1, "--global-batch-size 9 is not a multiple of --micro-batch-size 8 times 1"),
+        (["--micro-batch-size", "0"], 1, "--micro-batch-size 0 must be at least 1"),
+        (["--lr", "-1"], 1, "--lr -1.0 must be at least 0"),
+        (["--lr", "nan"], 1, "--lr nan must be at least 0"),
+        (["--hidden-dropout", "1"], 1, "--hidden-dropout 1.0 must be at least 0 and below 1"),
+        (["--min-lr", "1"], 1, "--min-lr 1.0 must not be above --lr"),
+        (["--sigma-min", "30"], 1, "--sigma-min 30.0 must be above 0 and below --sigma-max"),
+        (["--noise-eps", "2"], 1, "--noise-eps 2.0 must lie between 0 and 1"),
+        (["--lr-decay-style", "cosine", "--train-iters", "100"], 1, "--lr-warmup-iters 2500 must be below the 100"),
+        (["--config", "nowhere.yaml"], 1, "--config nowhere.yaml: no such file"),
+    ],
+)
+def test_mistakes_name_the_value_and_the_rule(flags, world_size, text, monkeypatch):
+    with pytest.raises(UserError) as error:
+        parse(*flags, world_size=world_size, monkeypatch=monkeypatch)
+    assert text in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("num_layer: 3", "unknown option num_layer: did you mean num_layers?"),
+        ("num_layers: many", "num_layers is 'many', must be of type int"),
+        ("num_layers: 2.5", "num_layers is 2.5, must be of type int"),
+        ("bf16: 1", "bf16 is 1, must be of type bool"),
+        ("graph: line", "graph is 'line', must be one of absorb, uniform"),
+        ("- a\n- b", "expected 'option: value' lines"),
+        ("a: [", "not valid YAML"),
+        ("seed: !!python/object/apply:os.system ['true']", "not valid YAML"),
+    ],
+)
+def test_mistakes_in_yaml_are_named(content, text, tmp_path):
+    (tmp_path / "c.yaml").write_text(content)
+    with pytest.raises(UserError) as error:
+        parse("--config", str(tmp_path / "c.yaml"))
+    assert text in str(error.value)
+
+
+def test_data_path_is_required():
+    with pytest.raises(UserError, match="missing --data-path: required"):
+        parse_pretrain_options([])
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--data-path", "nowhere"], "error: nowhere_tokenizer/description.json: no tokenizer there"),
+        (["--data-path", "nowhere", "--tokenizer-type", "ByteTokenizer"], "error: --data-path nowhere: no file"),
+        (["--data-path", "x", "--bogus"], "error: unknown flag --bogus"),
+    ],
+)
+def test_the_example_ends_with_one_line_and_code_2_on_every_rank(flags, text, tmp_path):
+    for rank in (0, 1):
+        environment = dict(os.environ, WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2",
+                           PYTHONPATH=str(REPOSITORY))  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, str(REPOSITORY / "examples" / "pretrain_sedd.py"), *flags, "--device", "cpu"],
+            env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == (1 if rank == 0 else 0), done.stderr
+        assert rank != 0 or done.stderr.startswith(text)
