@@ -54,10 +54,9 @@ def prepare(options: PrepareOptions) -> None:
     """
     files = input_files(options.input)
     plain = [path for path in files if path.suffix != ".jsonl"]
-    if plain and options.json_keys != ("text",):
-        raise UserError(
-            f"--json-keys {' '.join(options.json_keys)}: {plain[0]} has no keys; leave the flag out, or give .jsonl files"
-        )
+    keys = " ".join(options.json_keys)
+    if plain and keys != "text":
+        raise UserError(f"--json-keys {keys}: {plain[0]} has no keys; leave the flag out, or give .jsonl files alone")
     tokenizer = make_tokenizer(options, files)
     if options.append_eod and tokenizer.eod_id is None:
         raise UserError(f"--append-eod: {options.tokenizer_type} has no end-of-document token; leave the flag out")

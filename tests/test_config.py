@@ -50,7 +50,11 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "world_size", "text"),
     [
-        (["--tensor-parallel-size", "2"], 1, "unknown flag --tensor-parallel-size: did you mean --tensor-model-parallel"),
+        (
+            ["--tensor-parallel-size", "2"],
+            1,
+            "unknown flag --tensor-parallel-size: did you mean --tensor-model-parallel",
+        ),
         (["--num-layers", "two"], 1, "argument --num-layers: invalid int value: 'two'"),
         (["--graph", "absorbing"], 1, "invalid choice: 'absorbing'"),
         (["--hidden-size", "770"], 1, "--hidden-size 770 is not a multiple of --num-attention-heads 12"),

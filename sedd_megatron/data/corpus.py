@@ -196,14 +196,14 @@ class ProgressLine:
 
 def _folder_files(folder: Path) -> list[Path]:
     found = sorted(p for p in folder.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())
-    readable = [path for path in found if _is_utf8(path)]
+    skipped = {path for path in found if not _is_utf8(path)}
+    readable = [path for path in found if path not in skipped]
     if not readable:
         raise UserError(
             f"--input {folder}: no UTF-8 file in it ends with {', '.join(TEXT_SUFFIXES)}; name the files one by one"
         )
-    skipped = [path for path in found if path not in set(readable)]
     if skipped:
-        print(f"warning: left out {len(skipped)} files that are not UTF-8, first {skipped[0]}", file=sys.stderr)
+        print(f"warning: left out {len(skipped)} files that are not UTF-8, first {min(skipped)}", file=sys.stderr)
     return readable
 
 

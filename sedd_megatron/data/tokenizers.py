@@ -182,7 +182,7 @@ class GPT2BPETokenizer:
         missing = set(hf_tokenizers.pre_tokenizers.ByteLevel.alphabet()) - set(self._tokenizer.get_vocab())
         if missing:
             raise UserError(
-                f"--vocab-file {vocab_file}: has no token for {len(missing)} of the 256 bytes; give GPT-2's encoder.json"
+                f"--vocab-file {vocab_file}: no token for {len(missing)} of the 256 bytes; give GPT-2's encoder.json"
             )
         self._tokenizer.pre_tokenizer = hf_tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         self._tokenizer.decoder = hf_tokenizers.decoders.ByteLevel()

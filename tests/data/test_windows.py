@@ -1,4 +1,4 @@
-"""Windows: every one once per epoch, in an order that (seed, n) alone decides; ranks share them without gap or overlap."""
+"""Windows: each once per epoch, in an order that (seed, n) decides; ranks share them without gap or overlap."""
 
 import itertools
 

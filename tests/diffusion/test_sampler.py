@@ -68,7 +68,7 @@ def test_a_given_position_stays_and_the_rest_follows_the_conditional_law(graph, 
     assert len(seen) == 51
     assert (samples[:, 0] == 2).all()
     if graph.mask_token_id is not None:
-        # Clamping is exact here: a token that does not change carries no noise. For the uniform graph it is approximate.
+        # Exact here, where a clean token carries no noise; for the uniform graph clamping is an approximation.
         conditional = LAW.view(TOKENS, TOKENS)[2] / LAW.view(TOKENS, TOKENS)[2].sum()
         assert chi_squared_p_value(torch.bincount(samples[:, 1], minlength=TOKENS), conditional) > 1e-3
 

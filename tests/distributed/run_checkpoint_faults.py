@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sedd_megatron import load_pretrained
 from sedd_megatron.config import parse_pretrain_options
 from sedd_megatron.errors import UserError
 from sedd_megatron.training.pretrain import pretrain
@@ -39,8 +40,6 @@ def check(arguments: list[str], folder: str) -> None:
             damage(root / checkpoint.name / name)
             if name.startswith("tokenizer"):
                 with pytest.raises(UserError, match=r"description\.json: (damaged|missing)"):
-                    from sedd_megatron import load_pretrained
-
                     load_pretrained(root)
                 continue
             text = refusal([*resume, str(root)])

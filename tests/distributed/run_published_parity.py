@@ -1,4 +1,4 @@
-"""Puts published-format weights into this layout's model; compares log-scores, loss and gradients with the published code's."""
+"""Published weights in this layout's model: log-scores, loss and gradients against the published code's."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Invariant 4: with the published model's weights ours gives the published log-scores, loss and gradients, in each layout."""
+"""Invariant 4: published weights give the published log-scores, loss and gradients, in each layout."""
 
 import pytest
 
