@@ -14,13 +14,14 @@ setup(
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16,<0.17",
+        "huggingface-hub",
         "numpy",
         "packaging",
         "psutil",  # imported by Megatron-Core, which does not declare it
         "pyyaml",
         "safetensors>=0.4",
         "sentencepiece>=0.2",
-        "tokenizers>=0.20",
+        "tokenizers>=0.21",
     ],
     extras_require={
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],

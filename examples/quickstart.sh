@@ -17,7 +17,7 @@ PATH="$PWD/.venv/bin:$PATH"
 echo "== tokens =="
 STDLIB=$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
 if [ ! -e "$RUN_DIR/data/stdlib_text_document.idx" ]; then
-    # Top-level modules only: a few megabytes, no packages that happen to be installed beside them.
+    # Top-level modules only: a few megabytes, without packages that happen to be installed beside them.
     python -m sedd_megatron.prepare_data --input "$STDLIB"/*.py --output-prefix "$RUN_DIR/data/stdlib" \
         --tokenizer-type ByteTokenizer
 fi
@@ -26,7 +26,7 @@ DATA="$RUN_DIR/data/stdlib_text_document"
 echo "== training =="
 RESUME=()
 [ -e "$RUN_DIR/checkpoints/latest_checkpointed_iteration.txt" ] && RESUME=(--load "$RUN_DIR/checkpoints")
-torchrun --nproc-per-node 2 examples/pretrain_sedd.py --config examples/configs/tiny.yaml \
+torchrun --standalone --nproc-per-node 2 examples/pretrain_sedd.py --config examples/configs/tiny.yaml \
     --tensor-model-parallel-size 2 --data-path "$DATA" --save "$RUN_DIR/checkpoints" \
     ${TRAIN_ITERS:+--train-iters "$TRAIN_ITERS"} ${RESUME[@]+"${RESUME[@]}"}
 

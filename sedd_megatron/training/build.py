@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.num_microbatches_calculator import ConstantNumMicroBatchesCalculator
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -35,6 +36,7 @@ class TrainingRun:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     ema: ExponentialMovingAverage
+    num_microbatches: int
     iteration: int = 0
     consumed_samples: int = 0
 
@@ -72,10 +74,31 @@ def build_run(options: PretrainOptions, tokenizer: Tokenizer, groups: ParallelGr
     optimizer = _build_optimizer(options, ddp_model, groups)
     model.config.grad_scale_func = optimizer.scale_loss
     model.config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=groups.collection)
-    ema = ExponentialMovingAverage(model, options.training.ema_decay)
-    scheduler = _build_scheduler(options, optimizer)
-    schedule = build_schedule(options.diffusion)
-    return TrainingRun(options, groups, tokenizer, graph, schedule, model, ddp_model, optimizer, scheduler, ema)
+    return TrainingRun(
+        options=options,
+        groups=groups,
+        tokenizer=tokenizer,
+        graph=graph,
+        schedule=build_schedule(options.diffusion),
+        model=model,
+        ddp_model=ddp_model,
+        optimizer=optimizer,
+        scheduler=_build_scheduler(options, optimizer),
+        ema=ExponentialMovingAverage(model, options.training.ema_decay),
+        num_microbatches=_num_microbatches(options, groups),
+    )
+
+
+def _num_microbatches(options: PretrainOptions, groups: ParallelGroups) -> int:
+    training = options.training
+    calculator = ConstantNumMicroBatchesCalculator(
+        training.global_batch_size,
+        training.micro_batch_size,
+        groups.data_size,
+        decrease_batch_size_if_needed=False,
+        rank=torch.distributed.get_rank(),
+    )
+    return calculator.get()
 
 
 def _build_optimizer(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.num_microbatches_calculator import ConstantNumMicroBatchesCalculator
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
@@ -69,7 +68,7 @@ def train(
 
 
 def train_step(run: TrainingRun, batches: Iterator[NoisyBatch]) -> dict[str, Any]:
-    """One optimizer step on one global batch; returns the metrics of DESIGN's metrics.jsonl, equal on every rank."""
+    """One optimizer step on one global batch; returns its line of metrics.jsonl, equal on every rank."""
     options, start = run.options, time.monotonic()
     run.ddp_model.train()
     seed_dropout(options.training.seed, run.iteration, run.groups)
@@ -77,13 +76,10 @@ def train_step(run: TrainingRun, batches: Iterator[NoisyBatch]) -> dict[str, Any
     run.optimizer.zero_grad()
     losses = _forward_backward(run, batches, forward_only=False)
     loss = _mean_loss(losses, run.groups)
-    if not math.isfinite(loss):
-        raise UserError(
-            f"the loss is {loss} at iteration {run.iteration + 1}; nothing was saved from this step: resume from the "
-            "last checkpoint with a lower --lr or --clip-grad, and look at the data"
-        )
+    _require_finite("loss", loss, run.iteration + 1)
     learning_rate = run.optimizer.param_groups[0]["lr"]
     _, grad_norm, _ = run.optimizer.step()
+    _require_finite("gradient norm", float(grad_norm), run.iteration + 1)
     run.iteration += 1
     run.consumed_samples += options.training.global_batch_size
     run.scheduler.step(increment=options.training.global_batch_size)
@@ -120,17 +116,13 @@ def validate(run: TrainingRun, dataset: WindowDataset) -> float:
 
 
 def _forward_backward(run: TrainingRun, batches: Iterator[NoisyBatch], forward_only: bool) -> list[dict[str, Any]]:
-    training = run.options.training
-    calculator = ConstantNumMicroBatchesCalculator(
-        training.global_batch_size, training.micro_batch_size, run.groups.data_size, False, rank=-1
-    )
     return get_forward_backward_func()(
         forward_step_func=make_forward_step(run.graph, run.groups),
         data_iterator=batches,
         model=[run.ddp_model],
-        num_microbatches=calculator.get(),
+        num_microbatches=run.num_microbatches,
         seq_length=run.options.model.seq_length,
-        micro_batch_size=training.micro_batch_size,
+        micro_batch_size=run.options.training.micro_batch_size,
         forward_only=forward_only,
     )
 
@@ -146,6 +138,14 @@ def _mean_loss(losses: list[dict[str, Any]], groups: ParallelGroups) -> float:
         mean /= groups.data_size
     torch.distributed.all_reduce(mean, group=groups.collection.pp)
     return mean.item()
+
+
+def _require_finite(name: str, value: float, iteration: int) -> None:
+    if not math.isfinite(value):
+        raise UserError(
+            f"the {name} is {value} at iteration {iteration}; nothing is saved from here on: resume from the last "
+            "checkpoint with a lower --lr or --clip-grad, and look at the data"
+        )
 
 
 def _collator(run: TrainingRun, stream: Stream) -> NoisingCollator:

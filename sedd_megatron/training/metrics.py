@@ -63,7 +63,10 @@ class MetricsWriter:
         """Record and print a validation."""
         self._write(metrics)
         loss = metrics["validation_loss"]
-        print(f"validation at iteration {metrics['iteration']} | loss {loss:.4f} | perplexity below {_exp(loss):.2f}")
+        print(
+            f"validation at iteration {metrics['iteration']} | loss {loss:.4f} | perplexity below {_exp(loss):.2f}",
+            flush=True,
+        )
 
     def close(self) -> None:
         """Bring everything to the disk."""

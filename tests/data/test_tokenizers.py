@@ -235,7 +235,7 @@ def test_damaged_descriptions_are_named(tokenizer, tmp_path):
             with pytest.raises(UserError, match=path.name.split(".")[0] if path.suffix != ".json" else str(folder)):
                 load_tokenizer(folder)
             path.unlink()
-            with pytest.raises(UserError, match="no such file|neither a folder with"):
+            with pytest.raises(UserError, match=r"no such file|neither a folder with"):
                 load_tokenizer(folder)
             path.write_bytes(whole)
     shutil.rmtree(folder)
