@@ -223,8 +223,8 @@ def test_damaged_descriptions_are_named(tokenizer, tmp_path):
         load_tokenizer(folder)
     tokenizer.save(folder)
     description = (folder / "description.json").read_text(encoding="utf-8")
-    for damaged in ("", description[:-3], "[]", "{}", '{"tokenizer_type": []}', "\x00\xff"):
-        (folder / "description.json").write_text(damaged, encoding="latin-1")
+    for damaged in (b"", description.encode()[:-3], b"[]", b"{}", b'{"tokenizer_type": []}', b"\x00\xff"):
+        (folder / "description.json").write_bytes(damaged)
         with pytest.raises(UserError, match=r"description.json: damaged|does not exist"):
             load_tokenizer(folder)
     (folder / "description.json").write_text(description, encoding="utf-8")

@@ -12,5 +12,4 @@ def chi_squared_p_value(counts: torch.Tensor, probs: torch.Tensor) -> float:
     expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
     keep = expected > 0
     statistic = ((counts[keep] - expected[keep]) ** 2 / expected[keep]).sum()
-    degrees = torch.tensor((keep.sum() - 1) / 2, dtype=torch.float64)
-    return torch.special.gammaincc(degrees, statistic / 2).item()
+    return torch.special.gammaincc((keep.sum().double() - 1) / 2, statistic / 2).item()
