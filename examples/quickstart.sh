@@ -36,10 +36,13 @@ import json
 import sys
 
 with open(sys.argv[1], encoding="utf-8") as file:
-    last = [line["validation_loss"] for line in map(json.loads, file) if "validation_loss" in line][-1]
+    lines = [json.loads(line) for line in file]
+# A run cut short by TRAIN_ITERS may end before its first validation.
+name = "validation_loss" if any("validation_loss" in line for line in lines) else "loss"
+last = [line[name] for line in lines if name in line][-1]
 with open(sys.argv[2], encoding="utf-8") as file:
     unigram = json.load(file)["unigram_entropy_nats"]
-print(f"validation loss {last:.3f} nats per token; unigram entropy of the corpus {unigram:.3f} nats per token")
+print(f"{name.replace('_', ' ')} {last:.3f} nats per token; unigram entropy of the corpus {unigram:.3f} nats per token")
 PY
 
 echo "== samples =="
