@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from sedd_megatron.config import parse_pretrain_options
+from sedd_megatron.config import GROUPS, parse_pretrain_options
 from sedd_megatron.errors import UserError
+from sedd_megatron.options import load_yaml_options
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIGS = REPOSITORY / "examples" / "configs"
@@ -23,7 +24,10 @@ def parse(*flags: str, world_size: int = 1, monkeypatch=None):
 
 @pytest.mark.parametrize("preset", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_presets_are_valid(preset):
-    parse("--config", str(preset))
+    given = load_yaml_options(preset, GROUPS)
+    parsed = parse("--config", str(preset)).to_dict()
+    assert given
+    assert {name: parsed[name] for name in given} == given
 
 
 @pytest.mark.parametrize(

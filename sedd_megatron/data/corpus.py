@@ -98,8 +98,6 @@ def write_corpus(
     """
     # Imported here: Megatron takes seconds to import, and a mistake in the flags should show before. It warns of what
     # training on this machine would lack; preparing data lacks nothing.
-    import torch
-
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
@@ -117,7 +115,7 @@ def write_corpus(
                 continue
             if append_eod:
                 ids.append(tokenizer.eod_id)
-            builder.add_document(torch.tensor(ids), [len(ids)])
+            builder.add_document(np.array(ids, dtype=dtype), [len(ids)])
             num_documents += 1
             num_tokens += len(ids)
             if on_progress is not None:
@@ -137,7 +135,7 @@ def write_corpus(
 def unigram_entropy(counts: np.ndarray) -> float:
     """Entropy in nats per token of the token frequencies: the loss of a model that knows nothing else."""
     frequencies = counts[counts > 0] / max(int(counts.sum()), 1)
-    return float(-(frequencies * np.log(frequencies)).sum()) if len(frequencies) else 0.0
+    return float((frequencies * np.log(1 / frequencies)).sum()) if len(frequencies) else 0.0
 
 
 def open_tokens(data_path: str) -> np.memmap:

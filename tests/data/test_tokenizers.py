@@ -47,20 +47,6 @@ def sentencepiece_tokenizer() -> SentencePieceTokenizer:
     return SentencePieceTokenizer.train(SOURCES, 700)
 
 
-@pytest.fixture
-def hugging_face_folder(tmp_path) -> Path:
-    folder = tmp_path / "hugging_face"
-    folder.mkdir()
-    vocabulary = {"[UNK]": 0, "the": 1, "fox": 2, "</s>": 7}
-    tokenizer = hf.Tokenizer(hf.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = hf.pre_tokenizers.Whitespace()
-    tokenizer.enable_truncation(4)
-    tokenizer.enable_padding(length=16)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "</s>"}}))
-    return folder
-
-
 @pytest.fixture(params=["byte", "char", "sentencepiece", "gpt2", "hugging_face"])
 def tokenizer(request, gpt2_files, sentencepiece_tokenizer, hugging_face_folder):
     return {

@@ -1,6 +1,7 @@
 """Windows: each once per epoch, in an order that (seed, n) decides; ranks share them without gap or overlap."""
 
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -61,6 +62,35 @@ def test_split_ranges_cover_everything(num_windows):
     assert ranges[0][0] == 0
     assert ranges[-1][1] == num_windows
     assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
+
+
+def test_loader_processes_get_the_map_and_not_a_copy(data_path):
+    train = windows(data_path).train
+    sent = pickle.dumps(train)
+    assert len(sent) < 1000
+    again = pickle.loads(sent)
+    assert isinstance(again.tokens, np.memmap)
+    assert rows(again, range(100)) == rows(train, range(100))
+
+
+def test_noise_does_not_depend_on_the_batch_it_is_drawn_in(data_path):
+    samples = [windows(data_path).train[n] for n in (0, 5, 81, 82, 10**6, 10**6 + 1)]
+    whole = collator()(samples)
+    parts = [collator()(samples[:1]), collator()(samples[1:4]), collator()(samples[4:])]
+    for together, field in zip(whole, zip(*parts, strict=True), strict=True):
+        assert torch.equal(together, torch.cat(field))
+    assert whole.x_0.dtype == torch.int64
+    assert not torch.equal(whole.x_t, collator(Stream.VALIDATION_NOISE)(samples).x_t)
+
+
+@pytest.mark.parametrize("num_samples", [12, 13])
+def test_every_rank_validates_as_many_batches(data_path, num_samples):
+    counts = {
+        len(list(validation_batches(windows(data_path).valid, collator(), num_samples=num_samples, micro_batch_size=3,
+                                    data_parallel_rank=rank, data_parallel_size=2)))
+        for rank in range(2)
+    }  # fmt: skip
+    assert len(counts) == 1
 
 
 def collator(stream=Stream.TRAIN_NOISE) -> NoisingCollator:

@@ -18,7 +18,7 @@ def golden(graph: str, noise: str, quantity: str) -> torch.Tensor:
     return GOLDEN[f"{graph}.{noise}.{quantity}"]
 
 
-def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-9) -> None:
+def check_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-9) -> None:
     scale = expected.abs().max()
     assert (actual - expected).abs().max() <= tolerance * scale
 
@@ -29,8 +29,8 @@ def test_noise_schedule(graph, noise):
     level = schedule(golden(graph, noise, "t"))
     # The published geometric schedule computes in float32: every golden sigma is a float32 number.
     tolerance = 3e-7 if noise == "geometric" else 1e-9
-    close(level.sigma, golden(graph, noise, "sigma"), tolerance)
-    close(level.sigma_rate, golden(graph, noise, "dsigma"), tolerance)
+    check_close(level.sigma, golden(graph, noise, "sigma"), tolerance)
+    check_close(level.sigma_rate, golden(graph, noise, "dsigma"), tolerance)
 
 
 @pytest.mark.parametrize(("graph", "noise"), CASES)
@@ -40,17 +40,17 @@ def test_score_entropy_and_its_gradient(graph, noise):
     score_entropy = make_graph(graph, 20).score_entropy(log_score, golden(graph, noise, "sigma"), x_t, x_0)
     expected = golden(graph, noise, "score_entropy")
     # The absorbing graph's published loss collects its terms in a float32 buffer.
-    close(score_entropy.detach(), expected.double(), 1e-9 if expected.dtype == torch.float64 else 2e-7)
+    check_close(score_entropy.detach(), expected.double(), 1e-9 if expected.dtype == torch.float64 else 2e-7)
     weighted_loss(score_entropy, golden(graph, noise, "dsigma")).sum().backward()
     expected_grad = golden(graph, noise, "grad_log_score").scatter(-1, x_t[..., None], 0.0)
-    close(log_score.grad, expected_grad, 1e-9 if expected.dtype == torch.float64 else 2e-7)
+    check_close(log_score.grad, expected_grad, 1e-9 if expected.dtype == torch.float64 else 2e-7)
 
 
 @pytest.mark.parametrize(("graph", "noise"), CASES)
 def test_reverse_rate(graph, noise):
     rate = make_graph(graph, 20).reverse_rate(golden(graph, noise, "log_score"), golden(graph, noise, "x"))
     expected = golden(graph, noise, "reverse_rate")
-    close(rate, expected / UNIFORM_RATE / 20 if graph == "uniform" else expected)
+    check_close(rate, expected / UNIFORM_RATE / 20 if graph == "uniform" else expected)
     assert rate.sum(-1).abs().max() < 1e-9 * rate.abs().max()
 
 
@@ -59,4 +59,4 @@ def test_analytic_step_probabilities(graph, noise):
     probs = make_graph(graph, 20).analytic_step_probs(
         golden(graph, noise, "log_score"), golden(graph, noise, "x"), golden(graph, noise, "dsigma_step")[:, 0]
     )
-    close(probs, golden(graph, noise, "analytic_probs"))
+    check_close(probs, golden(graph, noise, "analytic_probs"))
