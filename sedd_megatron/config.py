@@ -11,7 +11,7 @@ from dataclasses import MISSING, dataclass
 from typing import Any
 
 from sedd_megatron.errors import UserError
-from sedd_megatron.options import check_values, option, parse_options
+from sedd_megatron.options import check_values, flag_of, option, parse_options
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ def _check_ranges(options: PretrainOptions) -> None:
     ):
         for name in names:
             value = values[name]
-            _require(value is None or holds(value), f"--{name.replace('_', '-')} {value} must be {rule}")
+            _require(value is None or holds(value), f"{flag_of(name)} {value} must be {rule}")
     _require(options.training.min_lr <= options.training.lr,
              f"--min-lr {options.training.min_lr} must not be above --lr {options.training.lr}")  # fmt: skip
     decay_iters = options.training.lr_decay_iters or options.training.train_iters

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sedd_megatron.diffusion.sampler import SAMPLERS, sample
 from sedd_megatron.errors import UserError, run_command
-from sedd_megatron.options import option, parse_options
+from sedd_megatron.options import flag_of, option, parse_options
 
 if TYPE_CHECKING:
     from sedd_megatron.data.tokenizers import Tokenizer
@@ -145,7 +145,7 @@ def _check_numbers(options: GenerateOptions) -> None:
     for name in ("num_samples", "batch_size", "sampling_steps", "length"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+            raise UserError(f"{flag_of(name)} {value} must be at least 1")
     if options.seed < 0:
         raise UserError(f"--seed {options.seed} must be at least 0")
 

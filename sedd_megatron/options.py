@@ -24,6 +24,11 @@ def option(default: Any, help: str, choices: Sequence[str] = ()) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "choices": tuple(choices)})
 
 
+def flag_of(name: str) -> str:
+    """learning_rate -> --learning-rate."""
+    return "--" + name.replace("_", "-")
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message} (--help lists every flag)")
@@ -42,12 +47,12 @@ def parse_options(option_classes: Sequence[type], argv: Sequence[str], prog: str
     parser = _build_parser(option_classes, prog, description)
     namespace, unknown = parser.parse_known_args(list(argv))
     if unknown:
-        raise UserError(_unknown("flag", unknown[0], ["--" + name.replace("_", "-") for name in fields]))
+        raise UserError(_unknown("flag", unknown[0], [flag_of(name) for name in fields]))
     given = vars(namespace)
     values = {**load_yaml_options(Path(given["config"]), option_classes), **given} if given.get("config") else given
     required = [name for name, f in fields.items() if f.default is dataclasses.MISSING and name not in values]
     if required:
-        raise UserError(f"missing {', '.join('--' + n.replace('_', '-') for n in required)}: required; --help explains")
+        raise UserError(f"missing {', '.join(flag_of(n) for n in required)}: required; --help explains")
     return tuple(
         cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}) for cls in option_classes
     )
@@ -105,7 +110,7 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
             arguments["metavar"] = "|".join(field.metadata["choices"])
         if is_list:
             arguments["nargs"] = "+"
-    group.add_argument("--" + field.name.replace("_", "-"), dest=field.name, **arguments)
+    group.add_argument(flag_of(field.name), dest=field.name, **arguments)
 
 
 def _scalar_type(field: dataclasses.Field) -> tuple[type, bool]:

@@ -1,8 +1,6 @@
 """A trained model in one process, for notebooks and the commands: load_pretrained."""
 
-import atexit
-import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +10,8 @@ from torch import Tensor
 from sedd_megatron.config import ParallelOptions, model_options_from_dict
 from sedd_megatron.diffusion import AbsorbingGraph, GeometricSchedule, LogLinearSchedule, UniformGraph
 from sedd_megatron.diffusion.graph import make_graph
-from sedd_megatron.errors import UserError
 from sedd_megatron.parallel import cpu_backend
-from sedd_megatron.parallel.groups import ParallelGroups, choose_device, parallel_groups
+from sedd_megatron.parallel.groups import choose_device, groups_of_this_process
 
 if TYPE_CHECKING:
     from sedd_megatron.data.tokenizers import Tokenizer
@@ -58,8 +55,6 @@ def load_pretrained(directory: str | Path, device: str = "auto") -> PretrainedMo
     """
     if choose_device(device).type == "cpu":
         cpu_backend.install()
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
-
     from sedd_megatron.training.build import build_model, build_schedule
     from sedd_megatron.training.checkpoint import latest_checkpoint, load_saved_tokenizer
     from sedd_megatron.training.checkpoint_format import read_manifest, read_shards, verify_files
@@ -70,29 +65,14 @@ def load_pretrained(directory: str | Path, device: str = "auto") -> PretrainedMo
     model_options, diffusion = model_options_from_dict(body["state"]["options"], str(checkpoint))
     tokenizer = load_saved_tokenizer(checkpoint, body)
     parallel = ParallelOptions(device=device)
-    groups = _groups_of_this_process(parallel)
+    groups = groups_of_this_process(parallel)
     verify_files(checkpoint, body)
     graph = make_graph(diffusion.graph, body["state"]["num_tokens"])
     network = build_model(model_options, parallel, graph, groups)
-    for tensor in network.sharded_state_dict().values():
-        if isinstance(tensor, ShardedTensor):
-            tensor.key = KEY_PREFIX + tensor.key
-            read_shards(checkpoint, body, [tensor])
+    # One call: it opens each shard file once, not once per parameter.
+    averages = [replace(tensor, key=KEY_PREFIX + tensor.key) for tensor in network.sharded_tensors().values()]
+    read_shards(checkpoint, body, averages)
     network.eval()
     return PretrainedModel(
         network, graph, build_schedule(diffusion), tokenizer, model_options.seq_length, groups.device
     )
-
-
-def _groups_of_this_process(parallel: ParallelOptions) -> ParallelGroups:
-    """Process groups of one rank that live as long as the process; a second model shares them."""
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
-    if torch.distributed.is_initialized():
-        if torch.distributed.get_world_size() > 1:
-            raise UserError("load_pretrained works in one process; start this without torchrun")
-        return ParallelGroups(ProcessGroupCollection.use_mpu_process_groups(), choose_device(parallel.device))
-    stack = contextlib.ExitStack()
-    groups = stack.enter_context(parallel_groups(parallel))
-    atexit.register(stack.close)
-    return groups

@@ -324,7 +324,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 def replace_folder(new: Path, final: Path) -> None:
-    """Put a finished folder in the place of another, so that readers see the one or the other."""
+    """Put a finished folder in the place of another; for a moment there is neither, so hide it from readers first."""
     shutil.rmtree(final, ignore_errors=True)
     new.rename(final)
 

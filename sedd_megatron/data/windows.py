@@ -105,7 +105,9 @@ def split_ranges(split: str, num_windows: int) -> list[tuple[int, int]]:
 def _check_tokens(tokens: np.ndarray, num_tokens: int, data_path: str) -> None:
     chunk = 1 << 24
     parts = [tokens[start : start + chunk] for start in range(0, len(tokens), chunk)]
-    low, high = min(int(part.min()) for part in parts), max(int(part.max()) for part in parts)
+    # Both of one part before the next, so that the file is read once.
+    lows, highs = zip(*((int(part.min()), int(part.max())) for part in parts), strict=True)
+    low, high = min(lows), max(highs)
     if low < 0 or high >= num_tokens:
         raise UserError(
             f"{data_path}.bin: has tokens {low} to {high}, the tokenizer's vocabulary has tokens 0 to "

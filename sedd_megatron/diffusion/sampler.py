@@ -109,6 +109,8 @@ def sample(
         raise ValueError(f"sampler {sampler!r} does not exist; choose one of {', '.join(SAMPLERS)}")
     if num_steps < 1:
         raise ValueError(f"num_steps {num_steps} must be at least 1")
+    if fixed_mask is not None:
+        fixed_tokens, fixed_mask = fixed_tokens.to(device), fixed_mask.to(device)
     indices = range(first_sample, first_sample + num_samples)
     times = torch.linspace(1.0, time_eps, num_steps + 1, dtype=torch.float64)
     delta_t = (1.0 - time_eps) / num_steps
@@ -123,7 +125,7 @@ def sample(
         return log_score_fn(x, noise.sigma.float()).double()
 
     def keep_fixed(x: Tensor) -> Tensor:
-        return x if fixed_mask is None else torch.where(fixed_mask.to(device), fixed_tokens.to(device), x)
+        return x if fixed_mask is None else torch.where(fixed_mask, fixed_tokens, x)
 
     # Draws of step 0 make the prior, of step i + 1 the i-th step, of the last the denoising.
     x = keep_fixed(graph.prior(draws(0)).to(device))

@@ -2,8 +2,8 @@
 
 For x_t with log-scores s_y, both graphs' losses are
 
-    c_exp * A + c_log * L + c_target * a + constant,    A = sum_{y != x_t} exp(s_y),  L = sum_{y != x_t} s_y,  a =
-    s_{x_0}
+    c_exp * A + c_log * L + c_target * a + constant
+    A = sum_{y != x_t} exp(s_y),  L = sum_{y != x_t} s_y,  a = s_{x_0}
 
 with coefficients that depend on (sigma, x_t, x_0) alone. So the vocabulary may be split anywhere, and the gradient at
 y is c_exp * exp(s_y) + c_log + c_target * [y = x_0], which needs nothing but s_y.

@@ -1,10 +1,9 @@
 """Conditioning on the noise level: the sigma embedding, adaLN modulation, and every gradient-synchronisation flag.
 
 The layout decides which ranks hold a copy of a parameter and see only a part of its gradient. Megatron sums such
-gradients where
-the parameter says so: `sequence_parallel` over tensor-parallel ranks, `pipeline_parallel` over stages; `shared` keeps
-all copies but the first out of the gradient norm. Each flag that is missing makes the copies drift apart without an
-error.
+gradients where the parameter says so: `sequence_parallel` over tensor-parallel ranks, `pipeline_parallel` over stages;
+`shared` keeps all copies but the first out of the gradient norm. Each flag that is missing makes the copies drift
+apart without an error.
 """
 
 import math

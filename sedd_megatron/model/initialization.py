@@ -19,7 +19,7 @@ def initialize_parameters(model: SEDDModel, seed: int) -> None:
     description cuts the draws. Costs one whole tensor of host memory at a time.
     """
     # Read by name: a bias is drawn by its weight's fan-in.
-    shards = {name: tensor for name, tensor in model.sharded_state_dict().items() if isinstance(tensor, ShardedTensor)}
+    shards = model.sharded_tensors()
     for name, shard in shards.items():
         shape = shard.global_shape[shard.prepend_axis_num :]
         whole = _initial_values(name, shard, shards, shape, seed)

@@ -33,8 +33,8 @@ def transformer_config(model: ModelOptions, parallel: ParallelOptions, device: t
         pipeline_dtype=dtype,
         bf16=parallel.bf16,
         # initialization.py fills every parameter from its name. Megatron's own initialisation runs all the same, with
-        # nothing to
-        # do: it also marks what is tensor-parallel, and unmarked shards are left out of the gradient norm, silently.
+        # nothing to do: it also marks what is tensor-parallel, and unmarked shards are left out of the gradient norm,
+        # silently.
         init_method=leave_uninitialized,
         output_layer_init_method=leave_uninitialized,
         use_cpu_initialization=not on_gpu,

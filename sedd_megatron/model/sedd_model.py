@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel import VocabParallelEmbedding
@@ -92,6 +92,10 @@ class SEDDModel(MegatronModule):
         """Whole log-scores [B, S, num_states] float32, 0 at x_t; for a model that is one pipeline stage."""
         log_offset = log_score_offset(self.graph, sigma.float())[:, None].expand_as(x_t)
         return gather_log_score(self.forward(x_t, sigma), log_offset, x_t, self.graph.num_states, self.tp_group)
+
+    def sharded_tensors(self) -> dict[str, ShardedTensor]:
+        """This rank's part of each parameter, by its local name; Megatron's extra state is left out."""
+        return {name: value for name, value in self.sharded_state_dict().items() if isinstance(value, ShardedTensor)}
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None

@@ -2,6 +2,7 @@
 parallel_state.
 """
 
+import atexit
 import contextlib
 import os
 from collections.abc import Iterator
@@ -116,6 +117,24 @@ def parallel_groups(options: ParallelOptions) -> Iterator[ParallelGroups]:
         torch.distributed.destroy_process_group()
 
 
+def groups_of_this_process(options: ParallelOptions) -> ParallelGroups:
+    """Process groups of one rank that live as long as the process; a second model shares them.
+
+    Raises:
+        UserError: the process is one rank of many.
+    """
+    if torch.distributed.is_initialized():
+        if torch.distributed.get_world_size() > 1:
+            raise UserError("load_pretrained works in one process; start this without torchrun")
+        from megatron.core.process_groups_config import ProcessGroupCollection
+
+        return ParallelGroups(ProcessGroupCollection.use_mpu_process_groups(), choose_device(options.device))
+    stack = contextlib.ExitStack()
+    groups = stack.enter_context(parallel_groups(options))
+    atexit.register(stack.close)
+    return groups
+
+
 def _join_ranks(device: torch.device, world_size: int, timeout: timedelta) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if world_size == 1:
@@ -138,6 +157,6 @@ def seed_dropout(seed: int, iteration: int, groups: ParallelGroups) -> None:
     step_seed = (
         (seed + 1_000_003 * iteration) * 8191
         + 100 * groups.pipeline_rank
-        + 100 * groups.pipeline_size * (groups.data_rank)
+        + 100 * groups.pipeline_size * groups.data_rank
     )
     model_parallel_cuda_manual_seed(step_seed % 2**62, force_reset_rng=True)

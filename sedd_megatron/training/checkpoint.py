@@ -18,8 +18,10 @@ from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, S
 from sedd_megatron.config import PretrainOptions
 from sedd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from sedd_megatron.errors import UserError
+from sedd_megatron.options import flag_of
 from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.checkpoint_format import (
+    MANIFEST,
     file_record,
     read_manifest,
     read_shards,
@@ -44,7 +46,6 @@ def save_checkpoint(run: TrainingRun, root: Path) -> Path:
         run.tokenizer.save(partial / "tokenizer")
     torch.distributed.barrier()
     optimizer_state, step = _optimizer_state(run, is_loading=False)
-    tensors = [*_model_tensors(run), *run.ema.sharded_state(), *_sharded_tensors(optimizer_state)]
     state = {
         "options": run.options.to_dict(),
         "num_tokens": run.graph.num_tokens,
@@ -56,7 +57,7 @@ def save_checkpoint(run: TrainingRun, root: Path) -> Path:
             path.name: file_record(path) for path in sorted((partial / "tokenizer").iterdir())
         } if is_first_rank else {},
     }  # fmt: skip
-    write_shards(partial, tensors, state)
+    write_shards(partial, _all_tensors(run, optimizer_state), state)
     torch.distributed.barrier()
     if is_first_rank:
         _publish(partial, final, root, run.iteration)
@@ -84,7 +85,7 @@ def latest_checkpoint(root: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    if (root / "manifest.json").is_file():
+    if (root / MANIFEST).is_file():
         return root
     marker = root / LATEST
     if not marker.is_file():
@@ -126,10 +127,9 @@ def check_same_model(body: dict[str, Any], options: PretrainOptions, num_tokens:
     ).split()
     for name in names:
         if saved["options"][name] != now[name]:
-            flag = "--" + name.replace("_", "-")
             raise UserError(
-                f"--load {where}: it was trained with {flag} {saved['options'][name]}, this run has {now[name]}; "
-                "give the same value, or leave --load out to start anew"
+                f"--load {where}: it was trained with {flag_of(name)} {saved['options'][name]}, this run has "
+                f"{now[name]}; give the same value, or leave --load out to start anew"
             )
 
 
@@ -142,7 +142,7 @@ def load_checkpoint(run: TrainingRun, directory: Path) -> None:
     body = read_manifest(directory)
     verify_files(directory, body)
     optimizer_state, _ = _optimizer_state(run, is_loading=True)
-    read_shards(directory, body, [*_model_tensors(run), *run.ema.sharded_state(), *_sharded_tensors(optimizer_state)])
+    read_shards(directory, body, _all_tensors(run, optimizer_state))
     state = body["state"]
     _load_optimizer(run, optimizer_state, state["optimizer_step"])
     run.iteration = state["iteration"]
@@ -152,8 +152,9 @@ def load_checkpoint(run: TrainingRun, directory: Path) -> None:
     run.scheduler.step(increment=state["scheduler_samples"])
 
 
-def _model_tensors(run: TrainingRun) -> list[ShardedTensor]:
-    return [t for t in run.model.sharded_state_dict().values() if isinstance(t, ShardedTensor)]
+def _all_tensors(run: TrainingRun, optimizer_state: dict[str, Any]) -> list[ShardedTensor]:
+    """What a checkpoint holds, the same for saving and for loading."""
+    return [*run.model.sharded_tensors().values(), *run.ema.sharded_state(), *_sharded_tensors(optimizer_state)]
 
 
 def _optimizer_state(run: TrainingRun, is_loading: bool) -> tuple[dict[str, Any], float]:

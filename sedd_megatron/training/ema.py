@@ -46,8 +46,7 @@ class ExponentialMovingAverage:
         """The averages as shards named ema.<key of the parameter>, to be saved or filled."""
         return [
             dataclasses.replace(tensor, key=KEY_PREFIX + tensor.key, data=self.averages[name], dtype=torch.float32)
-            for name, tensor in self.model.sharded_state_dict().items()
-            if isinstance(tensor, ShardedTensor)
+            for name, tensor in self.model.sharded_tensors().items()
         ]
 
     @torch.no_grad()

@@ -16,8 +16,7 @@ def pretrain(options: PretrainOptions) -> None:
 
     Raises:
         UserError: a mistake that a person can mend; on every rank, and before process groups or GPU memory are taken
-            wherever
-            the mistake can be seen before.
+            wherever the mistake can be seen before.
     """
     if choose_device(options.parallel.device).type == "cpu":
         # Before the first import of a Megatron module: some of them look at torch.cuda when they are imported.

@@ -77,7 +77,7 @@ def check(graph_name: str, tensor_size: int, pipeline_size: int) -> None:
 
         graph = make_graph(graph_name, published["tokens"])
         model = build_model(options, parallel, graph, groups)
-        shards = {name: shard for name, shard in model.sharded_state_dict().items() if hasattr(shard, "global_slice")}
+        shards = model.sharded_tensors()
         seen = set()
         with torch.no_grad():
             for shard in shards.values():
