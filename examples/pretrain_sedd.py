@@ -4,7 +4,7 @@ YAML] [flags].
 
 import sys
 
-from sedd_megatron.config import parse_pretrain_options
+from sedd_megatron.arguments import parse_pretrain_options
 from sedd_megatron.errors import run_command
 from sedd_megatron.training.pretrain import pretrain
 

@@ -1,17 +1,14 @@
-"""Every option of a training run, once: flags, YAML keys and checks come from these dataclasses.
+"""Every option of a training run, once: flags and YAML keys come from these dataclasses; arguments.py has the rules.
 
 Flags that Megatron-LM has keep Megatron-LM's spelling. Values default to the published SEDD training (arXiv
 2310.16834, section 5).
 """
 
 import dataclasses
-import os
-from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from typing import Any
 
-from sedd_megatron.errors import UserError
-from sedd_megatron.options import check_values, flag_of, option, parse_options
+from sedd_megatron.options import check_values, option
 
 
 @dataclass(frozen=True)
@@ -55,13 +52,70 @@ class DiffusionOptions:
 
 @dataclass(frozen=True)
 class ParallelOptions:
-    """Parallelism and precision"""
+    """Parallelism"""
 
     tensor_model_parallel_size: int = option(1, "ranks that share each layer's matrices")
     pipeline_model_parallel_size: int = option(1, "ranks that share the layers")
+    num_layers_per_virtual_pipeline_stage: int | None = option(None, "layers of one of a rank's interleaved stages")
+    context_parallel_size: int = option(1, "ranks that share each sequence")
+    cp_comm_type: str = option(
+        "p2p", "how Transformer Engine exchanges keys and values", choices=("p2p", "all_gather", "a2a")
+    )
+    sequence_parallel: bool = option(False, "tensor-parallel ranks share the sequence outside the matrices")
+    use_distributed_optimizer: bool = option(False, "replicas share the optimizer's state and the moving average")
+    overlap_grad_reduce: bool = option(False, "reduce gradients while the backward pass runs")
+    overlap_param_gather: bool = option(False, "gather updated parameters while the next forward pass runs")
+    ddp_bucket_size: int | None = option(None, "parameters per overlapped reduction; Megatron's choice if not given")
     device: str = option("auto", "auto takes GPUs where there are any", choices=("auto", "cpu", "cuda"))
-    bf16: bool = option(False, "bfloat16 weights and activations, float32 master weights, gradients and loss")
     distributed_timeout_minutes: int = option(10, "how long a collective may wait for a lost rank")
+
+    def num_model_chunks(self, num_layers: int) -> int:
+        """Number of interleaved pipeline stages on each rank; 1 without virtual pipeline parallelism."""
+        layers_per_stage = self.num_layers_per_virtual_pipeline_stage
+        return num_layers // self.pipeline_model_parallel_size // layers_per_stage if layers_per_stage else 1
+
+
+@dataclass(frozen=True)
+class PrecisionOptions:
+    """Precision and kernels"""
+
+    bf16: bool = option(False, "bfloat16 weights and activations, float32 master weights, gradients and loss")
+    transformer_impl: str = option(
+        "auto",
+        "layers of plain torch or of Transformer Engine; auto takes the latter where it can run",
+        choices=("auto", "local", "transformer_engine"),
+    )
+    fp8_format: str | None = option(
+        None, "FP8 for the layers' matrix products: e4m3, or hybrid with e5m2 gradients", choices=("e4m3", "hybrid")
+    )
+    fp8_recipe: str = option(
+        "delayed",
+        "how FP8 scaling factors are found",
+        choices=("delayed", "tensorwise", "blockwise"),
+    )
+    fp8_amax_history_len: int = option(1024, "delayed recipe: steps whose largest values are remembered")
+    fp8_amax_compute_algo: str = option(
+        "max", "delayed recipe: which of the remembered values scales", choices=("most_recent", "max")
+    )
+    fp8_param_gather: bool = option(False, "keep the layers' matrices in FP8 and gather them so")
+
+
+@dataclass(frozen=True)
+class RecomputeOptions:
+    """Activation recompute"""
+
+    recompute_granularity: str | None = option(
+        None, "recompute whole layers, or selected modules, in the backward pass", choices=("full", "selective")
+    )
+    recompute_method: str | None = option(
+        None,
+        "full: checkpoint every run of recompute-num-layers layers, or only that many layers of a stage",
+        choices=("uniform", "block"),
+    )
+    recompute_num_layers: int | None = option(None, "full: layers per checkpoint (uniform) or per stage (block)")
+    recompute_modules: tuple[str, ...] = option(
+        ("core_attn",), "selective: which modules", choices=("core_attn", "layernorm", "mlp")
+    )
 
 
 @dataclass(frozen=True)
@@ -105,6 +159,7 @@ class CheckpointOptions:
     save: str | None = option(None, "folder for checkpoints")
     load: str | None = option(None, "folder of checkpoints to resume from; any layout loads into any other")
     save_interval: int = option(5000, "steps between checkpoints; the last step is always saved")
+    async_save: bool = option(False, "write checkpoints while training goes on; costs a copy in host memory")
 
 
 @dataclass(frozen=True)
@@ -119,16 +174,30 @@ class LoggingOptions:
 
 
 @dataclass(frozen=True)
+class VerifyOptions:
+    """Check of a layout, instead of a training run"""
+
+    verify_layout: bool = option(False, "train a few steps in this layout and in one process, and compare")
+    verify_layout_steps: int = option(5, "steps of the comparison")
+    verify_layout_tolerance: float | None = option(
+        None, "largest relative difference allowed; 1e-5 in float32, 2e-2 in bf16, 5e-2 in FP8 if not given"
+    )
+
+
+@dataclass(frozen=True)
 class PretrainOptions:
     """All options of a training run, by group."""
 
     model: ModelOptions
     diffusion: DiffusionOptions
     parallel: ParallelOptions
+    precision: PrecisionOptions
+    recompute: RecomputeOptions
     training: TrainingOptions
     data: DataOptions
     checkpoint: CheckpointOptions
     logging: LoggingOptions
+    verify: VerifyOptions
 
     def to_dict(self) -> dict[str, Any]:
         """Every option by its name, as kept in checkpoints."""
@@ -139,19 +208,6 @@ class PretrainOptions:
 GROUPS = tuple(field.type for field in dataclasses.fields(PretrainOptions))
 
 
-def parse_pretrain_options(argv: Sequence[str]) -> PretrainOptions:
-    """Read flags and the YAML file they name, and check every value that needs no cluster.
-
-    Raises:
-        UserError: with the value, the rule and the way out.
-    """
-    description = "Train a score entropy discrete diffusion model on Megatron-Core."
-    _, *groups = parse_options((ConfigFile, *GROUPS), argv, "pretrain_sedd.py", description)
-    options = PretrainOptions(*groups)
-    check_options(options, int(os.environ.get("WORLD_SIZE", "1")))
-    return options
-
-
 def model_options_from_dict(values: dict[str, Any], where: str) -> tuple[ModelOptions, DiffusionOptions]:
     """The model's part of a checkpoint's options; `where` names the checkpoint in errors."""
     groups = []
@@ -159,107 +215,3 @@ def model_options_from_dict(values: dict[str, Any], where: str) -> tuple[ModelOp
         names = {field.name for field in dataclasses.fields(cls)}
         groups.append(cls(**check_values({k: v for k, v in values.items() if k in names}, (cls,), where)))
     return groups[0], groups[1]
-
-
-def check_options(options: PretrainOptions, world_size: int) -> None:
-    """Check ranges, divisibility and the layout against the number of ranks.
-
-    Raises:
-        UserError: naming the first value that breaks a rule.
-    """
-    _check_ranges(options)
-    check_model_layout(options.model, options.parallel)
-    check_diffusion(options.diffusion)
-    data_parallel_size = data_parallel_size_of(options.parallel, world_size)
-    training = options.training
-    per_step = training.micro_batch_size * data_parallel_size
-    _require(
-        training.global_batch_size % per_step == 0,
-        f"--global-batch-size {training.global_batch_size} is not a multiple of --micro-batch-size "
-        f"{training.micro_batch_size} times {data_parallel_size} data-parallel ranks; make it a multiple of {per_step}",
-    )
-
-
-def data_parallel_size_of(parallel: ParallelOptions, world_size: int) -> int:
-    """Number of replicas of the model.
-
-    Raises:
-        UserError: the tensor and pipeline sizes do not divide the number of ranks.
-    """
-    model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    _require(
-        world_size % model_ranks == 0,
-        f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size} times --pipeline-model-parallel-size "
-        f"{parallel.pipeline_model_parallel_size} must divide the {world_size} ranks started; start a multiple of "
-        f"{model_ranks} (torchrun --nproc-per-node) or lower one of them",
-    )
-    return world_size // model_ranks
-
-
-def check_model_layout(model: ModelOptions, parallel: ParallelOptions) -> None:
-    """Check that the model's sizes divide into heads, tensor-parallel shards and pipeline stages."""
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    rules = (
-        ("hidden-size", model.hidden_size, "num-attention-heads", model.num_attention_heads),
-        ("num-attention-heads", model.num_attention_heads, "tensor-model-parallel-size", tensor),
-        ("ffn-hidden-size", model.mlp_hidden_size, "tensor-model-parallel-size", tensor),
-        ("make-vocab-size-divisible-by", model.make_vocab_size_divisible_by, "tensor-model-parallel-size", tensor),
-        ("num-layers", model.num_layers, "pipeline-model-parallel-size", pipeline),
-    )
-    for name, value, divisor_name, divisor in rules:
-        _require(
-            value % divisor == 0,
-            f"--{name} {value} is not a multiple of --{divisor_name} {divisor}; change one of them",
-        )
-    head_size = model.hidden_size // model.num_attention_heads
-    _require(
-        head_size % 2 == 0,
-        f"--hidden-size {model.hidden_size} over --num-attention-heads {model.num_attention_heads} gives heads of "
-        f"{head_size}; rotary embedding needs an even size: change one of them",
-    )
-
-
-def check_diffusion(diffusion: DiffusionOptions) -> None:
-    """Check the noise schedule's numbers."""
-    _require(0 < diffusion.noise_eps < 1, f"--noise-eps {diffusion.noise_eps} must lie between 0 and 1, as 1e-3")
-    _require(0 < diffusion.time_eps < 1, f"--time-eps {diffusion.time_eps} must lie between 0 and 1, as 1e-3")
-    _require(
-        0 < diffusion.sigma_min < diffusion.sigma_max,
-        f"--sigma-min {diffusion.sigma_min} must be above 0 and below --sigma-max {diffusion.sigma_max}",
-    )
-
-
-def _check_ranges(options: PretrainOptions) -> None:
-    at_least_one = (
-        "num_layers hidden_size num_attention_heads ffn_hidden_size seq_length cond_dim make_vocab_size_divisible_by "
-        "tensor_model_parallel_size pipeline_model_parallel_size distributed_timeout_minutes micro_batch_size "
-        "global_batch_size lr_decay_iters save_interval eval_iters log_interval"
-    ).split()
-    at_least_zero = (
-        "train_iters lr min_lr lr_warmup_iters clip_grad weight_decay seed num_workers eval_interval"
-    ).split()
-    below_one = ["hidden_dropout", "adam_beta1", "adam_beta2", "ema_decay"]
-    values = options.to_dict()
-    for names, holds, rule in (
-        (at_least_one, lambda v: v >= 1, "at least 1"),
-        (at_least_zero, lambda v: v >= 0, "at least 0"),
-        (below_one, lambda v: 0 <= v < 1, "at least 0 and below 1"),
-        (["adam_eps"], lambda v: v > 0, "above 0"),
-    ):
-        for name in names:
-            value = values[name]
-            _require(value is None or holds(value), f"{flag_of(name)} {value} must be {rule}")
-    _require(options.training.min_lr <= options.training.lr,
-             f"--min-lr {options.training.min_lr} must not be above --lr {options.training.lr}")  # fmt: skip
-    decay_iters = options.training.lr_decay_iters or options.training.train_iters
-    if options.training.lr_decay_style != "constant":
-        _require(
-            options.training.lr_warmup_iters < decay_iters,
-            f"--lr-warmup-iters {options.training.lr_warmup_iters} must be below the {decay_iters} steps of the decay "
-            "(--lr-decay-iters, or --train-iters)",
-        )
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise UserError(message)

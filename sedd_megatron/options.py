@@ -48,7 +48,7 @@ def parse_options(option_classes: Sequence[type], argv: Sequence[str], prog: str
     namespace, unknown = parser.parse_known_args(list(argv))
     if unknown:
         raise UserError(_unknown("flag", unknown[0], [flag_of(name) for name in fields]))
-    given = vars(namespace)
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(namespace).items()}
     values = {**load_yaml_options(Path(given["config"]), option_classes), **given} if given.get("config") else given
     required = [name for name, f in fields.items() if f.default is dataclasses.MISSING and name not in values]
     if required:
@@ -128,7 +128,12 @@ def _convert(name: str, value: Any, field: dataclasses.Field, where: str) -> Any
     if value is None and field.default is None:
         return None
     if is_list:
-        return tuple(value) if isinstance(value, list | tuple) else (scalar_type(value),)
+        values = value if isinstance(value, list | tuple) else [value]
+        return tuple(_convert_one(name, one, scalar_type, field, where) for one in values)
+    return _convert_one(name, value, scalar_type, field, where)
+
+
+def _convert_one(name: str, value: Any, scalar_type: type, field: dataclasses.Field, where: str) -> Any:
     # YAML reads 3e-4 as a string; bool is a subclass of int and must not pass for one.
     number_as_text = scalar_type in (int, float) and isinstance(value, str)
     if isinstance(value, bool) != (scalar_type is bool) or not (

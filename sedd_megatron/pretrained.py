@@ -1,13 +1,13 @@
 """A trained model in one process, for notebooks and the commands: load_pretrained."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sedd_megatron.config import ParallelOptions, model_options_from_dict
+from sedd_megatron.config import ParallelOptions, PrecisionOptions, RecomputeOptions, model_options_from_dict
 from sedd_megatron.diffusion import AbsorbingGraph, GeometricSchedule, LogLinearSchedule, UniformGraph
 from sedd_megatron.diffusion.graph import make_graph
 from sedd_megatron.parallel import cpu_backend
@@ -55,9 +55,10 @@ def load_pretrained(directory: str | Path, device: str = "auto") -> PretrainedMo
     """
     if choose_device(device).type == "cpu":
         cpu_backend.install()
+    from sedd_megatron.model.model_config import transformer_config
     from sedd_megatron.training.build import build_model, build_schedule
     from sedd_megatron.training.checkpoint import latest_checkpoint, load_saved_tokenizer
-    from sedd_megatron.training.checkpoint_format import read_manifest, read_shards, verify_files
+    from sedd_megatron.training.checkpoint_format import Shard, read_manifest, read_shards, verify_files
     from sedd_megatron.training.ema import KEY_PREFIX
 
     checkpoint = latest_checkpoint(Path(directory))
@@ -68,9 +69,10 @@ def load_pretrained(directory: str | Path, device: str = "auto") -> PretrainedMo
     groups = groups_of_this_process(parallel)
     verify_files(checkpoint, body)
     graph = make_graph(diffusion.graph, body["state"]["num_tokens"])
-    network = build_model(model_options, parallel, graph, groups)
+    config = transformer_config(model_options, parallel, PrecisionOptions(), RecomputeOptions(), groups.device)
+    (network,) = build_model(config, model_options, "auto", graph, groups)
     # One call: it opens each shard file once, not once per parameter.
-    averages = [replace(tensor, key=KEY_PREFIX + tensor.key) for tensor in network.sharded_tensors().values()]
+    averages = [Shard.of(sharded, KEY_PREFIX + sharded.key) for sharded in network.sharded_tensors().values()]
     read_shards(checkpoint, body, averages)
     network.eval()
     return PretrainedModel(

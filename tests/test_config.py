@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sedd_megatron.config import GROUPS, parse_pretrain_options
+from sedd_megatron.arguments import parse_pretrain_options
+from sedd_megatron.config import GROUPS
 from sedd_megatron.errors import UserError
 from sedd_megatron.options import load_yaml_options
 

@@ -40,6 +40,9 @@ class SigmaEmbedding(nn.Module):
         for parameter in self.parameters():
             parameter.pipeline_parallel = True
             parameter.shared = not is_first_stage
+            # The distributed optimizer cuts each bucket among the replicas, and Megatron sums over the stages what a
+            # replica holds after that. This name gives the parameter a bucket of its own, cut alike on every stage.
+            parameter.shared_embedding = True
 
     def forward(self, sigma: Tensor) -> Tensor:
         """Embed sigma [B] float32; returns [B, cond_dim] in the parameters' dtype."""

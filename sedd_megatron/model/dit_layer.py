@@ -1,10 +1,16 @@
 """Megatron-Core's TransformerLayer with adaLN-zero conditioning, and bidirectional attention without bias."""
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput, get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -27,6 +33,7 @@ class DiTLayer(TransformerLayer):
         super().__init__(config, submodules, **kwargs)
         device = torch.cuda.current_device()
         self.modulation = Modulation(6, config.hidden_size, cond_dim, config, device)
+        self.recompute_norm = config.recompute_granularity == "selective" and "layernorm" in config.recompute_modules
 
     def forward(
         self,
@@ -39,13 +46,46 @@ class DiTLayer(TransformerLayer):
     ) -> tuple[Tensor, Tensor]:
         """Megatron's layer signature; hidden_states [S, B, H], context is the conditioning [B, cond_dim]."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(context)
-        normed = modulate(self.input_layernorm(hidden_states), shift_1, scale_1)
-        hidden_states = self._add_gated(
-            hidden_states, gate_1, self.self_attention(normed, attention_mask=None, rotary_pos_emb=rotary_pos_emb)
-        )
-        normed = modulate(self.pre_mlp_layernorm(hidden_states), shift_2, scale_2)
-        hidden_states = self._add_gated(hidden_states, gate_2, self.mlp(normed))
-        return hidden_states, context
+        attend = partial(self.self_attention, attention_mask=None, rotary_pos_emb=rotary_pos_emb)
+        output = self._after_norm(self.input_layernorm, hidden_states, shift_1, scale_1, attend)
+        hidden_states = self._add_gated(hidden_states, gate_1, output)
+        output = self._after_norm(self.pre_mlp_layernorm, hidden_states, shift_2, scale_2, self._mlp)
+        return self._add_gated(hidden_states, gate_2, output), context
+
+    def _after_norm(
+        self, norm: nn.Module, hidden_states: Tensor, shift: Tensor, scale: Tensor, block: Callable
+    ) -> tuple[Tensor, Tensor | None]:
+        """block(modulate(norm(hidden_states))); under `--recompute-modules layernorm` the block's input is not kept.
+
+        The norm computes in float32, so that keeping its intermediates costs more memory than any matrix's input.
+        """
+
+        def modulated_norm(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+            return modulate(norm(hidden_states), shift, scale)
+
+        if not (self.recompute_norm and self.training):
+            return block(modulated_norm(hidden_states, shift, scale))
+        # Read for what it is not: any value but None turns Transformer Engine's FP8 on in here.
+        checkpoint = CheckpointWithoutOutput(fp8=self.config.fp8)
+        output, bias = block(checkpoint.checkpoint(modulated_norm, hidden_states, shift, scale))
+        checkpoint.discard_output_and_register_recompute(output)
+        return output, bias
+
+    def _mlp(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not (self.recompute_mlp and self.training):
+            return self.mlp(hidden_states)
+
+        # Adds the bias in here: a checkpoint that returned the parameter itself would become the parameter's history,
+        # and its backward pass would call itself without end.
+        def mlp_with_bias(hidden_states: Tensor) -> Tensor:
+            output, bias = self.mlp(hidden_states)
+            return output + bias
+
+        if self.config.fp8 is None:
+            return tensor_parallel.checkpoint(mlp_with_bias, False, hidden_states), None
+        from megatron.core.extensions.transformer_engine import te_checkpoint
+
+        return te_checkpoint(mlp_with_bias, False, get_cuda_rng_tracker, self.tp_group, hidden_states), None
 
     def _add_gated(self, residual: Tensor, gate: Tensor, output_with_bias: tuple[Tensor, Tensor | None]) -> Tensor:
         output, bias = output_with_bias
@@ -68,13 +108,25 @@ class BiasFreeSelfAttention(SelfAttention):
 
 
 class BidirectionalAttention(nn.Module):
-    """Attention of every position to every position by torch's fused kernel; no [S, S] matrix is kept."""
+    """Attention of every position to every position by torch's fused kernel; no [S, S] matrix is kept.
 
-    def __init__(self, config: TransformerConfig, layer_number: int, **megatron_options: Any) -> None:
+    Under context parallelism each rank has a contiguous part of the queries and gathers all keys and values. Without
+    a causal mask every part costs the same, so that nothing needs to be balanced.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, *, pg_collection: ProcessGroupCollection, **kwargs: Any
+    ) -> None:
         super().__init__()
+        self.cp_group = pg_collection.cp
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: Any) -> Tensor:
-        """query, key, value [S, B, heads / TP, head size] -> [S, B, H / TP]."""
+        """query, key, value [S / CP, B, heads / TP, head size] -> [S / CP, B, H / TP]."""
+        if self.cp_group.size() > 1:
+            # Gathers along the first axis; the gradients of the other ranks' queries come back by reduce-scatter.
+            key, value = gather_from_sequence_parallel_region(torch.stack([key, value], 1), group=self.cp_group).unbind(
+                1
+            )
         batch_first = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         output = F.scaled_dot_product_attention(*batch_first)
         return output.permute(2, 0, 1, 3).flatten(2)

@@ -7,8 +7,13 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from sedd_megatron.config import PrecisionOptions
+from sedd_megatron.errors import UserError
 from sedd_megatron.model.conditioning import ScaleNorm
 from sedd_megatron.model.dit_layer import BiasFreeSelfAttention, BidirectionalAttention, DiTLayer
+
+# The first GPUs whose matrix units take each recipe's FP8: Ada and Hopper; block scaling from Hopper on.
+FP8_COMPUTE_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0)}
 
 
 def dit_layer_spec(cond_dim: int, column_linear: type, row_linear: type, core_attention: type) -> ModuleSpec:
@@ -46,9 +51,36 @@ def transformer_engine_layer_spec(cond_dim: int) -> ModuleSpec:
     return dit_layer_spec(cond_dim, TEColumnParallelLinear, TERowParallelLinear, TEDotProductAttention)
 
 
-def choose_layer_spec(cond_dim: int, device: torch.device) -> ModuleSpec:
-    """Transformer Engine's layer where there is a GPU and the library, the local one elsewhere."""
+def choose_layer_spec(cond_dim: int, transformer_impl: str, device: torch.device) -> ModuleSpec:
+    """The layer that `--transformer-impl` names; auto: Transformer Engine's where there is a GPU and the library."""
+    has_engine = transformer_engine_runs_on(device)
+    use_engine = {"auto": has_engine, "local": False, "transformer_engine": True}[transformer_impl]
+    return transformer_engine_layer_spec(cond_dim) if use_engine else local_layer_spec(cond_dim)
+
+
+def transformer_engine_runs_on(device: torch.device) -> bool:
+    """Whether Transformer Engine is installed and can run on `device`."""
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     # The library alone is not enough: it imports on machines without a GPU and fails when first used.
-    return transformer_engine_layer_spec(cond_dim) if HAVE_TE and device.type == "cuda" else local_layer_spec(cond_dim)
+    return HAVE_TE and device.type == "cuda"
+
+
+def check_transformer_engine(precision: PrecisionOptions, device: torch.device) -> None:
+    """Refuse what this machine cannot run, before any of its memory is taken.
+
+    Raises:
+        UserError: Transformer Engine is asked for and missing, or FP8 on a GPU without it.
+    """
+    flag = f"--fp8-format {precision.fp8_format}" if precision.fp8_format else "--transformer-impl transformer_engine"
+    if not precision.fp8_format and precision.transformer_impl != "transformer_engine":
+        return
+    if not transformer_engine_runs_on(device):
+        found = "no GPU" if device.type != "cuda" else "no Transformer Engine"
+        raise UserError(f"{flag} needs a GPU and Transformer Engine, and there is {found}; install the extra 'gpu' on a "
+                        "GPU machine, or leave the flag out")  # fmt: skip
+    needed = FP8_COMPUTE_CAPABILITY[precision.fp8_recipe] if precision.fp8_format else (0, 0)
+    found = torch.cuda.get_device_capability(device)
+    if found < needed:
+        raise UserError(f"{flag} --fp8-recipe {precision.fp8_recipe} needs compute capability {needed[0]}.{needed[1]}, "
+                        f"and {torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}; train with --bf16 alone")  # fmt: skip

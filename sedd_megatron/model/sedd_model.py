@@ -1,4 +1,4 @@
-"""The score network: one pipeline stage of embedding | DiT layers | score head."""
+"""The score network: one pipeline stage, or one of a rank's interleaved stages, of embedding | DiT layers | head."""
 
 import dataclasses
 from typing import Any
@@ -35,21 +35,31 @@ class SEDDModel(MegatronModule):
         graph: AbsorbingGraph | UniformGraph,
         layer_spec: ModuleSpec,
         groups: ParallelGroups,
+        vp_stage: int | None = None,
     ) -> None:
         super().__init__(config=config)
         # Read by Megatron's pipeline schedules.
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
-        self.pre_process, self.post_process = groups.is_first_stage, groups.is_last_stage
+        num_chunks = config.virtual_pipeline_model_parallel_size or 1
+        # Stages run through the ranks chunk by chunk: 0 is the first of all, num_stages - 1 the last.
+        self.vp_stage, self.stage = vp_stage, (vp_stage or 0) * groups.pipeline_size + groups.pipeline_rank
+        self.pre_process = self.stage == 0
+        self.post_process = self.stage == num_chunks * groups.pipeline_size - 1
         self.graph = graph
         self.pg_collection = groups.collection
         self.tp_group = groups.collection.tp
         vocab_size = padded_vocab_size(graph.num_states, options.make_vocab_size_divisible_by)
         if self.pre_process:
             self.embedding = VocabParallelEmbedding(
-                vocab_size, options.hidden_size, init_method=leave_uninitialized, config=config, tp_group=self.tp_group
+                vocab_size,
+                options.hidden_size,
+                init_method=leave_uninitialized,
+                reduce_scatter_embeddings=config.sequence_parallel,
+                config=config,
+                tp_group=self.tp_group,
             )
-        self.sigma_embedding = SigmaEmbedding(options.cond_dim, config, groups.device, groups.is_first_stage)
+        self.sigma_embedding = SigmaEmbedding(options.cond_dim, config, groups.device, is_first_stage=self.pre_process)
         self.rotary_embedding = RotaryEmbedding(
             config.kv_channels,
             rotary_percent=1.0,
@@ -63,6 +73,7 @@ class SEDDModel(MegatronModule):
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=groups.collection,
+            vp_stage=vp_stage,
         )
         if self.post_process:
             self.head = ScoreHead(config, options.cond_dim, vocab_size, groups.device, self.tp_group)
@@ -72,21 +83,33 @@ class SEDDModel(MegatronModule):
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def forward(self, x_t: Tensor, sigma: Tensor) -> Tensor:
-        """One stage: x_t [B, S] int64, sigma [B] float32.
+        """One stage: x_t [B, S / CP] int64, this context-parallel rank's part of the sequence; sigma [B] float32.
 
         Returns:
-            Hidden states [S, B, H], or on the last stage logits [B, S, padded_vocab_size / TP] in the parameters'
-            dtype.
+            Hidden states [S / CP, B, H] (over TP as well under sequence parallelism), or on the last stage logits
+            [B, S / CP, padded_vocab_size / TP] in the parameters' dtype.
         """
         conditioning = self.sigma_embedding(sigma)
-        hidden_states = self.embedding(x_t).transpose(0, 1).contiguous() if self.pre_process else None
         hidden_states = self.decoder(
-            hidden_states=hidden_states,
+            hidden_states=self._embed(x_t) if self.pre_process else None,
             attention_mask=None,
             context=conditioning,
-            rotary_pos_emb=self.rotary_embedding.get_emb(x_t.shape[1]),
+            rotary_pos_emb=self._rotary_angles(x_t.shape[1]),
         )
         return self.head(hidden_states, conditioning) if self.post_process else hidden_states
+
+    def _embed(self, x_t: Tensor) -> Tensor:
+        embedded = self.embedding(x_t)
+        # Where it scatters the sequence over the tensor-parallel ranks, Megatron's embedding has transposed already.
+        return embedded if self.config.sequence_parallel else embedded.transpose(0, 1).contiguous()
+
+    def _rotary_angles(self, length: int) -> Tensor:
+        """[length, 1, 1, head size]: the angles of this rank's contiguous part.
+
+        RotaryEmbedding's own forward would cut the zig-zag parts that balance a causal mask.
+        """
+        first = self.pg_collection.cp.rank() * length
+        return self.rotary_embedding.get_emb(self.pg_collection.cp.size() * length)[first : first + length]
 
     def log_score(self, x_t: Tensor, sigma: Tensor) -> Tensor:
         """Whole log-scores [B, S, num_states] float32, 0 at x_t; for a model that is one pipeline stage."""
@@ -102,10 +125,9 @@ class SEDDModel(MegatronModule):
     ) -> ShardedStateDict:
         """Megatron's description of this rank's shards; the stages' copies of the sigma embedding count as replicas."""
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        pipeline_rank = self.pg_collection.pp.rank()
         for name, tensor in sharded.items():
             if name.startswith(f"{prefix}sigma_embedding."):
                 # Without the stage in the replica id, two ranks would write one tensor.
-                replica_id = (pipeline_rank, *tensor.replica_id[1:])
+                replica_id = (self.stage, *tensor.replica_id[1:])
                 sharded[name] = dataclasses.replace(tensor, replica_id=replica_id)
         return sharded

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sedd_megatron.config import ParallelOptions, data_parallel_size_of
+from sedd_megatron.arguments import data_parallel_size_of
+from sedd_megatron.config import ParallelOptions
 from sedd_megatron.errors import UserError
 from sedd_megatron.parallel import cpu_backend
 
@@ -48,6 +49,16 @@ class ParallelGroups:
         return self.collection.pp.size()
 
     @property
+    def context_rank(self) -> int:
+        """Which contiguous part of each sequence this rank holds."""
+        return self.collection.cp.rank()
+
+    @property
+    def context_size(self) -> int:
+        """Number of parts of each sequence."""
+        return self.collection.cp.size()
+
+    @property
     def data_rank(self) -> int:
         """Which replica this rank belongs to."""
         return self.collection.dp.rank()
@@ -56,11 +67,6 @@ class ParallelGroups:
     def data_size(self) -> int:
         """Number of replicas."""
         return self.collection.dp.size()
-
-    @property
-    def is_first_stage(self) -> bool:
-        """Whether this rank embeds tokens."""
-        return self.pipeline_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
@@ -87,8 +93,10 @@ def choose_device(device: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def parallel_groups(options: ParallelOptions) -> Iterator[ParallelGroups]:
+def parallel_groups(options: ParallelOptions, num_model_chunks: int = 1) -> Iterator[ParallelGroups]:
     """Join the ranks that torchrun (or nothing: a single process) started, and leave at the end.
+
+    `num_model_chunks` is the number of interleaved pipeline stages on each rank.
 
     Raises:
         UserError: before any group is made, if the layout does not fit the ranks or the device is not there.
@@ -107,6 +115,8 @@ def parallel_groups(options: ParallelOptions) -> Iterator[ParallelGroups]:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=options.tensor_model_parallel_size,
         pipeline_model_parallel_size=options.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=num_model_chunks if num_model_chunks > 1 else None,
+        context_parallel_size=options.context_parallel_size,
         distributed_timeout_minutes=options.distributed_timeout_minutes,
         create_gloo_process_groups=device.type == "cuda",
     )
@@ -153,10 +163,10 @@ def seed_dropout(seed: int, iteration: int, groups: ParallelGroups) -> None:
     """
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    # Strides keep apart the seeds of steps, replicas and stages; Megatron adds up to 2718 + tensor rank to each.
+    # Strides keep apart the seeds of steps, stages and the ranks that see other tokens; Megatron adds up to 2718 +
+    # tensor rank to each.
+    tokens_rank = groups.collection.dp_cp.rank()
     step_seed = (
-        (seed + 1_000_003 * iteration) * 8191
-        + 100 * groups.pipeline_rank
-        + 100 * groups.pipeline_size * groups.data_rank
+        (seed + 1_000_003 * iteration) * 8191 + 100 * groups.pipeline_rank + 100 * groups.pipeline_size * tokens_rank
     )
     model_parallel_cuda_manual_seed(step_seed % 2**62, force_reset_rng=True)

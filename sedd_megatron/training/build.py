@@ -8,8 +8,9 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.num_microbatches_calculator import ConstantNumMicroBatchesCalculator
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer import TransformerConfig
 
-from sedd_megatron.config import DiffusionOptions, ModelOptions, ParallelOptions, PretrainOptions
+from sedd_megatron.config import DiffusionOptions, ModelOptions, PretrainOptions
 from sedd_megatron.data.tokenizers import Tokenizer
 from sedd_megatron.diffusion import AbsorbingGraph, GeometricSchedule, LogLinearSchedule, UniformGraph
 from sedd_megatron.diffusion.graph import make_graph
@@ -20,6 +21,7 @@ from sedd_megatron.model.model_config import transformer_config
 from sedd_megatron.model.sedd_model import SEDDModel
 from sedd_megatron.parallel.groups import ParallelGroups, seed_dropout
 from sedd_megatron.training.ema import ExponentialMovingAverage
+from sedd_megatron.training.main_parameters import MainParameter, copy_main_parameters_to_model, main_parameters
 
 
 @dataclass
@@ -31,9 +33,10 @@ class TrainingRun:
     tokenizer: Tokenizer
     graph: AbsorbingGraph | UniformGraph
     schedule: LogLinearSchedule | GeometricSchedule
-    model: SEDDModel
-    ddp_model: DistributedDataParallel
+    model_chunks: list[SEDDModel]  # one, or with interleaved pipeline stages several
+    ddp_chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
+    main_parameters: list[MainParameter]
     scheduler: OptimizerParamScheduler
     ema: ExponentialMovingAverage
     num_microbatches: int
@@ -42,13 +45,19 @@ class TrainingRun:
 
 
 def build_model(
-    model_options: ModelOptions, parallel: ParallelOptions, graph: AbsorbingGraph | UniformGraph, groups: ParallelGroups
-) -> SEDDModel:
-    """This rank's stage of the score network, with uninitialised parameters."""
+    config: TransformerConfig,
+    model_options: ModelOptions,
+    transformer_impl: str,
+    graph: AbsorbingGraph | UniformGraph,
+    groups: ParallelGroups,
+) -> list[SEDDModel]:
+    """This rank's stages of the score network, with uninitialised parameters; one, unless stages are interleaved."""
     # Megatron forks its generators while it builds, and stops if they have no seed; nothing is drawn from them.
     seed_dropout(0, 0, groups)
-    config = transformer_config(model_options, parallel, groups.device)
-    return SEDDModel(config, model_options, graph, choose_layer_spec(model_options.cond_dim, groups.device), groups)
+    layer_spec = choose_layer_spec(model_options.cond_dim, transformer_impl, groups.device)
+    num_chunks = config.virtual_pipeline_model_parallel_size
+    vp_stages = [None] if num_chunks is None else range(num_chunks)
+    return [SEDDModel(config, model_options, graph, layer_spec, groups, vp_stage) for vp_stage in vp_stages]
 
 
 def build_schedule(diffusion: DiffusionOptions) -> LogLinearSchedule | GeometricSchedule:
@@ -61,32 +70,76 @@ def build_schedule(diffusion: DiffusionOptions) -> LogLinearSchedule | Geometric
 def build_run(options: PretrainOptions, tokenizer: Tokenizer, groups: ParallelGroups) -> TrainingRun:
     """Build a run at iteration 0; the parameters depend on the seed and not on the layout."""
     graph = make_graph(options.diffusion.graph, tokenizer.num_tokens)
-    model = build_model(options.model, options.parallel, graph, groups)
-    initialize_parameters(model, options.training.seed)
-    ddp_model = DistributedDataParallel(
-        model.config,
-        DistributedDataParallelConfig(grad_reduce_in_fp32=True, check_for_nan_in_grad=False),
-        model,
-        pg_collection=groups.collection,
-    )
-    # A replica reads each parameter before its first all-reduce: start them equal whatever the hardware's arithmetic.
-    ddp_model.broadcast_params()
-    optimizer = _build_optimizer(options, ddp_model, groups)
-    model.config.grad_scale_func = optimizer.scale_loss
-    model.config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=groups.collection)
+    config = transformer_config(options.model, options.parallel, options.precision, options.recompute, groups.device)
+    model_chunks = build_model(config, options.model, options.precision.transformer_impl, graph, groups)
+    for chunk in model_chunks:
+        initialize_parameters(chunk, options.training.seed)
+    ddp_chunks = _wrap_for_data_parallel(options, model_chunks, groups)
+    optimizer = _build_optimizer(options, ddp_chunks, groups)
+    _connect_schedule(config, ddp_chunks, optimizer, groups)
+    main = main_parameters(model_chunks, optimizer)
     return TrainingRun(
         options=options,
         groups=groups,
         tokenizer=tokenizer,
         graph=graph,
         schedule=build_schedule(options.diffusion),
-        model=model,
-        ddp_model=ddp_model,
+        model_chunks=model_chunks,
+        ddp_chunks=ddp_chunks,
         optimizer=optimizer,
+        main_parameters=main,
         scheduler=_build_scheduler(options, optimizer),
-        ema=ExponentialMovingAverage(model, options.training.ema_decay),
+        ema=ExponentialMovingAverage(
+            main, partial(copy_main_parameters_to_model, optimizer, ddp_chunks), options.training.ema_decay
+        ),
         num_microbatches=_num_microbatches(options, groups),
     )
+
+
+def _wrap_for_data_parallel(
+    options: PretrainOptions, model_chunks: list[SEDDModel], groups: ParallelGroups
+) -> list[DistributedDataParallel]:
+    parallel = options.parallel
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        check_for_nan_in_grad=False,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        bucket_size=parallel.ddp_bucket_size,
+        fp8_param_gather=options.precision.fp8_param_gather,
+    )
+    ddp_chunks = [
+        DistributedDataParallel(
+            chunk.config,
+            config,
+            chunk,
+            # Only the first chunk's reductions are on the critical path; smaller ones elsewhere would cost latency.
+            disable_bucketing=index > 0,
+            pg_collection=groups.collection,
+        )
+        for index, chunk in enumerate(model_chunks)
+    ]
+    for chunk in ddp_chunks:
+        # A replica reads each parameter before its first all-reduce: start them equal whatever the hardware's
+        # arithmetic.
+        chunk.broadcast_params()
+    return ddp_chunks
+
+
+def _connect_schedule(
+    config: TransformerConfig,
+    ddp_chunks: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    groups: ParallelGroups,
+) -> None:
+    """Give Megatron's schedules what they call during a step; they read it from the model's config."""
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=groups.collection)
+    if ddp_chunks[0].ddp_config.overlap_grad_reduce:
+        # Gradients of all micro-batches but the last stay on the rank.
+        no_sync = [chunk.no_sync for chunk in ddp_chunks]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
 
 def _num_microbatches(options: PretrainOptions, groups: ParallelGroups) -> int:
@@ -102,7 +155,7 @@ def _num_microbatches(options: PretrainOptions, groups: ParallelGroups) -> int:
 
 
 def _build_optimizer(
-    options: PretrainOptions, ddp_model: DistributedDataParallel, groups: ParallelGroups
+    options: PretrainOptions, ddp_chunks: list[DistributedDataParallel], groups: ParallelGroups
 ) -> MegatronOptimizer:
     training = options.training
     config = OptimizerConfig(
@@ -114,10 +167,13 @@ def _build_optimizer(
         adam_beta2=training.adam_beta2,
         adam_eps=training.adam_eps,
         clip_grad=training.clip_grad,
-        bf16=options.parallel.bf16,
-        params_dtype=torch.bfloat16 if options.parallel.bf16 else torch.float32,
+        bf16=options.precision.bf16,
+        params_dtype=torch.bfloat16 if options.precision.bf16 else torch.float32,
+        use_distributed_optimizer=options.parallel.use_distributed_optimizer,
+        overlap_param_gather=options.parallel.overlap_param_gather,
+        fp8_recipe=options.precision.fp8_recipe if options.precision.fp8_format else None,
     )
-    return get_megatron_optimizer(config, [ddp_model], use_gloo_process_groups=groups.device.type == "cuda")
+    return get_megatron_optimizer(config, ddp_chunks, use_gloo_process_groups=groups.device.type == "cuda")
 
 
 def _build_scheduler(options: PretrainOptions, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

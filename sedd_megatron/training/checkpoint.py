@@ -9,11 +9,12 @@ A checkpoint is written under a hidden name, brought to the disk, and renamed; o
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor
 
 from sedd_megatron.config import PretrainOptions
 from sedd_megatron.data.tokenizers import Tokenizer, load_tokenizer
@@ -22,47 +23,113 @@ from sedd_megatron.options import flag_of
 from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.checkpoint_format import (
     MANIFEST,
+    Shard,
+    copy_own_shards,
     file_record,
     read_manifest,
     read_shards,
     sync_file,
     verify_files,
     verify_records,
-    write_shards,
+    write_manifest,
+    write_own_shards,
     write_synced,
 )
+from sedd_megatron.training.main_parameters import adam_moments, set_adam_step
 
+MASTER_PREFIX = "optimizer.state.fp32_param."
 LATEST = "latest_checkpointed_iteration.txt"
 
 
-def save_checkpoint(run: TrainingRun, root: Path) -> Path:
-    """Save model, optimizer, EMA, progress, options and tokenizer. Collective over all ranks; returns the folder."""
-    final = root / f"iter_{run.iteration:07d}"
-    partial = root / f".iter_{run.iteration:07d}.partial"
-    is_first_rank = torch.distributed.get_rank() == 0
-    if is_first_rank:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        run.tokenizer.save(partial / "tokenizer")
-    torch.distributed.barrier()
-    optimizer_state, step = _optimizer_state(run, is_loading=False)
-    state = {
+class CheckpointWriter:
+    """Saves a run's checkpoints under `root`; with `is_async` their files are written by a thread of each rank.
+
+    One checkpoint is under way at a time: a save waits for the one before. Every method is collective over all ranks.
+    """
+
+    def __init__(self, root: Path, is_async: bool) -> None:
+        self.root = root
+        self.is_async = is_async
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: _PendingCheckpoint | None = None
+
+    def save(self, run: TrainingRun) -> None:
+        """Save model, optimizer, EMA, progress, options and tokenizer, or start to.
+
+        Raises:
+            UserError: on every rank, if a rank could not write this checkpoint or the one before.
+        """
+        self.finish()
+        final = self.root / f"iter_{run.iteration:07d}"
+        partial = self.root / f".{final.name}.partial"
+        tokenizer_files = {}
+        if torch.distributed.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            run.tokenizer.save(partial / "tokenizer")
+            tokenizer_files = {path.name: file_record(path) for path in sorted((partial / "tokenizer").iterdir())}
+        torch.distributed.barrier()
+        own = copy_own_shards(run_shards(run))
+        written = self._thread.submit(write_own_shards, partial, own)
+        state = _state(run) | {"tokenizer_files": tokenizer_files}
+        self._pending = _PendingCheckpoint(partial, final, run.iteration, own.entries, written, state)
+        if not self.is_async:
+            self.finish()
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank's thread still writes. Not collective."""
+        return self._pending is not None and not self._pending.written.done()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint under way on every rank and publish it.
+
+        Raises:
+            UserError: on every rank, if a rank could not write.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        own: tuple[list[dict[str, Any]], dict[str, Any], str | None]
+        try:
+            own = (pending.entries, pending.written.result(), None)
+        except OSError as error:
+            own = ([], {}, f"rank {torch.distributed.get_rank()} cannot write {pending.partial}: {error}")
+        gathered: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, own)
+        faults = [fault for _, _, fault in gathered if fault]
+        if faults:
+            raise UserError(f"{faults[0]}; the checkpoints before it are whole: make room and --load the newest")
+        if torch.distributed.get_rank() == 0:
+            entries = [entry for entries, _, _ in gathered for entry in entries]
+            files = {name: record for _, records, _ in gathered for name, record in records.items()}
+            write_manifest(pending.partial, entries, files, pending.state)
+            _publish(pending.partial, pending.final, self.root, pending.iteration)
+            print(f"saved {pending.final}", flush=True)
+        torch.distributed.barrier()
+
+
+@dataclass(frozen=True)
+class _PendingCheckpoint:
+    """A checkpoint whose files are being written."""
+
+    partial: Path
+    final: Path
+    iteration: int
+    entries: list[dict[str, Any]]
+    written: "Future[dict[str, Any]]"
+    state: dict[str, Any]
+
+
+def _state(run: TrainingRun) -> dict[str, Any]:
+    """All of a run that is not a tensor."""
+    return {
         "options": run.options.to_dict(),
         "num_tokens": run.graph.num_tokens,
         "iteration": run.iteration,
         "consumed_samples": run.consumed_samples,
-        "optimizer_step": step,
         "scheduler_samples": run.scheduler.num_steps,
-        "tokenizer_files": {
-            path.name: file_record(path) for path in sorted((partial / "tokenizer").iterdir())
-        } if is_first_rank else {},
-    }  # fmt: skip
-    write_shards(partial, _all_tensors(run, optimizer_state), state)
-    torch.distributed.barrier()
-    if is_first_rank:
-        _publish(partial, final, root, run.iteration)
-    torch.distributed.barrier()
-    return final
+    }
 
 
 def _publish(partial: Path, final: Path, root: Path, iteration: int) -> None:
@@ -141,10 +208,12 @@ def load_checkpoint(run: TrainingRun, directory: Path) -> None:
     """
     body = read_manifest(directory)
     verify_files(directory, body)
-    optimizer_state, _ = _optimizer_state(run, is_loading=True)
-    read_shards(directory, body, _all_tensors(run, optimizer_state))
+    # A float32 run saves no master weights: its weights are that. Either kind of run takes the best there is.
+    has_masters = any(key.startswith(MASTER_PREFIX) for key in body["tensors"])
+    weights_prefix = MASTER_PREFIX if has_masters and not run.options.precision.bf16 else ""
+    read_shards(directory, body, run_shards(run, weights_prefix, MASTER_PREFIX if has_masters else ""))
     state = body["state"]
-    _load_optimizer(run, optimizer_state, state["optimizer_step"])
+    set_adam_step(run.optimizer, state["iteration"])
     run.iteration = state["iteration"]
     run.consumed_samples = state["consumed_samples"]
     # The schedule depends on the number of samples alone, so that a resumed run may also change its options.
@@ -152,41 +221,16 @@ def load_checkpoint(run: TrainingRun, directory: Path) -> None:
     run.scheduler.step(increment=state["scheduler_samples"])
 
 
-def _all_tensors(run: TrainingRun, optimizer_state: dict[str, Any]) -> list[ShardedTensor]:
-    """What a checkpoint holds, the same for saving and for loading."""
-    return [*run.model.sharded_tensors().values(), *run.ema.sharded_state(), *_sharded_tensors(optimizer_state)]
-
-
-def _optimizer_state(run: TrainingRun, is_loading: bool) -> tuple[dict[str, Any], float]:
-    """Megatron's sharded optimizer state, and the number of steps taken, which Megatron keeps apart from the shards."""
-    state = run.optimizer.sharded_state_dict(run.model.sharded_state_dict(), is_loading=is_loading)
-    torch_state = state.get("optimizer", state)
-    return state, float(torch_state["state"].pop("common_step", 0))
-
-
-def _load_optimizer(run: TrainingRun, state: dict[str, Any], step: float) -> None:
-    filled = _map_tensors(state)
-    if step:
-        filled.get("optimizer", filled)["state"]["common_step"] = torch.tensor(step)
-        run.optimizer.load_state_dict(filled)
-
-
-def _sharded_tensors(state: Any) -> Iterator[ShardedTensor]:
-    if isinstance(state, ShardedTensor):
-        yield state
-    elif isinstance(state, dict | list):
-        for value in state.values() if isinstance(state, dict) else state:
-            yield from _sharded_tensors(value)
-
-
-def _map_tensors(state: Any) -> Any:
-    """The same structure with plain values in place of Megatron's wrappers."""
-    if isinstance(state, ShardedTensor):
-        return state.data
-    if isinstance(state, LocalNonpersistentObject):
-        return state.unwrap()
-    if isinstance(state, dict):
-        return {key: _map_tensors(value) for key, value in state.items()}
-    if isinstance(state, list):
-        return [_map_tensors(value) for value in state]
-    return state
+def run_shards(run: TrainingRun, weights_prefix: str = "", master_prefix: str = MASTER_PREFIX) -> Iterator[Shard]:
+    """All tensors of a checkpoint, the same for saving and for loading: weights, master weights where training is in
+    bfloat16, Adam's moments, and the moving average.
+    """
+    for chunk in run.model_chunks:
+        for sharded in chunk.sharded_tensors().values():
+            yield Shard.of(sharded, weights_prefix + sharded.key)
+    for main in run.main_parameters:
+        if run.options.precision.bf16:
+            yield main.shard(master_prefix, main.tensor)
+        for name, moment in adam_moments(run.optimizer, main).items():
+            yield main.shard(f"optimizer.state.{name}.", moment)
+    yield from run.ema.shards()

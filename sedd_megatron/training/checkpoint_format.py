@@ -1,7 +1,8 @@
 """Tensors of a checkpoint on disk: safetensors shards and one JSON manifest with their digests.
 
 Megatron's own torch_dist format keeps its metadata in pickles, which execute code when read, and has no digests. Here
-the same description of shards (Megatron's ShardedTensor) goes to formats that hold nothing but numbers and text:
+the same description of shards (Megatron's ShardedTensor, and flat ranges of it for the distributed optimizer) goes to
+formats that hold nothing but numbers and text:
 
     manifest.json                     {"digest": sha256 of the body, "body": {state, files, tensors}}
     shards-00000.safetensors, ...     one file per rank that holds a first replica of anything
@@ -11,38 +12,126 @@ Any layout reads any other: a rank copies what overlaps its own shards.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
-from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from sedd_megatron.errors import UserError
 
 MANIFEST = "manifest.json"
+# Axis by axis: where a box of a whole tensor starts, and its sizes.
+Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def write_shards(directory: Path, tensors: Iterable[ShardedTensor], state: dict[str, Any]) -> None:
-    """Write the first replicas of `tensors` and, from rank 0, the manifest with `state`. Collective over all ranks."""
-    tensors = list(tensors)
-    # Megatron's own check that every element is written by exactly one rank.
-    _, global_metadata = determine_global_metadata({str(i): tensor for i, tensor in enumerate(tensors)})
-    validate_sharding_integrity(global_metadata)
-    rank = torch.distributed.get_rank()
-    entries, file = _write_own_file(directory, f"shards-{rank:05d}.safetensors", tensors)
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, (entries, file))
-    if rank == 0:
-        files = {name: record for _, own in gathered for name, record in own.items()}
-        all_entries = [entry for own, _ in gathered for entry in own]
-        body = {"format_version": 1, "state": state, "files": files, "tensors": _by_key(all_entries)}
-        write_synced(directory / MANIFEST, json.dumps({"digest": _digest_of_json(body), "body": body}))
+@dataclass(frozen=True)
+class Shard:
+    """A box of a whole tensor, or a flat range of that box, as this rank holds it in `data`."""
+
+    key: str
+    data: Tensor
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]  # of the box, 1 along each axis that `data` lacks (the layer number)
+    is_first_replica: bool
+    flat_range: tuple[int, int] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        sharded: ShardedTensor,
+        key: str | None = None,
+        data: Tensor | None = None,
+        flat_range: tuple[int, int] | None = None,
+    ) -> "Shard":
+        """From Megatron's description, under another key or with other data of the same place if given."""
+        return cls(
+            key=sharded.key if key is None else key,
+            data=sharded.data if data is None else data,
+            global_shape=tuple(sharded.global_shape),
+            offset=tuple(sharded.global_offset),
+            shape=(1,) * sharded.prepend_axis_num + tuple(sharded.local_shape),
+            is_first_replica=is_main_replica(sharded.replica_id),
+            flat_range=flat_range,
+        )
+
+    @property
+    def box(self) -> Box:
+        """Where the box lies in the whole tensor."""
+        return self.offset, self.shape
+
+
+@dataclass(frozen=True)
+class OwnShards:
+    """What this rank writes: copies in host memory, by their names in the file, and the manifest's entries."""
+
+    file: str
+    data: dict[str, Tensor]
+    entries: list[dict[str, Any]]
+
+
+def copy_own_shards(shards: Iterable[Shard]) -> OwnShards:
+    """Copy the first replicas among `shards` to host memory, so that training may go on while they are written."""
+    file = f"shards-{torch.distributed.get_rank():05d}.safetensors"
+    entries, data = [], {}
+    for shard in shards:
+        if not shard.is_first_replica:
+            continue
+        flat = shard.flat_range
+        name = f"{shard.key}@{'.'.join(map(str, shard.offset))}" + (f"+{flat[0]}" if flat else "")
+        tensor = shard.data.detach()
+        if is_float8tensor(tensor):
+            tensor = dequantize_fp8_tensor(tensor)
+        # A clone even on the CPU: the next step changes the parameters in place.
+        data[name] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+        record = {"file": file, "name": name, "offset": list(shard.offset), "shape": list(shard.shape)}
+        entries.append(
+            {
+                "key": shard.key,
+                "dtype": str(data[name].dtype).removeprefix("torch."),
+                "global_shape": list(shard.global_shape),
+                "shard": record | ({"flat_range": list(flat)} if flat else {}),
+            }
+        )
+    return OwnShards(file, data, entries)
+
+
+def write_own_shards(directory: Path, own: OwnShards) -> dict[str, Any]:
+    """Write this rank's file and bring it to the disk; returns its record by name. Calls no collective.
+
+    Raises:
+        OSError: the disk is full, or the folder is gone.
+    """
+    if not own.data:
+        return {}
+    path = directory / own.file
+    try:
+        save_file(own.data, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+    sync_file(path)
+    return {own.file: file_record(path)}
+
+
+def write_manifest(
+    directory: Path, entries: list[dict[str, Any]], files: dict[str, Any], state: dict[str, Any]
+) -> None:
+    """Write the manifest over all ranks' entries and files, after checking that they make whole tensors."""
+    tensors = _by_key(entries)
+    for key, entry in tensors.items():
+        _check_coverage(key, entry)
+    body = {"format_version": 1, "state": state, "files": files, "tensors": tensors}
+    write_synced(directory / MANIFEST, json.dumps({"digest": _digest_of_json(body), "body": body}))
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -88,27 +177,24 @@ def verify_records(directory: Path, records: dict[str, Any]) -> None:
     _refuse(_faults(directory, records))
 
 
-def read_shards(directory: Path, body: dict[str, Any], tensors: Iterable[ShardedTensor]) -> None:
-    """Fill the data of each ShardedTensor, converting to its dtype, from whatever shards overlap it.
+def read_shards(directory: Path, body: dict[str, Any], shards: Iterable[Shard]) -> None:
+    """Fill the data of each shard, converting to its dtype, from whatever saved shards overlap it.
 
     Raises:
         UserError: a tensor is not in the checkpoint or has another shape there.
     """
     open_files: dict[str, Any] = {}
     with torch.no_grad():
-        for tensor in tensors:
-            entry = body["tensors"].get(tensor.key)
+        for shard in shards:
+            entry = body["tensors"].get(shard.key)
             if entry is None:
+                raise UserError(f"{directory}: has no tensor {shard.key}; it was saved by another kind of run or model")
+            if tuple(entry["global_shape"]) != shard.global_shape:
                 raise UserError(
-                    f"{directory}: has no tensor {tensor.key}; it was saved by another kind of run or model"
+                    f"{directory}: {shard.key} has shape {tuple(entry['global_shape'])}, this model needs "
+                    f"{shard.global_shape}; load with the options it was trained with"
                 )
-            if tuple(entry["global_shape"]) != tuple(tensor.global_shape):
-                raise UserError(
-                    f"{directory}: {tensor.key} has shape {tuple(entry['global_shape'])}, this model needs "
-                    f"{tuple(tensor.global_shape)}; load with the options it was trained with"
-                )
-            for shard in entry["shards"]:
-                _copy_overlap(directory, shard, tensor, open_files)
+            _read_shard(directory, entry, shard, open_files)
 
 
 def write_synced(path: Path, text: str) -> None:
@@ -137,31 +223,6 @@ def file_record(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _write_own_file(
-    directory: Path, name: str, tensors: Iterable[ShardedTensor]
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    entries, data = [], {}
-    for tensor in tensors:
-        if not is_main_replica(tensor.replica_id):
-            continue
-        stored_name = f"{tensor.key}@{'.'.join(map(str, tensor.global_offset))}"
-        data[stored_name] = tensor.data.detach().cpu().contiguous()
-        entries.append(
-            {
-                "key": tensor.key,
-                "dtype": str(tensor.dtype).removeprefix("torch."),
-                "global_shape": list(tensor.global_shape),
-                "shard": {"file": name, "name": stored_name, "offset": list(tensor.global_offset),
-                          "shape": _global_extent(tensor)},
-            }
-        )  # fmt: skip
-    if not data:
-        return [], {}
-    save_file(data, directory / name)
-    sync_file(directory / name)
-    return entries, {name: file_record(directory / name)}
-
-
 def _by_key(entries: list[dict[str, Any]]) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     for entry in entries:
@@ -170,30 +231,82 @@ def _by_key(entries: list[dict[str, Any]]) -> dict[str, Any]:
     return tensors
 
 
-def _global_extent(tensor: ShardedTensor) -> list[int]:
-    """The shard's size along every global axis: 1 along the prepended ones (the layer number)."""
-    return [1] * tensor.prepend_axis_num + list(tensor.local_shape)
+def _check_coverage(key: str, entry: dict[str, Any]) -> None:
+    """Every element is written, and by one rank alone: sizes add up to the whole, and no two places are the same."""
+    size, places = 0, set()
+    for shard in entry["shards"]:
+        first, last = _flat_range(shard)
+        size += last - first
+        places.add((*shard["offset"], first))
+    assert len(places) == len(entry["shards"]), f"{key}: two ranks wrote the same place"
+    assert size == math.prod(entry["global_shape"]), f"{key}: {size} elements of {entry['global_shape']} were written"
 
 
-def _copy_overlap(directory: Path, shard: dict[str, Any], tensor: ShardedTensor, open_files: dict[str, Any]) -> None:
-    starts = [max(a, b) for a, b in zip(shard["offset"], tensor.global_offset, strict=True)]
-    own_extent = _global_extent(tensor)
-    stops = [
-        min(a + n, b + m)
-        for a, n, b, m in zip(shard["offset"], shard["shape"], tensor.global_offset, own_extent, strict=True)
-    ]
-    if any(start >= stop for start, stop in zip(starts, stops, strict=True)):
+def _flat_range(shard: dict[str, Any]) -> tuple[int, int]:
+    return tuple(shard.get("flat_range", (0, math.prod(shard["shape"]))))
+
+
+def _read_shard(directory: Path, entry: dict[str, Any], target: Shard, open_files: dict[str, Any]) -> None:
+    """By boxes: pieces of the target's own box go straight to their place, pieces of others are put together first."""
+    pieces_of_box: dict[Box, list[dict[str, Any]]] = {}
+    for piece in entry["shards"]:
+        pieces_of_box.setdefault((tuple(piece["offset"]), tuple(piece["shape"])), []).append(piece)
+    own_range = target.flat_range or (0, math.prod(target.shape))
+    if target.box in pieces_of_box:
+        values = target.data.view(-1) if target.data.is_contiguous() and not is_float8tensor(target.data) else None
+        own = torch.empty(own_range[1] - own_range[0], dtype=_dtype(entry)) if values is None else values
+        _read_range(directory, pieces_of_box[target.box], own_range, own, open_files)
+        if values is None:
+            target.data.copy_(own.view(target.data.shape))
         return
-    axes = range(tensor.prepend_axis_num, len(starts))
-    source = tuple(slice(starts[i] - shard["offset"][i], stops[i] - shard["offset"][i]) for i in axes)
-    target = tuple(slice(starts[i] - tensor.global_offset[i], stops[i] - tensor.global_offset[i]) for i in axes)
-    name = shard["file"]
-    try:
-        if name not in open_files:
-            open_files[name] = safe_open(directory / name, framework="pt")
-        tensor.data[target].copy_(open_files[name].get_slice(shard["name"])[source])
-    except SafetensorError as error:
-        raise UserError(f"{directory / name}: {shard['name']} cannot be read ({error})") from error
+    whole = torch.empty(target.shape, dtype=_dtype(entry))
+    for box, pieces in pieces_of_box.items():
+        overlap = _overlap(box, target.box)
+        if overlap is None:
+            continue
+        source = torch.empty(math.prod(box[1]), dtype=_dtype(entry))
+        _read_range(directory, pieces, (0, len(source)), source, open_files)
+        in_source, in_target = overlap
+        whole[in_target] = source.view(box[1])[in_source]
+    target.data.copy_(whole.view(-1)[slice(*own_range)].view(target.data.shape))
+
+
+def _read_range(
+    directory: Path, pieces: list[dict[str, Any]], wanted: tuple[int, int], into: Tensor, open_files: dict[str, Any]
+) -> None:
+    """Copy the flat range `wanted` of a box from its pieces into the 1-D tensor `into`."""
+    for piece in pieces:
+        first, last = _flat_range(piece)
+        start, stop = max(first, wanted[0]), min(last, wanted[1])
+        if start >= stop:
+            continue
+        path = directory / piece["file"]
+        try:
+            if piece["file"] not in open_files:
+                open_files[piece["file"]] = safe_open(path, framework="pt")
+            # Of a flat range only what is wanted is read; a box is read whole, to be cut in memory.
+            saved = open_files[piece["file"]].get_slice(piece["name"])
+            part = slice(start - first, stop - first)
+            values = saved[part] if "flat_range" in piece else saved[:].view(-1)[part]
+        except SafetensorError as error:
+            raise UserError(f"{path}: {piece['name']} cannot be read ({error})") from error
+        into[start - wanted[0] : stop - wanted[0]].copy_(values)
+
+
+def _overlap(source: Box, target: Box) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """Where two boxes meet, as slices of each; None if they do not."""
+    in_source, in_target = [], []
+    for a, n, b, m in zip(*source, *target, strict=True):
+        start, stop = max(a, b), min(a + n, b + m)
+        if start >= stop:
+            return None
+        in_source.append(slice(start - a, stop - a))
+        in_target.append(slice(start - b, stop - b))
+    return tuple(in_source), tuple(in_target)
+
+
+def _dtype(entry: dict[str, Any]) -> torch.dtype:
+    return getattr(torch, entry["dtype"])
 
 
 def _faults(directory: Path, records: dict[str, Any]) -> list[str]:

@@ -1,14 +1,12 @@
-"""Exponential moving average of the weights, kept in float32 and sharded as the parameters are."""
+"""Exponential moving average of the weights, kept in float32 and sharded as the optimizer's state is."""
 
 import contextlib
-import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from torch import Tensor
 
-from sedd_megatron.model.sedd_model import SEDDModel
+from sedd_megatron.training.checkpoint_format import Shard
+from sedd_megatron.training.main_parameters import MainParameter
 
 KEY_PREFIX = "ema."
 
@@ -17,48 +15,48 @@ class ExponentialMovingAverage:
     """average <- decay * average + (1 - decay) * weights after each step.
 
     The decay warms up as (1 + n) / (10 + n) over the first n steps, as in the published training, so that the initial
-    weights are forgotten. Costs one float32 copy of this rank's parameters and no communication.
+    weights are forgotten. Costs one float32 copy of what this rank's optimizer updates and no communication: with the
+    distributed optimizer a replica averages its share only.
     """
 
-    def __init__(self, model: SEDDModel, decay: float) -> None:
+    def __init__(
+        self, main_parameters: Sequence[MainParameter], copy_to_model: Callable[[], None], decay: float
+    ) -> None:
+        """`copy_to_model` brings the main parameters' values into the model that computes with them."""
         self.decay = decay
-        self.model = model
-        self.averages = {name: weight.detach().float().clone() for name, weight in _weights(model).items()}
+        self.main_parameters = main_parameters
+        self.copy_to_model = copy_to_model
+        self.averages = [main.tensor.detach().clone() for main in main_parameters]
 
     @torch.no_grad()
     def update(self, num_updates: int) -> None:
         """Take in the weights after optimizer step number `num_updates` (from 1)."""
         decay = min(self.decay, (1 + num_updates) / (10 + num_updates))
-        weights = [weight.detach() for weight in _weights(self.model).values()]
-        torch._foreach_lerp_(list(self.averages.values()), weights, 1 - decay)
+        weights = [main.tensor.detach() for main in self.main_parameters]
+        torch._foreach_lerp_(self.averages, weights, 1 - decay)
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Put the averages into the model for the duration, and the training weights back afterwards, bitwise."""
-        kept = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
-        self._copy_into_model(self.averages)
+        """Put the averages into the model for the duration, and the training weights back afterwards, bitwise.
+
+        The two change places one parameter at a time: no second copy of the model is made. Collective with the
+        distributed optimizer, whose replicas gather what each averaged.
+        """
+        self._change_places()
         try:
             yield
         finally:
-            self._copy_into_model(kept)
+            self._change_places()
 
-    def sharded_state(self) -> list[ShardedTensor]:
-        """The averages as shards named ema.<key of the parameter>, to be saved or filled."""
-        return [
-            dataclasses.replace(tensor, key=KEY_PREFIX + tensor.key, data=self.averages[name], dtype=torch.float32)
-            for name, tensor in self.model.sharded_tensors().items()
-        ]
+    def shards(self) -> Iterator[Shard]:
+        """The averages under ema.<key of the parameter>, to be saved or filled."""
+        for main, average in zip(self.main_parameters, self.averages, strict=True):
+            yield main.shard(KEY_PREFIX, average)
 
     @torch.no_grad()
-    def _copy_into_model(self, values: dict[str, Tensor]) -> None:
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(values[name])
-
-
-def _weights(model: SEDDModel) -> dict[str, Tensor]:
-    """The weights in the best precision there is: Megatron's float32 main copy where training is in bfloat16."""
-    in_bf16 = model.config.bf16
-    return {
-        name: getattr(parameter, "main_param", parameter) if in_bf16 else parameter
-        for name, parameter in model.named_parameters()
-    }
+    def _change_places(self) -> None:
+        for main, average in zip(self.main_parameters, self.averages, strict=True):
+            weight = main.tensor.detach().clone()
+            main.tensor.copy_(average)
+            average.copy_(weight)
+        self.copy_to_model()

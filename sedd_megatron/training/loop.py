@@ -1,5 +1,6 @@
 """The training loop, from options to the last checkpoint."""
 
+import itertools
 import math
 import signal
 import time
@@ -9,7 +10,6 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
 from sedd_megatron.config import PretrainOptions
 from sedd_megatron.data.collator import NoisingCollator
@@ -21,9 +21,10 @@ from sedd_megatron.diffusion.draws import Stream
 from sedd_megatron.errors import UserError
 from sedd_megatron.parallel.groups import ParallelGroups, seed_dropout
 from sedd_megatron.training.build import TrainingRun, build_run
-from sedd_megatron.training.checkpoint import load_checkpoint, save_checkpoint
+from sedd_megatron.training.checkpoint import CheckpointWriter, load_checkpoint
 from sedd_megatron.training.forward_step import make_forward_step
 from sedd_megatron.training.metrics import MetricsWriter
+from sedd_megatron.training.summary import print_summary
 
 
 def train(
@@ -42,8 +43,13 @@ def train(
     if checkpoint is not None:
         load_checkpoint(run, checkpoint)
     metrics = _open_metrics(options)
-    _print_summary(run, windows)
-    batches = _training_batches(run, windows.train)
+    writer = (
+        CheckpointWriter(Path(options.checkpoint.save), options.checkpoint.async_save)
+        if options.checkpoint.save
+        else None
+    )
+    print_summary(run, windows)
+    batches = training_iterators(run, windows.train)
     stop_requested = _catch_sigterm()
     saved_at = run.iteration if checkpoint is not None else None
     while run.iteration < options.training.train_iters:
@@ -54,25 +60,31 @@ def train(
             validation_loss = validate(run, windows.valid)
             if metrics is not None:
                 metrics.validation({"iteration": run.iteration, "validation_loss": validation_loss})
-        stopping = _any_rank(bool(stop_requested), groups)
-        if options.checkpoint.save and (stopping or _is_due(run.iteration, options.checkpoint.save_interval)):
-            _save(run)
-            saved_at = run.iteration
+        stopping, writing = _any_rank([bool(stop_requested), writer is not None and writer.is_writing], groups)
+        if writer is not None:
+            if not writing:
+                writer.finish()
+            if stopping or _is_due(run.iteration, options.checkpoint.save_interval):
+                _save(run, writer)
+                saved_at = run.iteration
         if stopping:
             break
-    if options.checkpoint.save and saved_at != run.iteration:
-        _save(run)
+    if writer is not None:
+        if saved_at != run.iteration:
+            _save(run, writer)
+        writer.finish()
     if metrics is not None:
         metrics.close()
     return run
 
 
-def train_step(run: TrainingRun, batches: Iterator[NoisyBatch]) -> dict[str, Any]:
+def train_step(run: TrainingRun, batches: list[Iterator[NoisyBatch]]) -> dict[str, Any]:
     """One optimizer step on one global batch; returns its line of metrics.jsonl, equal on every rank."""
     options, start = run.options, time.monotonic()
-    run.ddp_model.train()
     seed_dropout(options.training.seed, run.iteration, run.groups)
-    run.ddp_model.zero_grad_buffer()
+    for chunk in run.ddp_chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
     losses = _forward_backward(run, batches, forward_only=False)
     loss = _mean_loss(losses, run.groups)
@@ -107,19 +119,23 @@ def validate(run: TrainingRun, dataset: WindowDataset) -> float:
         data_parallel_rank=run.groups.data_rank,
         data_parallel_size=run.groups.data_size,
     )
-    run.ddp_model.eval()
+    iterators = _one_per_chunk(batches, run)
+    for chunk in run.ddp_chunks:
+        chunk.eval()
     losses = []
     with run.ema.swapped_in():
         for _ in range(options.logging.eval_iters):
-            losses += _forward_backward(run, batches, forward_only=True)
+            losses += _forward_backward(run, iterators, forward_only=True)
     return _mean_loss(losses, run.groups)
 
 
-def _forward_backward(run: TrainingRun, batches: Iterator[NoisyBatch], forward_only: bool) -> list[dict[str, Any]]:
+def _forward_backward(
+    run: TrainingRun, batches: list[Iterator[NoisyBatch]], forward_only: bool
+) -> list[dict[str, Any]]:
     return get_forward_backward_func()(
         forward_step_func=make_forward_step(run.graph, run.groups),
         data_iterator=batches,
-        model=[run.ddp_model],
+        model=run.ddp_chunks,
         num_microbatches=run.num_microbatches,
         seq_length=run.options.model.seq_length,
         micro_batch_size=run.options.training.micro_batch_size,
@@ -128,14 +144,14 @@ def _forward_backward(run: TrainingRun, batches: Iterator[NoisyBatch], forward_o
 
 
 def _mean_loss(losses: list[dict[str, Any]], groups: ParallelGroups) -> float:
-    """Mean over micro-batches and replicas, in float64 so that it does not depend on how they are split; to every
-    rank.
+    """Mean over micro-batches, replicas and parts of the sequence, to every rank; in float64, so that it does not
+    depend on how they are split.
     """
     mean = torch.zeros(1, dtype=torch.float64, device=groups.device)
     if groups.is_last_stage:
         mean += torch.stack([loss["loss"].double() for loss in losses]).mean()
-        torch.distributed.all_reduce(mean, group=groups.collection.dp)
-        mean /= groups.data_size
+        torch.distributed.all_reduce(mean, group=groups.collection.dp_cp)
+        mean /= groups.collection.dp_cp.size()
     torch.distributed.all_reduce(mean, group=groups.collection.pp)
     return mean.item()
 
@@ -159,8 +175,9 @@ def _collator(run: TrainingRun, stream: Stream) -> NoisingCollator:
     )
 
 
-def _training_batches(run: TrainingRun, dataset: WindowDataset) -> Iterator[NoisyBatch]:
-    return training_batches(
+def training_iterators(run: TrainingRun, dataset: WindowDataset) -> list[Iterator[NoisyBatch]]:
+    """This rank's micro-batches from the run's position on, for each of its model chunks."""
+    batches = training_batches(
         dataset,
         _collator(run, Stream.TRAIN_NOISE),
         consumed_samples=run.consumed_samples,
@@ -169,6 +186,12 @@ def _training_batches(run: TrainingRun, dataset: WindowDataset) -> Iterator[Nois
         data_parallel_size=run.groups.data_size,
         num_workers=run.options.data.num_workers,
     )
+    return _one_per_chunk(batches, run)
+
+
+def _one_per_chunk(batches: Iterator[NoisyBatch], run: TrainingRun) -> list[Iterator[NoisyBatch]]:
+    """Interleaved stages each read every micro-batch, a few apart; it is drawn once."""
+    return list(itertools.tee(batches, len(run.ddp_chunks)))
 
 
 def _open_metrics(options: PretrainOptions) -> MetricsWriter | None:
@@ -178,31 +201,12 @@ def _open_metrics(options: PretrainOptions) -> MetricsWriter | None:
     return MetricsWriter(options.logging, Path(log_dir) if log_dir else None, options.training.train_iters)
 
 
-def _save(run: TrainingRun) -> None:
-    directory = save_checkpoint(run, Path(run.options.checkpoint.save))
-    if torch.distributed.get_rank() == 0:
-        print(f"saved {directory}", flush=True)
-
-
-def _print_summary(run: TrainingRun, windows: Windows) -> None:
-    own = sum(p.numel() for p in run.model.parameters())
-    counted_here = (p for p in run.model.parameters() if param_is_not_tensor_parallel_duplicate(p))
-    count = torch.tensor(
-        [sum(p.numel() for p in counted_here if not getattr(p, "shared", False))],
-        device=run.groups.device,
-        dtype=torch.float64,
-    )
-    torch.distributed.all_reduce(count, group=run.groups.collection.mp)
-    if torch.distributed.get_rank() != 0:
-        return
-    groups, training = run.groups, run.options.training
-    print(
-        f"{count.item():,.0f} parameters, {own:,} of them on this rank | "
-        f"tensor {groups.tensor_size} x pipeline {groups.pipeline_size} x data {groups.data_size} "
-        f"on {groups.device.type} | {len(windows.train):,} training and {len(windows.valid):,} validation windows of "
-        f"{run.options.model.seq_length} tokens | at iteration {run.iteration} of {training.train_iters}",
-        flush=True,
-    )
+def _save(run: TrainingRun, writer: CheckpointWriter) -> None:
+    if run.options.parallel.overlap_param_gather:
+        # The last step's parameters would arrive with the next forward pass.
+        for chunk in run.ddp_chunks:
+            chunk.start_param_sync(force_sync=True)
+    writer.save(run)
 
 
 def _is_due(iteration: int, interval: int) -> bool:
@@ -216,8 +220,8 @@ def _catch_sigterm() -> list[int]:
     return received
 
 
-def _any_rank(flag: bool, groups: ParallelGroups) -> bool:
-    """Whether any rank has the flag up: ranks that stopped at different steps would wait for each other forever."""
-    value = torch.tensor([float(flag)], device=groups.device)
-    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
-    return bool(value.item())
+def _any_rank(flags: list[bool], groups: ParallelGroups) -> list[bool]:
+    """Whether any rank has each flag up: ranks that stopped at different steps would wait for each other forever."""
+    values = torch.tensor([float(flag) for flag in flags], device=groups.device)
+    torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
+    return [bool(value) for value in values.tolist()]

@@ -18,11 +18,14 @@ def pretrain(options: PretrainOptions) -> None:
         UserError: a mistake that a person can mend; on every rank, and before process groups or GPU memory are taken
             wherever the mistake can be seen before.
     """
-    if choose_device(options.parallel.device).type == "cpu":
+    device = choose_device(options.parallel.device)
+    if device.type == "cpu":
         # Before the first import of a Megatron module: some of them look at torch.cuda when they are imported.
         cpu_backend.install()
+    from sedd_megatron.model.layer_spec import check_transformer_engine
     from sedd_megatron.training.loop import train
 
+    check_transformer_engine(options.precision, device)
     tokenizer = data_tokenizer(options)
     windows = open_windows(
         options.data.data_path,
@@ -33,7 +36,8 @@ def pretrain(options: PretrainOptions) -> None:
     )
     checkpoint = checkpoint_to_resume(options, tokenizer.num_tokens)
     _check_log_folders(options)
-    with parallel_groups(options.parallel) as groups:
+    num_chunks = options.parallel.num_model_chunks(options.model.num_layers)
+    with parallel_groups(options.parallel, num_chunks) as groups:
         train(options, windows, tokenizer, checkpoint, groups)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sedd_megatron import load_pretrained
-from sedd_megatron.config import parse_pretrain_options
+from sedd_megatron.arguments import parse_pretrain_options
 from sedd_megatron.errors import UserError
 from sedd_megatron.training.pretrain import pretrain
 

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 
-from sedd_megatron.config import parse_pretrain_options
+from sedd_megatron.arguments import parse_pretrain_options
 from sedd_megatron.training.pretrain import pretrain
 
 if __name__ == "__main__":

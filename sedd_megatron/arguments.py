@@ -1,0 +1,254 @@
+"""From the command line to checked options: every rule that needs no cluster, and its one line for people."""
+
+import math
+import os
+from collections.abc import Sequence
+
+from sedd_megatron.config import (
+    GROUPS,
+    ConfigFile,
+    DiffusionOptions,
+    ModelOptions,
+    ParallelOptions,
+    PrecisionOptions,
+    PretrainOptions,
+    RecomputeOptions,
+)
+from sedd_megatron.errors import UserError
+from sedd_megatron.options import flag_of, parse_options
+
+# Transformer Engine's matrix products (pytorch/utils.py, assert_dim_for_fp8_exec) and 128 x 128 blocks
+# (pytorch/tensor/float8_blockwise_tensor.py): what the inner sizes and the number of rows must be multiples of.
+FP8_MULTIPLES = {"delayed": (16, 8), "tensorwise": (16, 8), "blockwise": (128, 128)}
+
+
+def parse_pretrain_options(argv: Sequence[str]) -> PretrainOptions:
+    """Read flags and the YAML file they name, and check every value that needs no cluster.
+
+    Raises:
+        UserError: with the value, the rule and the way out.
+    """
+    description = "Train a score entropy discrete diffusion model on Megatron-Core."
+    _, *groups = parse_options((ConfigFile, *GROUPS), argv, "pretrain_sedd.py", description)
+    options = PretrainOptions(*groups)
+    check_options(options, int(os.environ.get("WORLD_SIZE", "1")))
+    return options
+
+
+def check_options(options: PretrainOptions, world_size: int) -> None:
+    """Check ranges, divisibility and the layout against the number of ranks.
+
+    Raises:
+        UserError: naming the first value that breaks a rule.
+    """
+    _check_ranges(options)
+    check_model_layout(options.model, options.parallel)
+    check_diffusion(options.diffusion)
+    check_recompute(options.recompute, options.precision)
+    check_precision(options.precision, options.parallel)
+    check_fp8_sizes(options)
+    data_parallel_size = data_parallel_size_of(options.parallel, world_size)
+    training = options.training
+    per_step = training.micro_batch_size * data_parallel_size
+    _require(
+        training.global_batch_size % per_step == 0,
+        f"--global-batch-size {training.global_batch_size} is not a multiple of --micro-batch-size "
+        f"{training.micro_batch_size} times {data_parallel_size} data-parallel ranks; make it a multiple of {per_step}",
+    )
+    num_microbatches, stages = training.global_batch_size // per_step, options.parallel.pipeline_model_parallel_size
+    _require(
+        options.parallel.num_layers_per_virtual_pipeline_stage is None or num_microbatches % stages == 0,
+        f"--global-batch-size {training.global_batch_size} gives {num_microbatches} micro-batches, which interleaved "
+        f"stages need in multiples of --pipeline-model-parallel-size {stages}; make it a multiple of "
+        f"{per_step * stages}",
+    )
+
+
+def data_parallel_size_of(parallel: ParallelOptions, world_size: int) -> int:
+    """Number of replicas of the model.
+
+    Raises:
+        UserError: the tensor, pipeline and context sizes do not divide the number of ranks.
+    """
+    sizes = {
+        "--tensor-model-parallel-size": parallel.tensor_model_parallel_size,
+        "--pipeline-model-parallel-size": parallel.pipeline_model_parallel_size,
+        "--context-parallel-size": parallel.context_parallel_size,
+    }
+    model_ranks = math.prod(sizes.values())
+    _require(
+        world_size % model_ranks == 0,
+        f"{' times '.join(f'{name} {size}' for name, size in sizes.items())} must divide the {world_size} ranks "
+        f"started; start a multiple of {model_ranks} (torchrun --nproc-per-node) or lower one of them",
+    )
+    return world_size // model_ranks
+
+
+def check_model_layout(model: ModelOptions, parallel: ParallelOptions) -> None:
+    """Check that the model's sizes divide into heads, tensor-parallel shards and pipeline stages."""
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    context = parallel.context_parallel_size
+    rules = [
+        ("hidden-size", model.hidden_size, "num-attention-heads", model.num_attention_heads),
+        ("num-attention-heads", model.num_attention_heads, "tensor-model-parallel-size", tensor),
+        ("ffn-hidden-size", model.mlp_hidden_size, "tensor-model-parallel-size", tensor),
+        ("make-vocab-size-divisible-by", model.make_vocab_size_divisible_by, "tensor-model-parallel-size", tensor),
+        ("num-layers", model.num_layers, "pipeline-model-parallel-size", pipeline),
+        ("seq-length", model.seq_length, "context-parallel-size", context),
+    ]
+    for name, value, divisor_name, divisor in rules:
+        _require(
+            value % divisor == 0,
+            f"--{name} {value} is not a multiple of --{divisor_name} {divisor}; change one of them",
+        )
+    _check_parallel_switches(model, parallel)
+    head_size = model.hidden_size // model.num_attention_heads
+    _require(
+        head_size % 2 == 0,
+        f"--hidden-size {model.hidden_size} over --num-attention-heads {model.num_attention_heads} gives heads of "
+        f"{head_size}; rotary embedding needs an even size: change one of them",
+    )
+
+
+def _check_parallel_switches(model: ModelOptions, parallel: ParallelOptions) -> None:
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if parallel.sequence_parallel:
+        per_rank = model.seq_length // parallel.context_parallel_size
+        _require(tensor > 1, "--sequence-parallel shares the sequence among tensor-parallel ranks and "
+                 "--tensor-model-parallel-size is 1; raise that or leave --sequence-parallel out")  # fmt: skip
+        _require(
+            per_rank % tensor == 0,
+            f"--seq-length {model.seq_length} over --context-parallel-size {parallel.context_parallel_size} leaves "
+            f"{per_rank} tokens, not a multiple of --tensor-model-parallel-size {tensor} as --sequence-parallel needs",
+        )
+    virtual = parallel.num_layers_per_virtual_pipeline_stage
+    if virtual is not None:
+        _require(pipeline > 1, f"--num-layers-per-virtual-pipeline-stage {virtual} interleaves pipeline stages and "
+                 "--pipeline-model-parallel-size is 1; raise that or leave it out")  # fmt: skip
+        _require(
+            (model.num_layers // pipeline) % virtual == 0,
+            f"--num-layers {model.num_layers} over --pipeline-model-parallel-size {pipeline} gives "
+            f"{model.num_layers // pipeline} layers a rank, not a multiple of "
+            f"--num-layers-per-virtual-pipeline-stage {virtual}; change one of them",
+        )
+    heads_per_rank = model.num_attention_heads // tensor
+    _require(
+        parallel.cp_comm_type != "a2a" or heads_per_rank % parallel.context_parallel_size == 0,
+        f"--cp-comm-type a2a shares {heads_per_rank} attention heads among --context-parallel-size "
+        f"{parallel.context_parallel_size} ranks, which does not divide; take p2p or all_gather",
+    )
+    _require(
+        not parallel.overlap_param_gather or (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce),
+        "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce; add them or leave it out",
+    )
+
+
+def check_diffusion(diffusion: DiffusionOptions) -> None:
+    """Check the noise schedule's numbers."""
+    _require(0 < diffusion.noise_eps < 1, f"--noise-eps {diffusion.noise_eps} must lie between 0 and 1, as 1e-3")
+    _require(0 < diffusion.time_eps < 1, f"--time-eps {diffusion.time_eps} must lie between 0 and 1, as 1e-3")
+    _require(
+        0 < diffusion.sigma_min < diffusion.sigma_max,
+        f"--sigma-min {diffusion.sigma_min} must be above 0 and below --sigma-max {diffusion.sigma_max}",
+    )
+
+
+def check_recompute(recompute: RecomputeOptions, precision: PrecisionOptions) -> None:
+    """Check that the recompute flags make sense together, by Megatron's rules."""
+    full = recompute.recompute_granularity == "full"
+    method, layers = recompute.recompute_method, recompute.recompute_num_layers
+    _require(
+        not full or (method is not None and layers is not None),
+        "--recompute-granularity full needs --recompute-method (uniform or block) and --recompute-num-layers",
+    )
+    _require(
+        full or (method is None and layers is None),
+        f"--recompute-method {method} and --recompute-num-layers {layers} belong to --recompute-granularity full; add "
+        "it or leave them out",
+    )
+    _require(
+        recompute.recompute_granularity != "selective"
+        or "layernorm" not in recompute.recompute_modules
+        or precision.fp8_format is None,
+        "--recompute-modules layernorm cannot restore what FP8 products kept of its output; leave layernorm out with "
+        f"--fp8-format {precision.fp8_format}",
+    )
+
+
+def check_precision(precision: PrecisionOptions, parallel: ParallelOptions) -> None:
+    """Check that the precision flags make sense together."""
+    _require(
+        precision.fp8_format is None or precision.bf16,
+        f"--fp8-format {precision.fp8_format} quantises bfloat16 activations; add --bf16",
+    )
+    _require(
+        precision.fp8_format is None or precision.transformer_impl != "local",
+        f"--fp8-format {precision.fp8_format} needs Transformer Engine's layers, and --transformer-impl is local; "
+        "leave one of them out",
+    )
+    _require(
+        not precision.fp8_param_gather or (precision.fp8_format is not None and parallel.use_distributed_optimizer),
+        "--fp8-param-gather needs --fp8-format and --use-distributed-optimizer; add them or leave it out",
+    )
+    for name, value in (("--transformer-impl", precision.transformer_impl == "transformer_engine"),
+                        ("--fp8-format", precision.fp8_format is not None)):  # fmt: skip
+        _require(not value or parallel.device != "cpu", f"{name} runs on GPUs, and --device is cpu; change one of them")
+
+
+def check_fp8_sizes(options: PretrainOptions) -> None:
+    """Refuse sizes that FP8 matrix products cannot take, by name, as each rank sees them."""
+    if options.precision.fp8_format is None:
+        return
+    model, parallel, recipe = options.model, options.parallel, options.precision.fp8_recipe
+    tensor, inner, rows_multiple = parallel.tensor_model_parallel_size, *FP8_MULTIPLES[recipe]
+    for name, size in (("--hidden-size", model.hidden_size), ("--ffn-hidden-size", model.mlp_hidden_size)):
+        for share, where in ((size, ""), (size // tensor, f" over --tensor-model-parallel-size {tensor}")):
+            _require(
+                share % inner == 0,
+                f"{name} {size}{where} is {share}, not a multiple of {inner} as --fp8-recipe {recipe} needs; change "
+                "it or leave --fp8-format out",
+            )
+    ranks = parallel.context_parallel_size * (tensor if parallel.sequence_parallel else 1)
+    rows = options.training.micro_batch_size * model.seq_length // ranks
+    _require(
+        rows % rows_multiple == 0,
+        f"--micro-batch-size {options.training.micro_batch_size} times --seq-length {model.seq_length} over {ranks} "
+        f"ranks of the sequence is {rows} rows, not a multiple of {rows_multiple} as --fp8-recipe {recipe} needs",
+    )
+
+
+def _check_ranges(options: PretrainOptions) -> None:
+    at_least_one = (
+        "num_layers hidden_size num_attention_heads ffn_hidden_size seq_length cond_dim make_vocab_size_divisible_by "
+        "tensor_model_parallel_size pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage "
+        "context_parallel_size ddp_bucket_size distributed_timeout_minutes fp8_amax_history_len recompute_num_layers "
+        "micro_batch_size global_batch_size lr_decay_iters save_interval eval_iters log_interval verify_layout_steps"
+    ).split()
+    at_least_zero = (
+        "train_iters lr min_lr lr_warmup_iters clip_grad weight_decay seed num_workers eval_interval"
+    ).split()
+    below_one = ["hidden_dropout", "adam_beta1", "adam_beta2", "ema_decay"]
+    values = options.to_dict()
+    for names, holds, rule in (
+        (at_least_one, lambda v: v >= 1, "at least 1"),
+        (at_least_zero, lambda v: v >= 0, "at least 0"),
+        (below_one, lambda v: 0 <= v < 1, "at least 0 and below 1"),
+        (["adam_eps", "verify_layout_tolerance"], lambda v: v > 0, "above 0"),
+    ):
+        for name in names:
+            value = values[name]
+            _require(value is None or holds(value), f"{flag_of(name)} {value} must be {rule}")
+    _require(options.training.min_lr <= options.training.lr,
+             f"--min-lr {options.training.min_lr} must not be above --lr {options.training.lr}")  # fmt: skip
+    decay_iters = options.training.lr_decay_iters or options.training.train_iters
+    if options.training.lr_decay_style != "constant":
+        _require(
+            options.training.lr_warmup_iters < decay_iters,
+            f"--lr-warmup-iters {options.training.lr_warmup_iters} must be below the {decay_iters} steps of the decay "
+            "(--lr-decay-iters, or --train-iters)",
+        )
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise UserError(message)
