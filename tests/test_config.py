@@ -48,7 +48,7 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text("lr: 1e-2\nseed: 7\nbf16: true\n")
     options = parse("--config", str(config), "--seed", "8", "--no-bf16")
-    assert (options.training.lr, options.training.seed, options.parallel.bf16) == (1e-2, 8, False)
+    assert (options.training.lr, options.training.seed, options.precision.bf16) == (1e-2, 8, False)
     assert parse().training.lr == 3e-4
 
 

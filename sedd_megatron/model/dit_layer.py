@@ -32,7 +32,11 @@ class DiTLayer(TransformerLayer):
     ) -> None:
         super().__init__(config, submodules, **kwargs)
         device = torch.cuda.current_device()
-        self.modulation = Modulation(6, config.hidden_size, cond_dim, config, device)
+        # Registered first because it is used first: parameters are gathered in that order.
+        self._modules = {
+            "modulation": Modulation(6, config.hidden_size, cond_dim, config, device),
+            **self._modules,
+        }
         self.recompute_norm = config.recompute_granularity == "selective" and "layernorm" in config.recompute_modules
 
     def forward(

@@ -72,15 +72,19 @@ def check_transformer_engine(precision: PrecisionOptions, device: torch.device) 
     Raises:
         UserError: Transformer Engine is asked for and missing, or FP8 on a GPU without it.
     """
-    flag = f"--fp8-format {precision.fp8_format}" if precision.fp8_format else "--transformer-impl transformer_engine"
-    if not precision.fp8_format and precision.transformer_impl != "transformer_engine":
+    if precision.fp8_format is None and precision.transformer_impl != "transformer_engine":
         return
+    flag = f"--fp8-format {precision.fp8_format}" if precision.fp8_format else "--transformer-impl transformer_engine"
     if not transformer_engine_runs_on(device):
-        found = "no GPU" if device.type != "cuda" else "no Transformer Engine"
-        raise UserError(f"{flag} needs a GPU and Transformer Engine, and there is {found}; install the extra 'gpu' on a "
-                        "GPU machine, or leave the flag out")  # fmt: skip
+        missing = "GPU" if device.type != "cuda" else "Transformer Engine"
+        raise UserError(
+            f"{flag} needs a GPU and Transformer Engine, and there is no {missing}; install the extra 'gpu' on a GPU "
+            "machine, or leave the flag out"
+        )
     needed = FP8_COMPUTE_CAPABILITY[precision.fp8_recipe] if precision.fp8_format else (0, 0)
     found = torch.cuda.get_device_capability(device)
     if found < needed:
-        raise UserError(f"{flag} --fp8-recipe {precision.fp8_recipe} needs compute capability {needed[0]}.{needed[1]}, "
-                        f"and {torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}; train with --bf16 alone")  # fmt: skip
+        raise UserError(
+            f"{flag} --fp8-recipe {precision.fp8_recipe} needs compute capability {needed[0]}.{needed[1]}, and this "
+            f"GPU has {found[0]}.{found[1]}; train with --bf16 alone"
+        )

@@ -28,8 +28,8 @@ class ScoreHead(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.tp_group = tp_group
-        self.norm = ScaleNorm(config, config.hidden_size, config.layernorm_epsilon, device)
         self.modulation = Modulation(2, config.hidden_size, cond_dim, config, device)
+        self.norm = ScaleNorm(config, config.hidden_size, config.layernorm_epsilon, device)
         self.linear = ColumnParallelLinear(
             config.hidden_size,
             padded_vocab_size,

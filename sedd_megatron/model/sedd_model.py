@@ -50,6 +50,8 @@ class SEDDModel(MegatronModule):
         self.pg_collection = groups.collection
         self.tp_group = groups.collection.tp
         vocab_size = padded_vocab_size(graph.num_states, options.make_vocab_size_divisible_by)
+        # Modules are registered in the order of their use, in which the distributed optimizer gathers their parameters.
+        self.sigma_embedding = SigmaEmbedding(options.cond_dim, config, groups.device, is_first_stage=self.pre_process)
         if self.pre_process:
             self.embedding = VocabParallelEmbedding(
                 vocab_size,
@@ -59,7 +61,6 @@ class SEDDModel(MegatronModule):
                 config=config,
                 tp_group=self.tp_group,
             )
-        self.sigma_embedding = SigmaEmbedding(options.cond_dim, config, groups.device, is_first_stage=self.pre_process)
         self.rotary_embedding = RotaryEmbedding(
             config.kv_channels,
             rotary_percent=1.0,

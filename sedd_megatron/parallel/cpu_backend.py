@@ -35,6 +35,8 @@ _EXPECTED_WARNINGS = (
     ".*full scope is deprecated.*",
     ".*CUDA_DEVICE_MAX_CONNECTIONS.*",
     ".*core_attn recompute is really needed.*",
+    ".*torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor). is deprecated.*",
+    ".*The .grad attribute of a Tensor that is not a leaf Tensor.*",
 )
 
 

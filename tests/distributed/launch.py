@@ -1,10 +1,14 @@
 """Starts real gloo ranks for the tests: run_X.py in this folder under N processes."""
 
+import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +37,35 @@ def launch(script: str, world_size: int, jobs: list[Any], timeout: int = 400) ->
                 text=True,
             )
         )
-    try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    said = "\n".join(text[-6000:] for text in _outputs(processes, timeout))
     codes = [process.returncode for process in processes]
-    assert codes == [0] * world_size, f"{script} ended with {codes}\n" + "\n".join(text[-6000:] for text in outputs)
+    assert codes == [0] * world_size, f"{script} ended with {codes}\n{said}"
+
+
+def _outputs(processes: list[subprocess.Popen], timeout: int) -> list[str]:
+    """What the ranks said. When one has failed, the others wait for it in vain and are stopped."""
+    with ThreadPoolExecutor(len(processes)) as pool:
+        outputs = [pool.submit(lambda p: p.communicate()[0], process) for process in processes]
+        deadline = time.monotonic() + timeout
+        while any(process.poll() is None for process in processes):
+            if time.monotonic() > deadline or any(process.poll() for process in processes):
+                time.sleep(2)  # for the others' own last words
+                for process in processes:
+                    process.kill()
+                break
+            time.sleep(0.05)
+        return [output.result() for output in outputs]
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()
+    """Ports that were free a moment ago, below those that the system gives away: a job's own connections take many of
+    them before the next job starts.
+    """
+    ports: list[int] = []
+    for port in random.sample(range(10_000, 32_000), 2_000):
+        if len(ports) == count:
+            break
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            ports.append(port)
+    return ports
