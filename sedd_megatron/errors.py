@@ -9,17 +9,19 @@ class UserError(Exception):
     """A mistake a person can mend. The message is one line: the value, the rule, the way out."""
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Run a command's main function; a UserError becomes one line on stderr and exit code 2.
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run a command's main function and exit with what it returns; a UserError becomes one line on stderr and exit
+    code 2.
 
     Every rank exits with 2; only the first rank of each node prints, so that the line is not repeated by its
     neighbours.
     """
     try:
-        main()
+        code = main()
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         # Not sys.exit: a rank that holds process groups or loader threads must not wait for them on its way out.
         sys.stdout.flush()
         os._exit(2)
+    sys.exit(code)

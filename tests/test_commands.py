@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.distributed.compare import metrics, whole_tensors
 from tests.distributed.launch import REPOSITORY, free_ports
-from tests.distributed.test_layouts import MODEL, metrics, whole_tensors
+from tests.distributed.layouts import MODEL
 
 ENVIRONMENT = dict(os.environ, PYTHONPATH=str(REPOSITORY), OMP_NUM_THREADS="1")
 

@@ -69,6 +69,14 @@ class ParallelGroups:
         return self.collection.dp.size()
 
     @property
+    def layout(self) -> str:
+        """The sizes in words, as printed to people."""
+        return (
+            f"tensor {self.tensor_size} x pipeline {self.pipeline_size} x context {self.context_size} x data "
+            f"{self.data_size} on {self.device.type}"
+        )
+
+    @property
     def is_last_stage(self) -> bool:
         """Whether this rank holds the score head and the loss."""
         return self.pipeline_rank == self.pipeline_size - 1
@@ -93,15 +101,18 @@ def choose_device(device: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def parallel_groups(options: ParallelOptions, num_model_chunks: int = 1) -> Iterator[ParallelGroups]:
+def parallel_groups(
+    options: ParallelOptions, num_model_chunks: int = 1, world_size: int | None = None
+) -> Iterator[ParallelGroups]:
     """Join the ranks that torchrun (or nothing: a single process) started, and leave at the end.
 
-    `num_model_chunks` is the number of interleaved pipeline stages on each rank.
+    `num_model_chunks` is the number of interleaved pipeline stages on each rank; `world_size` 1 leaves this process by
+    itself, whatever torchrun started.
 
     Raises:
         UserError: before any group is made, if the layout does not fit the ranks or the device is not there.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))
     data_parallel_size_of(options, world_size)
     device = choose_device(options.device)
     if device.type == "cpu":

@@ -43,6 +43,12 @@ class TrainingRun:
     iteration: int = 0
     consumed_samples: int = 0
 
+    def gather_parameters(self) -> None:
+        """Bring the last step's parameters to every replica, where they would come with the next forward pass."""
+        if self.options.parallel.overlap_param_gather:
+            for chunk in self.ddp_chunks:
+                chunk.start_param_sync(force_sync=True)
+
 
 def build_model(
     config: TransformerConfig,

@@ -69,6 +69,7 @@ class CheckpointWriter:
             run.tokenizer.save(partial / "tokenizer")
             tokenizer_files = {path.name: file_record(path) for path in sorted((partial / "tokenizer").iterdir())}
         torch.distributed.barrier()
+        run.gather_parameters()
         own = copy_own_shards(run_shards(run))
         written = self._thread.submit(write_own_shards, partial, own)
         state = _state(run) | {"tokenizer_files": tokenizer_files}

@@ -70,6 +70,16 @@ class Shard:
         """Where the box lies in the whole tensor."""
         return self.offset, self.shape
 
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """The box as an index into the whole tensor."""
+        return tuple(slice(start, start + size) for start, size in zip(self.offset, self.shape, strict=True))
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """The flat range of the box that `data` holds, all of it included."""
+        return self.flat_range or (0, math.prod(self.shape))
+
 
 @dataclass(frozen=True)
 class OwnShards:
@@ -78,6 +88,14 @@ class OwnShards:
     file: str
     data: dict[str, Tensor]
     entries: list[dict[str, Any]]
+
+
+def host_copy(tensor: Tensor) -> Tensor:
+    """A contiguous copy in host memory, out of FP8; a copy even on the CPU, where training changes tensors in place."""
+    tensor = tensor.detach()
+    if is_float8tensor(tensor):
+        tensor = dequantize_fp8_tensor(tensor)
+    return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def copy_own_shards(shards: Iterable[Shard]) -> OwnShards:
@@ -89,11 +107,7 @@ def copy_own_shards(shards: Iterable[Shard]) -> OwnShards:
             continue
         flat = shard.flat_range
         name = f"{shard.key}@{'.'.join(map(str, shard.offset))}" + (f"+{flat[0]}" if flat else "")
-        tensor = shard.data.detach()
-        if is_float8tensor(tensor):
-            tensor = dequantize_fp8_tensor(tensor)
-        # A clone even on the CPU: the next step changes the parameters in place.
-        data[name] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+        data[name] = host_copy(shard.data)
         record = {"file": file, "name": name, "offset": list(shard.offset), "shape": list(shard.shape)}
         entries.append(
             {
@@ -251,7 +265,7 @@ def _read_shard(directory: Path, entry: dict[str, Any], target: Shard, open_file
     pieces_of_box: dict[Box, list[dict[str, Any]]] = {}
     for piece in entry["shards"]:
         pieces_of_box.setdefault((tuple(piece["offset"]), tuple(piece["shape"])), []).append(piece)
-    own_range = target.flat_range or (0, math.prod(target.shape))
+    own_range = target.range
     if target.box in pieces_of_box:
         values = target.data.view(-1) if target.data.is_contiguous() and not is_float8tensor(target.data) else None
         own = torch.empty(own_range[1] - own_range[0], dtype=_dtype(entry)) if values is None else values

@@ -22,9 +22,10 @@ from sedd_megatron.errors import UserError
 from sedd_megatron.parallel.groups import ParallelGroups, seed_dropout
 from sedd_megatron.training.build import TrainingRun, build_run
 from sedd_megatron.training.checkpoint import CheckpointWriter, load_checkpoint
+from sedd_megatron.training.estimates import peak_tflops
 from sedd_megatron.training.forward_step import make_forward_step
 from sedd_megatron.training.metrics import MetricsWriter
-from sedd_megatron.training.summary import print_summary
+from sedd_megatron.training.summary import print_summary, trained_flops_per_token
 
 
 def train(
@@ -42,7 +43,7 @@ def train(
     run = build_run(options, tokenizer, groups)
     if checkpoint is not None:
         load_checkpoint(run, checkpoint)
-    metrics = _open_metrics(options)
+    metrics = _open_metrics(run)
     writer = (
         CheckpointWriter(Path(options.checkpoint.save), options.checkpoint.async_save)
         if options.checkpoint.save
@@ -65,13 +66,13 @@ def train(
             if not writing:
                 writer.finish()
             if stopping or _is_due(run.iteration, options.checkpoint.save_interval):
-                _save(run, writer)
+                writer.save(run)
                 saved_at = run.iteration
         if stopping:
             break
     if writer is not None:
         if saved_at != run.iteration:
-            _save(run, writer)
+            writer.save(run)
         writer.finish()
     if metrics is not None:
         metrics.close()
@@ -194,19 +195,17 @@ def _one_per_chunk(batches: Iterator[NoisyBatch], run: TrainingRun) -> list[Iter
     return list(itertools.tee(batches, len(run.ddp_chunks)))
 
 
-def _open_metrics(options: PretrainOptions) -> MetricsWriter | None:
+def _open_metrics(run: TrainingRun) -> MetricsWriter | None:
     if torch.distributed.get_rank() != 0:
         return None
+    options, tflop_per_token, peak = run.options, 0.0, None
+    if run.groups.device.type == "cuda":
+        tflop_per_token = trained_flops_per_token(run) / 1e12 / torch.distributed.get_world_size()
+        peak = peak_tflops(torch.cuda.get_device_name(run.groups.device), options.precision.fp8_format is not None)
     log_dir = options.logging.log_dir or options.checkpoint.save
-    return MetricsWriter(options.logging, Path(log_dir) if log_dir else None, options.training.train_iters)
-
-
-def _save(run: TrainingRun, writer: CheckpointWriter) -> None:
-    if run.options.parallel.overlap_param_gather:
-        # The last step's parameters would arrive with the next forward pass.
-        for chunk in run.ddp_chunks:
-            chunk.start_param_sync(force_sync=True)
-    writer.save(run)
+    return MetricsWriter(
+        options.logging, Path(log_dir) if log_dir else None, options.training.train_iters, tflop_per_token, peak
+    )
 
 
 def _is_due(iteration: int, interval: int) -> bool:

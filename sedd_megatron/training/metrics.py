@@ -30,7 +30,17 @@ class MetricsWriter:
     interval.
     """
 
-    def __init__(self, options: LoggingOptions, log_dir: Path | None, train_iters: int) -> None:
+    def __init__(
+        self,
+        options: LoggingOptions,
+        log_dir: Path | None,
+        train_iters: int,
+        tflop_per_token: float = 0.0,
+        peak_tflops: float | None = None,
+    ) -> None:
+        """`tflop_per_token` is one device's share of the work, 0 to leave its speed out; `peak_tflops` its peak."""
+        self.tflop_per_token = tflop_per_token
+        self.peak_tflops = peak_tflops
         self.log_interval = options.log_interval
         self.train_iters = train_iters
         self.tensorboard = open_tensorboard(options.tensorboard_dir)
@@ -51,13 +61,22 @@ class MetricsWriter:
         now = time.monotonic()
         seconds = now - self.window_start
         time_left = seconds / self.window_steps * (self.train_iters - iteration)
+        tokens_per_second = self.window_tokens / seconds
         print(
             f"iteration {iteration:>{len(str(self.train_iters))}}/{self.train_iters} | loss {metrics['loss']:.4f} | "
             f"learning rate {metrics['learning_rate']:.2e} | grad norm {metrics['grad_norm']:.2f} | "
-            f"{self.window_tokens / seconds:,.0f} tokens/s | {format_seconds(time_left)} left",
+            f"{tokens_per_second:,.0f} tokens/s | {self._device_speed(tokens_per_second)}"
+            f"{format_seconds(time_left)} left",
             flush=True,
         )
         self.window_start, self.window_tokens, self.window_steps = now, 0, 0
+
+    def _device_speed(self, tokens_per_second: float) -> str:
+        if not self.tflop_per_token:
+            return ""
+        speed = tokens_per_second * self.tflop_per_token
+        utilization = f" ({speed / self.peak_tflops:.1%} MFU)" if self.peak_tflops else ""
+        return f"{speed:.1f} TFLOP/s per GPU{utilization} | "
 
     def validation(self, metrics: dict[str, Any]) -> None:
         """Record and print a validation."""

@@ -11,8 +11,8 @@ from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.parallel.groups import choose_device, parallel_groups
 
 
-def pretrain(options: PretrainOptions) -> None:
-    """Train as `options` say.
+def pretrain(options: PretrainOptions) -> int:
+    """Train, or verify the layout, as `options` say; returns the exit code, 1 for a layout that failed.
 
     Raises:
         UserError: a mistake that a person can mend; on every rank, and before process groups or GPU memory are taken
@@ -24,6 +24,7 @@ def pretrain(options: PretrainOptions) -> None:
         cpu_backend.install()
     from sedd_megatron.model.layer_spec import check_transformer_engine
     from sedd_megatron.training.loop import train
+    from sedd_megatron.training.verify_layout import verify_layout
 
     check_transformer_engine(options.precision, device)
     tokenizer = data_tokenizer(options)
@@ -34,11 +35,14 @@ def pretrain(options: PretrainOptions) -> None:
         num_tokens=tokenizer.num_tokens,
         seed=options.training.seed,
     )
+    if options.verify.verify_layout:
+        return 0 if verify_layout(options, windows, tokenizer) else 1
     checkpoint = checkpoint_to_resume(options, tokenizer.num_tokens)
     _check_log_folders(options)
     num_chunks = options.parallel.num_model_chunks(options.model.num_layers)
     with parallel_groups(options.parallel, num_chunks) as groups:
         train(options, windows, tokenizer, checkpoint, groups)
+    return 0
 
 
 def data_tokenizer(options: PretrainOptions) -> Tokenizer:

@@ -5,10 +5,13 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
 from sedd_megatron.data.windows import Windows
 from sedd_megatron.training.build import TrainingRun
+from sedd_megatron.training.estimates import activation_bytes, flops_per_token, fraction_of_head_rows
+
+GIB = 2**30
 
 
 def print_summary(run: TrainingRun, windows: Windows) -> None:
-    """One line from rank 0. Collective over all ranks."""
+    """Two lines from rank 0: what is trained, and what it costs on this rank. Collective over all ranks."""
     parameters = [parameter for chunk in run.model_chunks for parameter in chunk.parameters()]
     own = sum(p.numel() for p in parameters)
     counted_here = (p for p in parameters if param_is_not_tensor_parallel_duplicate(p))
@@ -20,11 +23,35 @@ def print_summary(run: TrainingRun, windows: Windows) -> None:
     torch.distributed.all_reduce(count, group=run.groups.collection.mp)
     if torch.distributed.get_rank() != 0:
         return
-    groups, training = run.groups, run.options.training
     print(
-        f"{count.item():,.0f} parameters, {own:,} of them on this rank | "
-        f"tensor {groups.tensor_size} x pipeline {groups.pipeline_size} x data {groups.data_size} "
-        f"on {groups.device.type} | {len(windows.train):,} training and {len(windows.valid):,} validation windows of "
-        f"{run.options.model.seq_length} tokens | at iteration {run.iteration} of {training.train_iters}",
+        f"{count.item():,.0f} parameters, {own:,} of them on this rank | {run.groups.layout} | "
+        f"{len(windows.train):,} training and {len(windows.valid):,} validation windows of "
+        f"{run.options.model.seq_length} tokens | at iteration {run.iteration} of {run.options.training.train_iters}",
         flush=True,
     )
+    print(cost_line(run), flush=True)
+
+
+def cost_line(run: TrainingRun) -> str:
+    """Memory of this rank in GiB, of which only the activations are an estimate, and the work of a token."""
+    options = run.options
+    parameters = [parameter for chunk in run.model_chunks for parameter in chunk.parameters()]
+    # FP8 matrices are one byte a value, whatever dtype they stand for.
+    weights = sum(p.numel() * (p.element_size() if p.dtype != torch.uint8 else 1) for p in parameters)
+    gradients = 4 * sum(p.numel() for p in parameters)
+    updated = sum(main.tensor.numel() for main in run.main_parameters)
+    optimizer = updated * (12 if options.precision.bf16 else 8)
+    activations = activation_bytes(options, run.graph.num_states, run.groups.pipeline_rank, run.num_microbatches)
+    rows = fraction_of_head_rows(run.graph, run.schedule, options.diffusion.time_eps)
+    return (
+        f"memory on this rank: weights {weights / GIB:.3g}, gradients {gradients / GIB:.3g}, optimizer "
+        f"{optimizer / GIB:.3g}, moving average {4 * updated / GIB:.3g}, activations about "
+        f"{activations.total / GIB:.3g} GiB | {trained_flops_per_token(run) / 1e9:.3g} GFLOP per token, the head on "
+        f"{rows:.0%} of the positions"
+    )
+
+
+def trained_flops_per_token(run: TrainingRun) -> float:
+    """`flops_per_token` of this run's model, graph and noise."""
+    rows = fraction_of_head_rows(run.graph, run.schedule, run.options.diffusion.time_eps)
+    return flops_per_token(run.options.model, run.graph.num_states, rows)

@@ -22,6 +22,13 @@ def launch(script: str, world_size: int, jobs: list[Any], timeout: int = 400) ->
     Importing torch and Megatron costs more than these jobs do, so that several share one start. Fails with the ranks'
     output.
     """
+    codes, outputs = start(script, world_size, jobs, timeout)
+    said = "\n".join(text[-6000:] for text in outputs)
+    assert codes == [0] * world_size, f"{script} ended with {codes}\n{said}"
+
+
+def start(script: str, world_size: int, jobs: list[Any], timeout: int = 400) -> tuple[list[int], list[str]]:
+    """As `launch`; returns the ranks' exit codes and what they said."""
     ports = free_ports(len(jobs))
     processes = []
     for rank in range(world_size):
@@ -37,9 +44,8 @@ def launch(script: str, world_size: int, jobs: list[Any], timeout: int = 400) ->
                 text=True,
             )
         )
-    said = "\n".join(text[-6000:] for text in _outputs(processes, timeout))
-    codes = [process.returncode for process in processes]
-    assert codes == [0] * world_size, f"{script} ended with {codes}\n{said}"
+    outputs = _outputs(processes, timeout)
+    return [process.returncode for process in processes], outputs
 
 
 def _outputs(processes: list[subprocess.Popen], timeout: int) -> list[str]:

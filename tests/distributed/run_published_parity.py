@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sedd_megatron.config import ModelOptions, ParallelOptions
+from sedd_megatron.config import ModelOptions, ParallelOptions, PrecisionOptions, RecomputeOptions
 from sedd_megatron.diffusion.corruption import NoisyBatch
 from sedd_megatron.parallel.groups import parallel_groups
 
@@ -50,7 +50,7 @@ def ours_from_published(tensor: torch.Tensor, name: str, shard, heads: int) -> t
     return padded[tuple(shard.global_slice()[shard.prepend_axis_num :])]
 
 
-def check(graph_name: str, tensor_size: int, pipeline_size: int) -> None:
+def check(graph_name: str, tensor_size: int, pipeline_size: int, context_size: int) -> None:
     path = FIXTURES / f"model_{graph_name}.safetensors"
     golden = load_file(path)
     with safe_open(path, framework="pt") as file:
@@ -61,7 +61,11 @@ def check(graph_name: str, tensor_size: int, pipeline_size: int) -> None:
         seq_length=shape["length"], cond_dim=shape["cond_dim"], hidden_dropout=0.0,
     )  # fmt: skip
     parallel = ParallelOptions(
-        tensor_model_parallel_size=tensor_size, pipeline_model_parallel_size=pipeline_size, device="cpu"
+        tensor_model_parallel_size=tensor_size,
+        pipeline_model_parallel_size=pipeline_size,
+        context_parallel_size=context_size,
+        sequence_parallel=tensor_size > 1,
+        device="cpu",
     )
     with parallel_groups(parallel) as groups:
         from megatron.core.distributed import (
@@ -72,11 +76,13 @@ def check(graph_name: str, tensor_size: int, pipeline_size: int) -> None:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         from sedd_megatron.diffusion.graph import make_graph
+        from sedd_megatron.model.model_config import transformer_config
         from sedd_megatron.training.build import build_model
         from sedd_megatron.training.forward_step import make_forward_step
 
         graph = make_graph(graph_name, published["tokens"])
-        model = build_model(options, parallel, graph, groups)
+        config = transformer_config(options, parallel, PrecisionOptions(), RecomputeOptions(), groups.device)
+        (model,) = build_model(config, options, "local", graph, groups)
         shards = model.sharded_tensors()
         seen = set()
         with torch.no_grad():
@@ -84,9 +90,9 @@ def check(graph_name: str, tensor_size: int, pipeline_size: int) -> None:
                 name = published_name(shard)
                 seen.add("param." + name)
                 shard.data.copy_(ours_from_published(golden["param." + name], name, shard, shape["n_heads"]))
-        if tensor_size * pipeline_size == 1:
-            assert seen == {key for key in golden if key.startswith("param.")} - {"param.rotary_emb.inv_freq"}
         if pipeline_size == 1:
+            assert seen == {key for key in golden if key.startswith("param.")} - {"param.rotary_emb.inv_freq"}
+        if pipeline_size * context_size == 1:
             log_score = model.log_score(golden["x"], golden["sigma"])
             error = (log_score - golden["log_score"]).abs().max() / golden["log_score"].abs().max()
             assert error < 2e-5, f"log-scores are off by {error:.1e}"
@@ -101,7 +107,9 @@ def check(graph_name: str, tensor_size: int, pipeline_size: int) -> None:
         )  # fmt: skip
         if groups.is_last_stage:
             expected = golden["loss"].double().mean() / shape["length"]
-            assert abs(losses[0]["loss"].double() - expected) < 1e-5 * expected.abs()
+            mean = losses[0]["loss"].double()
+            torch.distributed.all_reduce(mean, group=groups.collection.cp)
+            assert abs(mean / context_size - expected) < 1e-5 * expected.abs()
         parameters = dict(model.named_parameters())
         for key, shard in shards.items():
             name = published_name(shard)

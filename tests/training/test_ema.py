@@ -1,51 +1,47 @@
 """The moving average against its definition."""
 
-import types
-
 import torch
 
 from sedd_megatron.training.ema import ExponentialMovingAverage
+from sedd_megatron.training.main_parameters import MainParameter
 
 
-def small_model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    model = torch.nn.Linear(3, 2).to(dtype)
-    model.config = types.SimpleNamespace(bf16=dtype == torch.bfloat16)
-    return model
+def average_of(parameter: torch.Tensor, main: torch.Tensor, copy_to_model, decay: float) -> ExponentialMovingAverage:
+    return ExponentialMovingAverage([MainParameter(parameter, main, None, None)], copy_to_model, decay)
 
 
 def test_average_is_the_weighted_sum_of_all_weights():
-    model = small_model()
-    history = [model.weight.detach().double().clone()]
-    ema = ExponentialMovingAverage(model, decay=0.9)
+    weight = torch.randn(2, 3)
+    history = [weight.double().clone()]
+    ema = average_of(weight, weight, lambda: None, decay=0.9)
     for step in range(1, 200):
-        with torch.no_grad():
-            model.weight.add_(torch.randn(2, 3))
+        weight.add_(torch.randn(2, 3))
         ema.update(step)
-        history.append(model.weight.detach().double().clone())
+        history.append(weight.double().clone())
     expected = history[0]
-    for step, weight in enumerate(history[1:], start=1):
+    for step, past in enumerate(history[1:], start=1):
         decay = min(0.9, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * weight
-    torch.testing.assert_close(ema.averages["weight"].double(), expected, rtol=1e-5, atol=1e-6)
+        expected = decay * expected + (1 - decay) * past
+    torch.testing.assert_close(ema.averages[0].double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_bfloat16_weights_are_averaged_by_their_float32_main_copy():
-    model = small_model(torch.bfloat16)
-    for parameter in model.parameters():
-        parameter.main_param = parameter.detach().float() + 2.0**-12
-    ema = ExponentialMovingAverage(model, decay=0.0)
-    ema.update(10**6)
-    assert torch.equal(ema.averages["weight"], model.weight.main_param)
-    assert not torch.equal(ema.averages["weight"], model.weight.detach().float())
+def test_swapping_in_gives_weights_and_averages_back_bitwise():
+    weight = torch.nn.Parameter(torch.randn(4, 5, dtype=torch.bfloat16))
+    main = weight.detach().float() + 2.0**-12
 
+    def copy_to_model():
+        with torch.no_grad():
+            weight.copy_(main)
 
-def test_swapping_in_gives_the_weights_back_bitwise():
-    model = small_model()
-    ema = ExponentialMovingAverage(model, decay=0.5)
-    with torch.no_grad():
-        model.weight.add_(1 / 3)
-    before = model.weight.detach().clone()
+    copy_to_model()
+    ema = average_of(weight, main, copy_to_model, decay=0.5)
+    main.add_(1 / 3)
+    copy_to_model()
+    ema.update(1)
+    before, main_before, average_before = weight.detach().clone(), main.clone(), ema.averages[0].clone()
     with ema.swapped_in():
-        assert torch.equal(model.weight, ema.averages["weight"])
-        assert not torch.equal(model.weight, before)
-    assert torch.equal(model.weight, before)
+        assert torch.equal(weight, average_before.bfloat16())
+        assert not torch.equal(weight, before)
+    assert torch.equal(weight, before)
+    assert torch.equal(main, main_before)
+    assert torch.equal(ema.averages[0], average_before)

@@ -1,0 +1,114 @@
+"""What a step costs, by the model's shapes: floating-point operations per token, and memory per rank."""
+
+from dataclasses import dataclass
+
+import torch
+
+from sedd_megatron.config import ModelOptions, PretrainOptions
+from sedd_megatron.diffusion import AbsorbingGraph, GeometricSchedule, LogLinearSchedule, UniformGraph
+from sedd_megatron.model.conditioning import FREQUENCY_EMBEDDING_SIZE
+
+# Dense peak of the matrix units in TFLOP/s, (bf16, FP8), from the vendors' data sheets, without sparsity; the first
+# name found in the device's counts.
+PEAK_TFLOPS = {
+    "H100 PCIe": (756, 1513),
+    "H100": (989, 1979),
+    "H200": (989, 1979),
+    "H800": (989, 1979),
+    "B200": (2250, 4500),
+    "A100": (312, None),
+    "A800": (312, None),
+    "L40S": (362, 733),
+    "RTX 4090": (165, 330),
+}
+
+
+def flops_per_token(model: ModelOptions, num_states: int, head_rows: float) -> float:
+    """Floating-point operations of one trained token, 2 per multiply-add: forward, and twice that backward.
+
+    What the mathematics needs and not what an implementation repeats: recompute does not count. Attention is
+    bidirectional: S keys for each query, not half. adaLN and the sigma embedding run once per sequence. `head_rows` is
+    the fraction of positions whose score entropy is not 0 (see `fraction_of_head_rows`).
+    """
+    hidden, inner, length, cond = model.hidden_size, model.mlp_hidden_size, model.seq_length, model.cond_dim
+    matrices = 3 * hidden * hidden + hidden * hidden + 2 * hidden * inner
+    attention = 2 * length * hidden
+    layer = matrices + attention + 6 * hidden * cond / length
+    sigma_embedding = (FREQUENCY_EMBEDDING_SIZE * cond + cond * cond) / length
+    head = head_rows * hidden * num_states + 2 * hidden * cond / length
+    return 3 * 2 * (model.num_layers * layer + sigma_embedding + head)
+
+
+def fraction_of_head_rows(
+    graph: AbsorbingGraph | UniformGraph, schedule: LogLinearSchedule | GeometricSchedule, time_eps: float
+) -> float:
+    """Expected fraction of positions that need the head: under the absorbing graph the masked ones alone."""
+    if graph.mask_token_id is None:
+        return 1.0
+    t = time_eps + (1 - time_eps) * (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
+    return -torch.expm1(-schedule(t).sigma).mean().item()
+
+
+def peak_tflops(device_name: str, fp8: bool) -> float | None:
+    """The device's peak for this precision, or None for a device that is not in the table."""
+    found = next((peaks for name, peaks in PEAK_TFLOPS.items() if name in device_name), (None, None))
+    return found[1] if fp8 else found[0]
+
+
+@dataclass(frozen=True)
+class ActivationBytes:
+    """Bytes that one rank's forward passes keep for the backward passes."""
+
+    per_layer: float  # kept of a layer and micro-batch, on average over a stage's layers
+    in_flight: int  # layers times micro-batches whose activations are kept at once
+    recomputed: float  # of the layers that live a second time in the backward pass
+    head: float
+
+    @property
+    def total(self) -> float:
+        """All of them, at the worst moment of the step."""
+        return self.per_layer * self.in_flight + self.recomputed + self.head
+
+
+def activation_bytes(
+    options: PretrainOptions, num_states: int, pipeline_rank: int, num_microbatches: int
+) -> ActivationBytes:
+    """An estimate for the local layers and the dense loss; a test holds it against what autograd really keeps."""
+    model, parallel, recompute = options.model, options.parallel, options.recompute
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    size = 2 if options.precision.bf16 else 4
+    rows = options.training.micro_batch_size * model.seq_length / parallel.context_parallel_size
+    layer, checkpoint = _layer_bytes(options, rows, size)
+    layers = model.num_layers // stages
+    per_layer, recomputed = layer, 0.0
+    if recompute.recompute_granularity == "full" and recompute.recompute_method == "uniform":
+        per_layer, recomputed = checkpoint / recompute.recompute_num_layers, layer * recompute.recompute_num_layers
+    elif recompute.recompute_granularity == "full":
+        share = min(recompute.recompute_num_layers / layers, 1.0)
+        per_layer, recomputed = share * checkpoint + (1 - share) * layer, layer
+    chunks = parallel.num_model_chunks(model.num_layers)
+    # 1F1B: a stage starts as many micro-batches as there are stages from it to the last; interleaving adds a round.
+    in_flight = layers * min(stages - pipeline_rank, num_microbatches)
+    in_flight += layers // chunks * (stages - 1) if chunks > 1 else 0
+    # Logits, and in the loss two float32 copies of them.
+    head = rows * num_states / tensor * (size + 8) if pipeline_rank == stages - 1 else 0.0
+    return ActivationBytes(per_layer, in_flight, recomputed, head)
+
+
+def _layer_bytes(options: PretrainOptions, rows: float, size: int) -> tuple[float, float]:
+    """What a layer keeps of one micro-batch, and what a checkpoint of it would.
+
+    Per token: each norm keeps its input in float32 and its own and its modulated output, each gate the output that it
+    multiplies; these are whole on each tensor-parallel rank unless the sequence is parallel. Queries, keys and values
+    before and after the rotation, attention's output, and the MLP before and after GELU are shared in any case.
+    """
+    model, recompute = options.model, options.recompute
+    tensor = options.parallel.tensor_model_parallel_size
+    selected = recompute.recompute_modules if recompute.recompute_granularity == "selective" else ()
+    norm = model.hidden_size * (size if "layernorm" in selected else 4 + 2 * size)
+    # core_attn changes nothing: the fused kernel keeps no [S, S] matrix that recomputing could save.
+    attention = 6 * model.hidden_size * size
+    mlp = 0 if "mlp" in selected else 2 * model.mlp_hidden_size * size
+    whole = (2 * norm + 2 * model.hidden_size * size) / (tensor if options.parallel.sequence_parallel else 1)
+    checkpoint = rows * model.hidden_size * size / (tensor if options.parallel.sequence_parallel else 1)
+    return rows * (whole + (attention + mlp) / tensor), checkpoint
