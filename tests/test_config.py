@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from sedd_megatron.arguments import parse_pretrain_options
-from sedd_megatron.config import GROUPS
+from sedd_megatron.config import GROUPS, PrecisionOptions
 from sedd_megatron.errors import UserError
 from sedd_megatron.options import load_yaml_options
+from sedd_megatron.parallel import cpu_backend
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIGS = REPOSITORY / "examples" / "configs"
@@ -52,6 +54,9 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
     assert parse().training.lr == 3e-4
 
 
+FP8 = ["--bf16", "--fp8-format", "hybrid"]
+
+
 @pytest.mark.parametrize(
     ("flags", "world_size", "text"),
     [
@@ -77,6 +82,72 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
         (["--noise-eps", "2"], 1, "--noise-eps 2.0 must lie between 0 and 1"),
         (["--lr-decay-style", "cosine", "--train-iters", "100"], 1, "--lr-warmup-iters 2500 must be below the 100"),
         (["--config", "nowhere.yaml"], 1, "--config nowhere.yaml: no such file"),
+        (["--context-parallel-size", "3"], 3, "--seq-length 1024 is not a multiple of --context-parallel-size 3"),
+        (["--context-parallel-size", "2"], 3, "--context-parallel-size 2 must divide the 3 ranks started"),
+        (["--sequence-parallel"], 1, "--sequence-parallel shares the sequence among tensor-parallel ranks and"),
+        (
+            ["--sequence-parallel", "--tensor-model-parallel-size", "4", "--seq-length", "1022"],
+            4,
+            "leaves 1022 tokens, not a multiple of --tensor-model-parallel-size 4 as --sequence-parallel needs",
+        ),
+        (["--num-layers-per-virtual-pipeline-stage", "2"], 1, "--pipeline-model-parallel-size is 1; raise that"),
+        (
+            ["--num-layers-per-virtual-pipeline-stage", "4", "--pipeline-model-parallel-size", "2"],
+            2,
+            "gives 6 layers a rank, not a multiple of --num-layers-per-virtual-pipeline-stage 4",
+        ),
+        (
+            [
+                "--num-layers-per-virtual-pipeline-stage",
+                "3",
+                "--pipeline-model-parallel-size",
+                "2",
+                "--global-batch-size",
+                "24",
+            ],
+            2,
+            "gives 3 micro-batches, which interleaved stages need in multiples of --pipeline-model-parallel-size 2; "
+            "make it a multiple of 16",
+        ),
+        (["--overlap-param-gather"], 1, "needs --use-distributed-optimizer and --overlap-grad-reduce; add them"),
+        (
+            ["--cp-comm-type", "a2a", "--context-parallel-size", "8"],
+            8,
+            "--cp-comm-type a2a shares 12 attention heads among --context-parallel-size 8 ranks, which does not divide",
+        ),
+        (["--recompute-granularity", "full"], 1, "full needs --recompute-method (uniform or block) and"),
+        (["--recompute-num-layers", "1"], 1, "belong to --recompute-granularity full; add it or leave them out"),
+        (["--recompute-granularity", "selective", "--recompute-modules", "moe"], 1, "invalid choice: 'moe'"),
+        (["--fp8-format", "hybrid"], 1, "--fp8-format hybrid quantises bfloat16 activations; add --bf16"),
+        (
+            [*FP8, "--transformer-impl", "local"],
+            1,
+            "needs Transformer Engine's layers, and --transformer-impl is local",
+        ),
+        ([*FP8, "--device", "cpu"], 1, "--fp8-format runs on GPUs, and --device is cpu"),
+        (["--bf16", "--fp8-param-gather"], 1, "--fp8-param-gather needs --fp8-format and --use-distributed-optimizer"),
+        (
+            [*FP8, "--recompute-granularity", "selective", "--recompute-modules", "layernorm"],
+            1,
+            "leave layernorm out with --fp8-format hybrid",
+        ),
+        ([*FP8, "--hidden-size", "792"], 1, "--hidden-size 792 is 792, not a multiple of 16 as --fp8-recipe delayed"),
+        (
+            [*FP8, "--tensor-model-parallel-size", "4", "--hidden-size", "96", "--ffn-hidden-size", "64"],
+            4,
+            "--hidden-size 96 over --tensor-model-parallel-size 4 is 24, not a multiple of 16",
+        ),
+        (
+            [*FP8, "--fp8-recipe", "blockwise", "--ffn-hidden-size", "3000"],
+            1,
+            "--ffn-hidden-size 3000 is 3000, not a multiple of 128 as --fp8-recipe blockwise needs",
+        ),
+        (
+            [*FP8, "--micro-batch-size", "1", "--seq-length", "36", "--global-batch-size", "8"],
+            1,
+            "--micro-batch-size 1 times --seq-length 36 over 1 ranks of the sequence is 36 rows, not a multiple of 8",
+        ),
+        (["--verify-layout-tolerance", "0"], 1, "--verify-layout-tolerance 0.0 must be above 0"),
     ],
 )
 def test_mistakes_name_the_value_and_the_rule(flags, world_size, text, monkeypatch):
@@ -117,6 +188,10 @@ def test_data_path_is_required():
         (["--data-path", "nowhere"], "error: nowhere_tokenizer/description.json: no tokenizer there"),
         (["--data-path", "nowhere", "--tokenizer-type", "ByteTokenizer"], "error: --data-path nowhere: no file"),
         (["--data-path", "x", "--bogus"], "error: unknown flag --bogus"),
+        (
+            ["--data-path", "x", "--transformer-impl", "transformer_engine"],
+            "error: --transformer-impl runs on GPUs, and --device is cpu",
+        ),
     ],
 )
 def test_the_example_ends_with_one_line_and_code_2_on_every_rank(flags, text, tmp_path):
@@ -130,3 +205,19 @@ def test_the_example_ends_with_one_line_and_code_2_on_every_rank(flags, text, tm
         assert done.returncode == 2
         assert done.stderr.count("\n") == (1 if rank == 0 else 0), done.stderr
         assert rank != 0 or done.stderr.startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("precision", "flag"),
+    [
+        (PrecisionOptions(transformer_impl="transformer_engine"), "--transformer-impl transformer_engine"),
+        (PrecisionOptions(bf16=True, fp8_format="e4m3"), "--fp8-format e4m3"),
+    ],
+)
+def test_transformer_engine_is_refused_where_it_cannot_run(precision, flag):
+    cpu_backend.install()
+    from sedd_megatron.model.layer_spec import check_transformer_engine
+
+    with pytest.raises(UserError, match=f"{flag} needs a GPU and Transformer Engine, and there is no GPU; install"):
+        check_transformer_engine(precision, torch.device("cpu"))
+    check_transformer_engine(PrecisionOptions(), torch.device("cpu"))

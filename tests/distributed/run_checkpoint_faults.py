@@ -53,8 +53,8 @@ def check(arguments: list[str], folder: str) -> None:
                 pickle.loads(path.read_bytes())
 
     assert "no checkpoint there" in refusal([*resume, str(root.parent / "nothing")])
-    other_model = [*resume, folder, "--num-layers", "4"]
-    assert "trained with --num-layers 2, this run has 4" in refusal(other_model)
+    other_model = [*resume, folder, "--num-layers", "2"]
+    assert "trained with --num-layers 4, this run has 2" in refusal(other_model)
     assert "holds another run's checkpoints; add --load" in refusal([*arguments, "--save", folder])
     before = {path: path.stat().st_mtime_ns for path in source.rglob("*")}
     with pytest.raises(KeyboardInterrupt):

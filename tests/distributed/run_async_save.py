@@ -1,0 +1,54 @@
+"""A run with --async-save whose writing is slow, or fails on the last rank."""
+
+import json
+import os
+import sys
+import threading
+
+import pytest
+
+from sedd_megatron.arguments import parse_pretrain_options
+from sedd_megatron.errors import UserError
+from sedd_megatron.parallel import cpu_backend
+
+
+def train(mode: str, arguments: list[str]) -> None:
+    cpu_backend.install()
+    from sedd_megatron.training import checkpoint, loop
+    from sedd_megatron.training.pretrain import pretrain
+
+    options = parse_pretrain_options(arguments)
+    write, step, moved, done = checkpoint.write_own_shards, loop.train_step, threading.Condition(), [0]
+
+    def write_two_steps_later(directory, own):
+        saved_at = int(directory.name.split("_")[1].split(".")[0])
+        wanted = min(saved_at + 2, options.training.train_iters)
+        with moved:
+            assert moved.wait_for(lambda: done[0] >= wanted, timeout=60), "training waits for the checkpoint"
+        return write(directory, own)
+
+    def fail(directory, own):
+        raise OSError(28, "No space left on device")
+
+    def counted_step(run, batches):
+        metrics = step(run, batches)
+        with moved:
+            done[0] = metrics["iteration"]
+            moved.notify_all()
+        return metrics
+
+    if mode == "slow":
+        checkpoint.write_own_shards, loop.train_step = write_two_steps_later, counted_step
+    elif os.environ["RANK"] == "1":
+        checkpoint.write_own_shards = fail
+    if mode == "slow":
+        pretrain(options)
+        return
+    with pytest.raises(UserError, match=r"rank 1 cannot write .*No space left on device.*--load the newest"):
+        pretrain(options)
+
+
+if __name__ == "__main__":
+    ((mode, arguments),), (port,) = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+    os.environ["MASTER_PORT"] = str(port)
+    train(mode, arguments)
