@@ -5,6 +5,7 @@ import math
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.fp8_utils import is_float8tensor
 from torch import Tensor
 
 from sedd_megatron.model.sedd_model import SEDDModel
@@ -26,7 +27,10 @@ def initialize_parameters(model: SEDDModel, seed: int) -> None:
         if name.startswith("embedding."):
             whole[model.graph.num_states :] = 0
         local = tuple(shard.global_slice()[shard.prepend_axis_num :])
-        shard.data.copy_(whole[local])
+        shard.data.copy_(whole[local].to(shard.data.device))
+        if is_float8tensor(shard.data):
+            # From here the optimizer takes its float32 copy, and not from the quantised values.
+            shard.data.get_high_precision_init_val().copy_(whole[local])
 
 
 def _initial_values(

@@ -36,11 +36,10 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision.bf16,
-        # initialization.py fills every parameter from its name. Megatron's own initialisation runs all the same, with
-        # nothing to do: it also marks what is tensor-parallel, and unmarked shards are left out of the gradient norm,
-        # silently.
-        init_method=leave_uninitialized,
-        output_layer_init_method=leave_uninitialized,
+        # initialization.py fills every parameter from its name. Megatron's own initialisation runs all the same: it
+        # also marks what is tensor-parallel, and unmarked shards are left out of the gradient norm, silently.
+        init_method=start_at_zero,
+        output_layer_init_method=start_at_zero,
         use_cpu_initialization=device.type == "cpu",
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
@@ -83,8 +82,14 @@ def _layout_fields(model: ModelOptions, parallel: ParallelOptions, device: torch
     }
 
 
-def leave_uninitialized(tensor: torch.Tensor) -> None:
-    """An init_method that does nothing."""
+@torch.no_grad()
+def start_at_zero(tensor: torch.Tensor) -> None:
+    """Megatron's init_method here.
+
+    Zeros and not whatever lies in memory: FP8 weights are quantised as they are made, and delayed scaling remembers the
+    largest value for as long as its history is.
+    """
+    tensor.zero_()
 
 
 def padded_vocab_size(num_states: int, divisible_by: int) -> int:

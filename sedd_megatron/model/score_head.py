@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sedd_megatron.diffusion.graph import AbsorbingGraph, UniformGraph
 from sedd_megatron.model.conditioning import Modulation, ScaleNorm, modulate
-from sedd_megatron.model.model_config import leave_uninitialized
+from sedd_megatron.model.model_config import start_at_zero
 
 
 class ScoreHead(MegatronModule):
@@ -34,7 +34,7 @@ class ScoreHead(MegatronModule):
             config.hidden_size,
             padded_vocab_size,
             config=config,
-            init_method=leave_uninitialized,
+            init_method=start_at_zero,
             bias=True,
             gather_output=False,
             tp_group=tp_group,

@@ -16,7 +16,7 @@ from torch import Tensor
 from sedd_megatron.config import ModelOptions
 from sedd_megatron.diffusion.graph import AbsorbingGraph, UniformGraph
 from sedd_megatron.model.conditioning import SigmaEmbedding
-from sedd_megatron.model.model_config import leave_uninitialized, padded_vocab_size
+from sedd_megatron.model.model_config import padded_vocab_size, start_at_zero
 from sedd_megatron.model.score_head import ScoreHead, log_score_offset
 from sedd_megatron.parallel.groups import ParallelGroups
 from sedd_megatron.parallel.vocab_parallel import gather_log_score
@@ -56,7 +56,7 @@ class SEDDModel(MegatronModule):
             self.embedding = VocabParallelEmbedding(
                 vocab_size,
                 options.hidden_size,
-                init_method=leave_uninitialized,
+                init_method=start_at_zero,
                 reduce_scatter_embeddings=config.sequence_parallel,
                 config=config,
                 tp_group=self.tp_group,

@@ -21,7 +21,12 @@ from sedd_megatron.model.model_config import transformer_config
 from sedd_megatron.model.sedd_model import SEDDModel
 from sedd_megatron.parallel.groups import ParallelGroups, seed_dropout
 from sedd_megatron.training.ema import ExponentialMovingAverage
-from sedd_megatron.training.main_parameters import MainParameter, copy_main_parameters_to_model, main_parameters
+from sedd_megatron.training.main_parameters import (
+    MainParameter,
+    copy_main_parameters_to_model,
+    gather_parameters,
+    main_parameters,
+)
 
 
 @dataclass
@@ -46,8 +51,7 @@ class TrainingRun:
     def gather_parameters(self) -> None:
         """Bring the last step's parameters to every replica, where they would come with the next forward pass."""
         if self.options.parallel.overlap_param_gather:
-            for chunk in self.ddp_chunks:
-                chunk.start_param_sync(force_sync=True)
+            gather_parameters(self.ddp_chunks)
 
 
 def build_model(
@@ -126,10 +130,10 @@ def _wrap_for_data_parallel(
         )
         for index, chunk in enumerate(model_chunks)
     ]
-    for chunk in ddp_chunks:
-        # A replica reads each parameter before its first all-reduce: start them equal whatever the hardware's
-        # arithmetic.
-        chunk.broadcast_params()
+    if not options.precision.fp8_param_gather:
+        # Replicas start equal whatever their hardware's arithmetic. FP8 matrices have no one tensor to send.
+        for chunk in ddp_chunks:
+            chunk.broadcast_params()
     return ddp_chunks
 
 

@@ -271,7 +271,7 @@ def _read_shard(directory: Path, entry: dict[str, Any], target: Shard, open_file
         own = torch.empty(own_range[1] - own_range[0], dtype=_dtype(entry)) if values is None else values
         _read_range(directory, pieces_of_box[target.box], own_range, own, open_files)
         if values is None:
-            target.data.copy_(own.view(target.data.shape))
+            target.data.copy_(own.view(target.data.shape).to(target.data.device))
         return
     whole = torch.empty(target.shape, dtype=_dtype(entry))
     for box, pieces in pieces_of_box.items():
@@ -282,7 +282,8 @@ def _read_shard(directory: Path, entry: dict[str, Any], target: Shard, open_file
         _read_range(directory, pieces, (0, len(source)), source, open_files)
         in_source, in_target = overlap
         whole[in_target] = source.view(box[1])[in_source]
-    target.data.copy_(whole.view(-1)[slice(*own_range)].view(target.data.shape))
+    # To the device first: FP8 tensors are quantised where they are.
+    target.data.copy_(whole.view(-1)[slice(*own_range)].view(target.data.shape).to(target.data.device))
 
 
 def _read_range(

@@ -24,6 +24,7 @@ from sedd_megatron.training.build import TrainingRun, build_run
 from sedd_megatron.training.checkpoint import CheckpointWriter, load_checkpoint
 from sedd_megatron.training.estimates import peak_tflops
 from sedd_megatron.training.forward_step import make_forward_step
+from sedd_megatron.training.main_parameters import copy_main_parameters_to_model
 from sedd_megatron.training.metrics import MetricsWriter
 from sedd_megatron.training.summary import print_summary, trained_flops_per_token
 
@@ -50,6 +51,7 @@ def train(
         else None
     )
     print_summary(run, windows)
+    find_fp8_scales(run, windows.train)
     batches = training_iterators(run, windows.train)
     stop_requested = _catch_sigterm()
     saved_at = run.iteration if checkpoint is not None else None
@@ -77,6 +79,22 @@ def train(
     if metrics is not None:
         metrics.close()
     return run
+
+
+def find_fp8_scales(run: TrainingRun, dataset: WindowDataset) -> None:
+    """Under delayed scaling, pass once over the next batch and drop the gradients; nothing else.
+
+    The scaling factors come from the steps before. A run that starts or resumes has none, and would quantise its first
+    step by a factor of 1. Checkpoints do not hold them: Transformer Engine keeps them in a pickle.
+    """
+    precision = run.options.precision
+    if precision.fp8_format is None or precision.fp8_recipe != "delayed":
+        return
+    for chunk in run.ddp_chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    _forward_backward(run, training_iterators(run, dataset), forward_only=False)
+    copy_main_parameters_to_model(run.optimizer, run.ddp_chunks)
 
 
 def train_step(run: TrainingRun, batches: list[Iterator[NoisyBatch]]) -> dict[str, Any]:

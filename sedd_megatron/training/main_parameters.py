@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
@@ -68,9 +69,19 @@ def copy_main_parameters_to_model(optimizer: MegatronOptimizer, ddp_chunks: Sequ
     # A float32 optimizer without shards updates the model's parameters themselves.
     if isinstance(inner, MixedPrecisionOptimizer):
         inner._copy_main_params_to_model_params()
+    gather_parameters(ddp_chunks)
+
+
+def gather_parameters(ddp_chunks: Sequence[DistributedDataParallel]) -> None:
+    """Bring to every replica, now, what the others updated; nothing to do without the distributed optimizer."""
     for chunk in ddp_chunks:
-        if chunk.ddp_config.use_distributed_optimizer:
-            chunk.start_param_sync(force_sync=True)
+        if not chunk.ddp_config.use_distributed_optimizer:
+            continue
+        chunk.start_param_sync(force_sync=True)
+        quantized = [parameter for parameter in chunk.parameters() if is_float8tensor(parameter)]
+        # Megatron leaves this to the overlapped gather, which now has nothing left to wait for.
+        if quantized and chunk.ddp_config.overlap_param_gather:
+            post_all_gather_processing(quantized)
 
 
 def adam_moments(optimizer: MegatronOptimizer, main: MainParameter) -> dict[str, Tensor]:

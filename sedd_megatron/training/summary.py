@@ -1,13 +1,12 @@
 """What a run says of itself before its first step: its layout, its size, and what it will cost."""
 
 import torch
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
 from sedd_megatron.data.windows import Windows
 from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.estimates import activation_bytes, flops_per_token, fraction_of_head_rows
-
-GIB = 2**30
 
 
 def print_summary(run: TrainingRun, windows: Windows) -> None:
@@ -33,22 +32,32 @@ def print_summary(run: TrainingRun, windows: Windows) -> None:
 
 
 def cost_line(run: TrainingRun) -> str:
-    """Memory of this rank in GiB, of which only the activations are an estimate, and the work of a token."""
+    """Memory of this rank, of which only the activations are an estimate, and the work of a token."""
     options = run.options
     parameters = [parameter for chunk in run.model_chunks for parameter in chunk.parameters()]
-    # FP8 matrices are one byte a value, whatever dtype they stand for.
-    weights = sum(p.numel() * (p.element_size() if p.dtype != torch.uint8 else 1) for p in parameters)
-    gradients = 4 * sum(p.numel() for p in parameters)
     updated = sum(main.tensor.numel() for main in run.main_parameters)
-    optimizer = updated * (12 if options.precision.bf16 else 8)
     activations = activation_bytes(options, run.graph.num_states, run.groups.pipeline_rank, run.num_microbatches)
+    memory = {
+        "weights": sum(p.numel() * (1 if is_float8tensor(p) else p.element_size()) for p in parameters),
+        "gradients": 4 * sum(p.numel() for p in parameters),
+        # Adam's moments, and in bfloat16 the master weights.
+        "optimizer": updated * (12 if options.precision.bf16 else 8),
+        "moving average": 4 * updated,
+        "activations about": activations.total,
+    }
     rows = fraction_of_head_rows(run.graph, run.schedule, options.diffusion.time_eps)
     return (
-        f"memory on this rank: weights {weights / GIB:.3g}, gradients {gradients / GIB:.3g}, optimizer "
-        f"{optimizer / GIB:.3g}, moving average {4 * updated / GIB:.3g}, activations about "
-        f"{activations.total / GIB:.3g} GiB | {trained_flops_per_token(run) / 1e9:.3g} GFLOP per token, the head on "
-        f"{rows:.0%} of the positions"
+        f"memory on this rank: {', '.join(f'{name} {format_bytes(size)}' for name, size in memory.items())} | "
+        f"{trained_flops_per_token(run) / 1e9:.3g} GFLOP per trained token, its head on {rows:.0%} of the positions"
     )
+
+
+def format_bytes(size: float) -> str:
+    """3_000_000 -> 2.86 MiB."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
+        if size >= scale:
+            return f"{size / scale:.3g} {unit}"
+    return f"{size / 2**10:.3g} KiB"
 
 
 def trained_flops_per_token(run: TrainingRun) -> float:

@@ -13,7 +13,7 @@ from sedd_megatron.data.windows import Windows
 from sedd_megatron.parallel.groups import ParallelGroups, parallel_groups
 from sedd_megatron.training.build import TrainingRun, build_run
 from sedd_megatron.training.checkpoint_format import Shard, host_copy
-from sedd_megatron.training.loop import train_step, training_iterators
+from sedd_megatron.training.loop import find_fp8_scales, train_step, training_iterators
 
 # Rounding of the weights is what layouts differ by: 2^-24, 2^-9, and 2^-4 for the inputs of FP8 products.
 TOLERANCES = {"float32": 1e-5, "bf16": 2e-2, "FP8": 5e-2}
@@ -76,6 +76,7 @@ def _train(
     options: PretrainOptions, windows: Windows, tokenizer: Tokenizer, groups: ParallelGroups
 ) -> tuple[TrainingRun, list[float], list[float]]:
     run = build_run(options, tokenizer, groups)
+    find_fp8_scales(run, windows.train)
     batches = training_iterators(run, windows.train)
     steps = [train_step(run, batches) for _ in range(options.verify.verify_layout_steps)]
     return run, [step["loss"] for step in steps], [step["grad_norm"] for step in steps]
