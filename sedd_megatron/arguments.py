@@ -141,6 +141,11 @@ def _check_parallel_switches(model: ModelOptions, parallel: ParallelOptions) -> 
         not parallel.overlap_param_gather or (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce),
         "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce; add them or leave it out",
     )
+    _require(
+        parallel.ddp_bucket_size is None or parallel.overlap_grad_reduce,
+        f"--ddp-bucket-size {parallel.ddp_bucket_size} cuts what --overlap-grad-reduce overlaps; add that or leave "
+        "it out",
+    )
 
 
 def check_diffusion(diffusion: DiffusionOptions) -> None:
@@ -167,9 +172,12 @@ def check_recompute(recompute: RecomputeOptions, precision: PrecisionOptions) ->
         "it or leave them out",
     )
     _require(
-        recompute.recompute_granularity != "selective"
-        or "layernorm" not in recompute.recompute_modules
-        or precision.fp8_format is None,
+        recompute.recompute_modules is None or recompute.recompute_granularity == "selective",
+        f"--recompute-modules {' '.join(recompute.recompute_modules or ())} belongs to --recompute-granularity "
+        "selective; add it or leave the modules out",
+    )
+    _require(
+        "layernorm" not in recompute.modules or precision.fp8_format is None,
         "--recompute-modules layernorm cannot restore what FP8 products kept of its output; leave layernorm out with "
         f"--fp8-format {precision.fp8_format}",
     )
@@ -180,6 +188,10 @@ def check_precision(precision: PrecisionOptions, parallel: ParallelOptions) -> N
     _require(
         precision.fp8_format is None or precision.bf16,
         f"--fp8-format {precision.fp8_format} quantises bfloat16 activations; add --bf16",
+    )
+    _require(
+        precision.fp8_recipe is None or precision.fp8_format is not None,
+        f"--fp8-recipe {precision.fp8_recipe} alone leaves FP8 off; add --fp8-format hybrid or e4m3",
     )
     _require(
         precision.fp8_format is None or precision.transformer_impl != "local",
@@ -199,7 +211,7 @@ def check_fp8_sizes(options: PretrainOptions) -> None:
     """Refuse sizes that FP8 matrix products cannot take, by name, as each rank sees them."""
     if options.precision.fp8_format is None:
         return
-    model, parallel, recipe = options.model, options.parallel, options.precision.fp8_recipe
+    model, parallel, recipe = options.model, options.parallel, options.precision.recipe
     tensor, inner, rows_multiple = parallel.tensor_model_parallel_size, *FP8_MULTIPLES[recipe]
     for name, size in (("--hidden-size", model.hidden_size), ("--ffn-hidden-size", model.mlp_hidden_size)):
         for share, where in ((size, ""), (size // tensor, f" over --tensor-model-parallel-size {tensor}")):

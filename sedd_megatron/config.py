@@ -88,16 +88,19 @@ class PrecisionOptions:
     fp8_format: str | None = option(
         None, "FP8 for the layers' matrix products: e4m3, or hybrid with e5m2 gradients", choices=("e4m3", "hybrid")
     )
-    fp8_recipe: str = option(
-        "delayed",
-        "how FP8 scaling factors are found",
-        choices=("delayed", "tensorwise", "blockwise"),
+    fp8_recipe: str | None = option(
+        None, "how FP8 scaling factors are found; delayed if not given", choices=("delayed", "tensorwise", "blockwise")
     )
     fp8_amax_history_len: int = option(1024, "delayed recipe: steps whose largest values are remembered")
     fp8_amax_compute_algo: str = option(
         "max", "delayed recipe: which of the remembered values scales", choices=("most_recent", "max")
     )
     fp8_param_gather: bool = option(False, "keep the layers' matrices in FP8 and gather them so")
+
+    @property
+    def recipe(self) -> str:
+        """The FP8 recipe that counts, if FP8 is on."""
+        return self.fp8_recipe or "delayed"
 
 
 @dataclass(frozen=True)
@@ -113,9 +116,14 @@ class RecomputeOptions:
         choices=("uniform", "block"),
     )
     recompute_num_layers: int | None = option(None, "full: layers per checkpoint (uniform) or per stage (block)")
-    recompute_modules: tuple[str, ...] = option(
-        ("core_attn",), "selective: which modules", choices=("core_attn", "layernorm", "mlp")
+    recompute_modules: tuple[str, ...] | None = option(
+        None, "selective: which modules; core_attn if not given", choices=("core_attn", "layernorm", "mlp")
     )
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules that are recomputed by themselves; none unless the granularity is selective."""
+        return (self.recompute_modules or ("core_attn",)) if self.recompute_granularity == "selective" else ()
 
 
 @dataclass(frozen=True)

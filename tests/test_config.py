@@ -118,6 +118,9 @@ FP8 = ["--bf16", "--fp8-format", "hybrid"]
         (["--recompute-granularity", "full"], 1, "full needs --recompute-method (uniform or block) and"),
         (["--recompute-num-layers", "1"], 1, "belong to --recompute-granularity full; add it or leave them out"),
         (["--recompute-granularity", "selective", "--recompute-modules", "moe"], 1, "invalid choice: 'moe'"),
+        (["--recompute-modules", "mlp"], 1, "--recompute-modules mlp belongs to --recompute-granularity selective"),
+        (["--fp8-recipe", "tensorwise"], 1, "--fp8-recipe tensorwise alone leaves FP8 off; add --fp8-format"),
+        (["--ddp-bucket-size", "9"], 1, "--ddp-bucket-size 9 cuts what --overlap-grad-reduce overlaps; add that"),
         (["--fp8-format", "hybrid"], 1, "--fp8-format hybrid quantises bfloat16 activations; add --bf16"),
         (
             [*FP8, "--transformer-impl", "local"],

@@ -81,10 +81,10 @@ def check_transformer_engine(precision: PrecisionOptions, device: torch.device) 
             f"{flag} needs a GPU and Transformer Engine, and there is no {missing}; install the extra 'gpu' on a GPU "
             "machine, or leave the flag out"
         )
-    needed = FP8_COMPUTE_CAPABILITY[precision.fp8_recipe] if precision.fp8_format else (0, 0)
+    needed = FP8_COMPUTE_CAPABILITY[precision.recipe] if precision.fp8_format else (0, 0)
     found = torch.cuda.get_device_capability(device)
     if found < needed:
         raise UserError(
-            f"{flag} --fp8-recipe {precision.fp8_recipe} needs compute capability {needed[0]}.{needed[1]}, and this "
+            f"{flag} --fp8-recipe {precision.recipe} needs compute capability {needed[0]}.{needed[1]}, and this "
             f"GPU has {found[0]}.{found[1]}; train with --bf16 alone"
         )

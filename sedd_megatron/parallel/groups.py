@@ -118,6 +118,9 @@ def parallel_groups(
     if device.type == "cpu":
         cpu_backend.install()
     else:
+        if options.tensor_model_parallel_size * options.context_parallel_size > 1:
+            # Read when the device is first used: one queue keeps a collective from waiting behind what it overlaps.
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(device)
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -129,7 +132,8 @@ def parallel_groups(
         virtual_pipeline_model_parallel_size=num_model_chunks if num_model_chunks > 1 else None,
         context_parallel_size=options.context_parallel_size,
         distributed_timeout_minutes=options.distributed_timeout_minutes,
-        create_gloo_process_groups=device.type == "cuda",
+        # For Megatron's own checkpoints of the distributed optimizer; ours gather nothing.
+        create_gloo_process_groups=False,
     )
     try:
         yield ParallelGroups(ProcessGroupCollection.use_mpu_process_groups(), device)

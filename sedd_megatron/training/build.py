@@ -85,7 +85,7 @@ def build_run(options: PretrainOptions, tokenizer: Tokenizer, groups: ParallelGr
     for chunk in model_chunks:
         initialize_parameters(chunk, options.training.seed)
     ddp_chunks = _wrap_for_data_parallel(options, model_chunks, groups)
-    optimizer = _build_optimizer(options, ddp_chunks, groups)
+    optimizer = _build_optimizer(options, ddp_chunks)
     _connect_schedule(config, ddp_chunks, optimizer, groups)
     main = main_parameters(model_chunks, optimizer)
     return TrainingRun(
@@ -164,9 +164,7 @@ def _num_microbatches(options: PretrainOptions, groups: ParallelGroups) -> int:
     return calculator.get()
 
 
-def _build_optimizer(
-    options: PretrainOptions, ddp_chunks: list[DistributedDataParallel], groups: ParallelGroups
-) -> MegatronOptimizer:
+def _build_optimizer(options: PretrainOptions, ddp_chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
     training = options.training
     config = OptimizerConfig(
         optimizer="adam",
@@ -181,9 +179,9 @@ def _build_optimizer(
         params_dtype=torch.bfloat16 if options.precision.bf16 else torch.float32,
         use_distributed_optimizer=options.parallel.use_distributed_optimizer,
         overlap_param_gather=options.parallel.overlap_param_gather,
-        fp8_recipe=options.precision.fp8_recipe if options.precision.fp8_format else None,
+        fp8_recipe=options.precision.recipe if options.precision.fp8_format else None,
     )
-    return get_megatron_optimizer(config, ddp_chunks, use_gloo_process_groups=groups.device.type == "cuda")
+    return get_megatron_optimizer(config, ddp_chunks, use_gloo_process_groups=False)
 
 
 def _build_scheduler(options: PretrainOptions, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

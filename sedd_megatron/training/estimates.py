@@ -104,7 +104,7 @@ def _layer_bytes(options: PretrainOptions, rows: float, size: int) -> tuple[floa
     """
     model, recompute = options.model, options.recompute
     tensor = options.parallel.tensor_model_parallel_size
-    selected = recompute.recompute_modules if recompute.recompute_granularity == "selective" else ()
+    selected = recompute.modules
     norm = model.hidden_size * (size if "layernorm" in selected else 4 + 2 * size)
     # core_attn changes nothing: the fused kernel keeps no [S, S] matrix that recomputing could save.
     attention = 6 * model.hidden_size * size

@@ -88,7 +88,7 @@ def find_fp8_scales(run: TrainingRun, dataset: WindowDataset) -> None:
     step by a factor of 1. Checkpoints do not hold them: Transformer Engine keeps them in a pickle.
     """
     precision = run.options.precision
-    if precision.fp8_format is None or precision.fp8_recipe != "delayed":
+    if precision.fp8_format is None or precision.recipe != "delayed":
         return
     for chunk in run.ddp_chunks:
         chunk.train()

@@ -1,5 +1,7 @@
 """Costs by formula, counted another way: products by torch's counter, kept bytes by autograd's hooks."""
 
+import re
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -115,3 +117,19 @@ def test_peaks_by_device_name():
     assert peak_tflops("NVIDIA H100 PCIe", fp8=True) == 1513
     assert peak_tflops("NVIDIA A100-SXM4-80GB", fp8=True) is None
     assert peak_tflops("A device of tomorrow", fp8=False) is None
+
+
+def test_progress_line_gives_the_speed_of_a_device_and_its_share_of_the_peak(capsys):
+    from sedd_megatron.config import LoggingOptions
+    from sedd_megatron.training.metrics import MetricsWriter
+
+    writer = MetricsWriter(LoggingOptions(log_interval=1), None, 10, tflop_per_token=0.5, peak_tflops=1e4)
+    writer.train_step({"iteration": 1, "loss": 1.0, "learning_rate": 0.1, "grad_norm": 1.0}, num_tokens=1000)
+    line = capsys.readouterr().out
+    tokens, tflops, share = re.search(r"([\d,]+) tokens/s \| ([\d.]+) TFLOP/s per GPU \(([\d.]+)% MFU\)", line).groups()
+    assert float(tflops) == pytest.approx(0.5 * float(tokens.replace(",", "")), rel=1e-3)
+    assert float(share) == pytest.approx(float(tflops) / 1e4 * 100, rel=1e-3)
+    MetricsWriter(LoggingOptions(log_interval=1), None, 10).train_step(
+        {"iteration": 1, "loss": 1.0, "learning_rate": 0.1, "grad_norm": 1.0}, num_tokens=1000
+    )
+    assert "TFLOP" not in capsys.readouterr().out
