@@ -58,8 +58,8 @@ def check_options(options: PretrainOptions, world_size: int) -> None:
     num_microbatches, stages = training.global_batch_size // per_step, options.parallel.pipeline_model_parallel_size
     _require(
         options.parallel.num_layers_per_virtual_pipeline_stage is None or num_microbatches % stages == 0,
-        f"--global-batch-size {training.global_batch_size} gives {num_microbatches} micro-batches, which interleaved "
-        f"stages need in multiples of --pipeline-model-parallel-size {stages}; make it a multiple of "
+        f"--global-batch-size {training.global_batch_size} makes {num_microbatches} micro-batch(es), and "
+        f"interleaved stages need multiples of --pipeline-model-parallel-size {stages}; make it a multiple of "
         f"{per_step * stages}",
     )
 

@@ -106,7 +106,7 @@ FP8 = ["--bf16", "--fp8-format", "hybrid"]
                 "24",
             ],
             2,
-            "gives 3 micro-batches, which interleaved stages need in multiples of --pipeline-model-parallel-size 2; "
+            "makes 3 micro-batch(es), and interleaved stages need multiples of --pipeline-model-parallel-size 2; "
             "make it a multiple of 16",
         ),
         (["--overlap-param-gather"], 1, "needs --use-distributed-optimizer and --overlap-grad-reduce; add them"),

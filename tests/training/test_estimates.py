@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sedd_megatron.arguments import parse_pretrain_options
 from sedd_megatron.diffusion import AbsorbingGraph, GeometricSchedule, LogLinearSchedule, UniformGraph
 from sedd_megatron.parallel import cpu_backend
-from sedd_megatron.parallel.groups import parallel_groups
+from sedd_megatron.parallel.groups import groups_of_this_process
 
 NUM_TOKENS = 50
 BATCH, LENGTH = 4, 64
@@ -42,11 +42,10 @@ def test_flops_are_those_of_the_products():
     from sedd_megatron.training.estimates import flops_per_token
 
     options = parse_pretrain_options([*SIZES, "--num-layers", "3"])
-    with parallel_groups(options.parallel) as groups:
-        model = model_of(options, groups)
-        # The counter does not know the CPU's fused attention; unfused it is two products, and four backward.
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            model(*inputs()).sum().backward()
+    model = model_of(options, groups_of_this_process(options.parallel))
+    # The counter does not know the CPU's fused attention; unfused it is two products, and four backward.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(*inputs()).sum().backward()
     # The first sigma layer's input needs no gradient.
     expected = counter.get_total_flops() + 2 * BATCH * 256 * options.model.cond_dim
     actual = flops_per_token(options.model, NUM_TOKENS + 1, head_rows=1.0) * BATCH * LENGTH
@@ -56,20 +55,19 @@ def test_flops_are_those_of_the_products():
 def kept_bytes(flags: list[str], num_layers: int) -> int:
     """Storage that autograd holds after a forward pass, parameters left out."""
     options = parse_pretrain_options([*SIZES, "--num-layers", str(num_layers), *flags])
-    with parallel_groups(options.parallel) as groups:
-        model = model_of(options, groups)
-        parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        kept = []
+    model = model_of(options, groups_of_this_process(options.parallel))
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = []
 
-        def pack(tensor):
-            kept.append(tensor)
-            return tensor
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model(*inputs())
-        # Asked afterwards: recompute empties storages that it will fill again.
-        sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().size() for t in kept}
-        return sum(size for pointer, size in sizes.items() if pointer not in parameters)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(*inputs())
+    # Asked afterwards: recompute empties storages that it will fill again.
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().size() for t in kept}
+    return sum(size for pointer, size in sizes.items() if pointer not in parameters)
 
 
 @pytest.mark.parametrize(
