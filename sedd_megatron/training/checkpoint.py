@@ -8,7 +8,7 @@ A checkpoint is written under a hidden name, brought to the disk, and renamed; o
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,13 +62,7 @@ class CheckpointWriter:
         self.finish()
         final = self.root / f"iter_{run.iteration:07d}"
         partial = self.root / f".{final.name}.partial"
-        tokenizer_files = {}
-        if torch.distributed.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            run.tokenizer.save(partial / "tokenizer")
-            tokenizer_files = {path.name: file_record(path) for path in sorted((partial / "tokenizer").iterdir())}
-        torch.distributed.barrier()
+        tokenizer_files = _on_first_rank(lambda: _begin(partial, run.tokenizer), f"cannot write {partial}")
         run.gather_parameters()
         own = copy_own_shards(run_shards(run))
         written = self._thread.submit(write_own_shards, partial, own)
@@ -98,16 +92,42 @@ class CheckpointWriter:
             own = ([], {}, f"rank {torch.distributed.get_rank()} cannot write {pending.partial}: {error}")
         gathered: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(gathered, own)
-        faults = [fault for _, _, fault in gathered if fault]
-        if faults:
-            raise UserError(f"{faults[0]}; the checkpoints before it are whole: make room and --load the newest")
-        if torch.distributed.get_rank() == 0:
-            entries = [entry for entries, _, _ in gathered for entry in entries]
-            files = {name: record for _, records, _ in gathered for name, record in records.items()}
+        _refuse_fault(next((fault for _, _, fault in gathered if fault), None))
+        entries = [entry for entries, _, _ in gathered for entry in entries]
+        files = {name: record for _, records, _ in gathered for name, record in records.items()}
+
+        def publish() -> None:
             write_manifest(pending.partial, entries, files, pending.state)
             _publish(pending.partial, pending.final, self.root, pending.iteration)
             print(f"saved {pending.final}", flush=True)
-        torch.distributed.barrier()
+
+        _on_first_rank(publish, f"cannot finish {pending.final}")
+
+
+def _on_first_rank(action: Callable[[], Any], fault: str) -> Any:
+    """What `action` gives on rank 0, to every rank; if the disk refuses, every rank ends with the one line."""
+    outcome: list[Any] = [None, None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except OSError as error:
+            outcome[1] = f"{fault}: {error}"
+    torch.distributed.broadcast_object_list(outcome, src=0)
+    _refuse_fault(outcome[1])
+    return outcome[0]
+
+
+def _refuse_fault(fault: str | None) -> None:
+    if fault is not None:
+        raise UserError(f"{fault}; the checkpoints before it are whole: make room and --load the newest")
+
+
+def _begin(partial: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Make the hidden folder with the tokenizer in it; returns the records of the tokenizer's files."""
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tokenizer.save(partial / "tokenizer")
+    return {path.name: file_record(path) for path in sorted((partial / "tokenizer").iterdir())}
 
 
 @dataclass(frozen=True)

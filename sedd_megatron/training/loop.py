@@ -44,17 +44,25 @@ def train(
     run = build_run(options, tokenizer, groups)
     if checkpoint is not None:
         load_checkpoint(run, checkpoint)
-    metrics = _open_metrics(run)
-    writer = (
-        CheckpointWriter(Path(options.checkpoint.save), options.checkpoint.async_save)
-        if options.checkpoint.save
-        else None
-    )
+    writer = None
+    if options.checkpoint.save:
+        writer = CheckpointWriter(Path(options.checkpoint.save), options.checkpoint.async_save)
     print_summary(run, windows)
     find_fp8_scales(run, windows.train)
+    try:
+        _train_and_save(run, windows, writer, saved_at=run.iteration if checkpoint is not None else None)
+    except UserError:
+        # On every rank alike. A checkpoint that is still being written is of a step before the fault, and sound.
+        if writer is not None:
+            writer.finish()
+        raise
+    return run
+
+
+def _train_and_save(run: TrainingRun, windows: Windows, writer: CheckpointWriter | None, saved_at: int | None) -> None:
+    options, metrics = run.options, _open_metrics(run)
     batches = training_iterators(run, windows.train)
     stop_requested = _catch_sigterm()
-    saved_at = run.iteration if checkpoint is not None else None
     while run.iteration < options.training.train_iters:
         step = train_step(run, batches)
         if metrics is not None:
@@ -63,7 +71,7 @@ def train(
             validation_loss = validate(run, windows.valid)
             if metrics is not None:
                 metrics.validation({"iteration": run.iteration, "validation_loss": validation_loss})
-        stopping, writing = _any_rank([bool(stop_requested), writer is not None and writer.is_writing], groups)
+        stopping, writing = _any_rank([bool(stop_requested), writer is not None and writer.is_writing], run.groups)
         if writer is not None:
             if not writing:
                 writer.finish()
@@ -78,7 +86,6 @@ def train(
         writer.finish()
     if metrics is not None:
         metrics.close()
-    return run
 
 
 def find_fp8_scales(run: TrainingRun, dataset: WindowDataset) -> None:

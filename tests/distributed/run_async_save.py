@@ -1,4 +1,4 @@
-"""A run with --async-save whose writing is slow, or fails on the last rank."""
+"""A run with --async-save whose writing is slow, or fails on one rank, or is overtaken by a loss that is not finite."""
 
 import json
 import os
@@ -10,6 +10,12 @@ import pytest
 from sedd_megatron.arguments import parse_pretrain_options
 from sedd_megatron.errors import UserError
 from sedd_megatron.parallel import cpu_backend
+
+EXPECTED = {
+    "full": r"rank 1 cannot write .*No space left on device.*--load the newest",
+    "no manifest": r"cannot finish .*iter_0000003.*No space left on device.*--load the newest",
+    "diverges": "the loss is nan",
+}
 
 
 def train(mode: str, arguments: list[str]) -> None:
@@ -31,20 +37,29 @@ def train(mode: str, arguments: list[str]) -> None:
         raise OSError(28, "No space left on device")
 
     def counted_step(run, batches):
+        if mode == "diverges" and run.iteration == 4:
+            # Let the checkpoint of step 3 be written only when the run is about to end.
+            threading.Timer(2.0, lambda: announce(options.training.train_iters)).start()
+            raise UserError("the loss is nan")
         metrics = step(run, batches)
-        with moved:
-            done[0] = metrics["iteration"]
-            moved.notify_all()
+        announce(metrics["iteration"])
         return metrics
 
-    if mode == "slow":
+    def announce(iteration):
+        with moved:
+            done[0] = iteration
+            moved.notify_all()
+
+    if mode in ("slow", "diverges"):
         checkpoint.write_own_shards, loop.train_step = write_two_steps_later, counted_step
-    elif os.environ["RANK"] == "1":
+    elif mode == "full" and os.environ["RANK"] == "1":
         checkpoint.write_own_shards = fail
+    elif mode == "no manifest" and os.environ["RANK"] == "0":
+        checkpoint.write_manifest = lambda *arguments: fail(None, None)
     if mode == "slow":
         pretrain(options)
         return
-    with pytest.raises(UserError, match=r"rank 1 cannot write .*No space left on device.*--load the newest"):
+    with pytest.raises(UserError, match=EXPECTED[mode]):
         pretrain(options)
 
 
