@@ -49,8 +49,10 @@ def train(
         writer = CheckpointWriter(Path(options.checkpoint.save), options.checkpoint.async_save)
     print_summary(run, windows)
     find_fp8_scales(run, windows.train)
+    # A run with no steps left still saves what it loaded from elsewhere: that is how to change a checkpoint's layout.
+    is_saved = writer is not None and checkpoint is not None and checkpoint.parent.resolve() == writer.root.resolve()
     try:
-        _train_and_save(run, windows, writer, saved_at=run.iteration if checkpoint is not None else None)
+        _train_and_save(run, windows, writer, saved_at=run.iteration if is_saved else None)
     except UserError:
         # On every rank alike. A checkpoint that is still being written is of a step before the fault, and sound.
         if writer is not None:

@@ -130,6 +130,23 @@ def test_resume_in_the_same_layout_is_bitwise(runs, continued, name):
         assert torch.equal(actual[key], tensor), key
 
 
+def test_resharding_without_training_changes_no_bit(runs, tmp_path, byte_corpus):
+    # In bfloat16, where weights, master weights and average are three things.
+    source = runs["bf16.resumed"] / f"iter_{HALFWAY:07d}"
+    expected = whole_tensors(source)
+    assert any(name.startswith("optimizer.state.fp32_param.") for name in expected)
+    for layout in ("VPP2-DP2-dist-opt-overlap", "SP2", "DP2-dist-opt", "one"):
+        ranks, flags = (LAYOUTS | ONE)[layout]
+        job = [*MODEL, *flags, "--bf16", "--data-path", str(byte_corpus), "--train-iters", str(HALFWAY), "--load",
+               str(source), "--save", str(tmp_path / layout)]  # fmt: skip
+        launch("run_pretrain.py", ranks, [job])
+        source = tmp_path / layout / f"iter_{HALFWAY:07d}"
+        actual = whole_tensors(source)
+        assert actual.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(actual[name], tensor), (layout, name)
+
+
 def test_distributed_optimizer_shares_state_and_average_in_equal_parts(runs):
     from sedd_megatron.training.checkpoint_format import read_manifest
 
