@@ -55,7 +55,6 @@ def load_pretrained(directory: str | Path, device: str = "auto") -> PretrainedMo
     """
     if choose_device(device).type == "cpu":
         cpu_backend.install()
-    from sedd_megatron.model.model_config import transformer_config
     from sedd_megatron.training.build import build_model, build_schedule
     from sedd_megatron.training.checkpoint import latest_checkpoint, load_saved_tokenizer
     from sedd_megatron.training.checkpoint_format import Shard, read_manifest, read_shards, verify_files
@@ -69,8 +68,7 @@ def load_pretrained(directory: str | Path, device: str = "auto") -> PretrainedMo
     groups = groups_of_this_process(parallel)
     verify_files(checkpoint, body)
     graph = make_graph(diffusion.graph, body["state"]["num_tokens"])
-    config = transformer_config(model_options, parallel, PrecisionOptions(), RecomputeOptions(), groups.device)
-    (network,) = build_model(config, model_options, "auto", graph, groups)
+    (network,) = build_model(model_options, parallel, PrecisionOptions(), RecomputeOptions(), graph, groups)
     # One call: it opens each shard file once, not once per parameter.
     averages = [Shard.of(sharded, KEY_PREFIX + sharded.key) for sharded in network.sharded_tensors().values()]
     read_shards(checkpoint, body, averages)

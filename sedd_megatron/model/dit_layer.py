@@ -37,7 +37,6 @@ class DiTLayer(TransformerLayer):
             "modulation": Modulation(6, config.hidden_size, cond_dim, config, device),
             **self._modules,
         }
-        self.recompute_norm = config.recompute_granularity == "selective" and "layernorm" in config.recompute_modules
 
     def forward(
         self,
@@ -51,15 +50,17 @@ class DiTLayer(TransformerLayer):
         """Megatron's layer signature; hidden_states [S, B, H], context is the conditioning [B, cond_dim]."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(context)
         attend = partial(self.self_attention, attention_mask=None, rotary_pos_emb=rotary_pos_emb)
-        output = self._after_norm(self.input_layernorm, hidden_states, shift_1, scale_1, attend)
+        recompute = self.recompute_input_layernorm
+        output = self._after_norm(self.input_layernorm, recompute, hidden_states, shift_1, scale_1, attend)
         hidden_states = self._add_gated(hidden_states, gate_1, output)
-        output = self._after_norm(self.pre_mlp_layernorm, hidden_states, shift_2, scale_2, self._mlp)
+        recompute = self.recompute_pre_mlp_layernorm
+        output = self._after_norm(self.pre_mlp_layernorm, recompute, hidden_states, shift_2, scale_2, self._mlp)
         return self._add_gated(hidden_states, gate_2, output), context
 
     def _after_norm(
-        self, norm: nn.Module, hidden_states: Tensor, shift: Tensor, scale: Tensor, block: Callable
+        self, norm: nn.Module, recompute: bool, hidden_states: Tensor, shift: Tensor, scale: Tensor, block: Callable
     ) -> tuple[Tensor, Tensor | None]:
-        """block(modulate(norm(hidden_states))); under `--recompute-modules layernorm` the block's input is not kept.
+        """block(modulate(norm(hidden_states))); where the norm is recomputed, the block's input is not kept.
 
         The norm computes in float32, so that keeping its intermediates costs more memory than any matrix's input.
         """
@@ -67,7 +68,7 @@ class DiTLayer(TransformerLayer):
         def modulated_norm(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
             return modulate(norm(hidden_states), shift, scale)
 
-        if not (self.recompute_norm and self.training):
+        if not (recompute and self.training):
             return block(modulated_norm(hidden_states, shift, scale))
         # Read for what it is not: any value but None turns Transformer Engine's FP8 on in here.
         checkpoint = CheckpointWithoutOutput(fp8=self.config.fp8)
@@ -128,9 +129,8 @@ class BidirectionalAttention(nn.Module):
         """query, key, value [S / CP, B, heads / TP, head size] -> [S / CP, B, H / TP]."""
         if self.cp_group.size() > 1:
             # Gathers along the first axis; the gradients of the other ranks' queries come back by reduce-scatter.
-            key, value = gather_from_sequence_parallel_region(torch.stack([key, value], 1), group=self.cp_group).unbind(
-                1
-            )
+            gathered = gather_from_sequence_parallel_region(torch.stack([key, value], dim=1), group=self.cp_group)
+            key, value = gathered.unbind(1)
         batch_first = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         output = F.scaled_dot_product_attention(*batch_first)
         return output.permute(2, 0, 1, 3).flatten(2)

@@ -10,7 +10,14 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 
-from sedd_megatron.config import DiffusionOptions, ModelOptions, PretrainOptions
+from sedd_megatron.config import (
+    DiffusionOptions,
+    ModelOptions,
+    ParallelOptions,
+    PrecisionOptions,
+    PretrainOptions,
+    RecomputeOptions,
+)
 from sedd_megatron.data.tokenizers import Tokenizer
 from sedd_megatron.diffusion import AbsorbingGraph, GeometricSchedule, LogLinearSchedule, UniformGraph
 from sedd_megatron.diffusion.graph import make_graph
@@ -55,16 +62,18 @@ class TrainingRun:
 
 
 def build_model(
-    config: TransformerConfig,
     model_options: ModelOptions,
-    transformer_impl: str,
+    parallel: ParallelOptions,
+    precision: PrecisionOptions,
+    recompute: RecomputeOptions,
     graph: AbsorbingGraph | UniformGraph,
     groups: ParallelGroups,
 ) -> list[SEDDModel]:
     """This rank's stages of the score network, with uninitialised parameters; one, unless stages are interleaved."""
     # Megatron forks its generators while it builds, and stops if they have no seed; nothing is drawn from them.
     seed_dropout(0, 0, groups)
-    layer_spec = choose_layer_spec(model_options.cond_dim, transformer_impl, groups.device)
+    config = transformer_config(model_options, parallel, precision, recompute, groups.device)
+    layer_spec = choose_layer_spec(model_options.cond_dim, precision.transformer_impl, groups.device)
     num_chunks = config.virtual_pipeline_model_parallel_size
     vp_stages = [None] if num_chunks is None else range(num_chunks)
     return [SEDDModel(config, model_options, graph, layer_spec, groups, vp_stage) for vp_stage in vp_stages]
@@ -80,13 +89,12 @@ def build_schedule(diffusion: DiffusionOptions) -> LogLinearSchedule | Geometric
 def build_run(options: PretrainOptions, tokenizer: Tokenizer, groups: ParallelGroups) -> TrainingRun:
     """Build a run at iteration 0; the parameters depend on the seed and not on the layout."""
     graph = make_graph(options.diffusion.graph, tokenizer.num_tokens)
-    config = transformer_config(options.model, options.parallel, options.precision, options.recompute, groups.device)
-    model_chunks = build_model(config, options.model, options.precision.transformer_impl, graph, groups)
+    model_chunks = build_model(options.model, options.parallel, options.precision, options.recompute, graph, groups)
     for chunk in model_chunks:
         initialize_parameters(chunk, options.training.seed)
     ddp_chunks = _wrap_for_data_parallel(options, model_chunks, groups)
     optimizer = _build_optimizer(options, ddp_chunks)
-    _connect_schedule(config, ddp_chunks, optimizer, groups)
+    _connect_schedule(model_chunks[0].config, ddp_chunks, optimizer, groups)
     main = main_parameters(model_chunks, optimizer)
     return TrainingRun(
         options=options,

@@ -261,35 +261,35 @@ def _flat_range(shard: dict[str, Any]) -> tuple[int, int]:
 
 
 def _read_shard(directory: Path, entry: dict[str, Any], target: Shard, open_files: dict[str, Any]) -> None:
-    """By boxes: pieces of the target's own box go straight to their place, pieces of others are put together first."""
+    """By boxes: of the target's own box only its range is read, other boxes are put together and cut."""
     pieces_of_box: dict[Box, list[dict[str, Any]]] = {}
     for piece in entry["shards"]:
         pieces_of_box.setdefault((tuple(piece["offset"]), tuple(piece["shape"])), []).append(piece)
-    own_range = target.range
+    dtype = getattr(torch, entry["dtype"])
     if target.box in pieces_of_box:
-        values = target.data.view(-1) if target.data.is_contiguous() and not is_float8tensor(target.data) else None
-        own = torch.empty(own_range[1] - own_range[0], dtype=_dtype(entry)) if values is None else values
-        _read_range(directory, pieces_of_box[target.box], own_range, own, open_files)
-        if values is None:
-            target.data.copy_(own.view(target.data.shape).to(target.data.device))
-        return
-    whole = torch.empty(target.shape, dtype=_dtype(entry))
-    for box, pieces in pieces_of_box.items():
-        overlap = _overlap(box, target.box)
-        if overlap is None:
-            continue
-        source = torch.empty(math.prod(box[1]), dtype=_dtype(entry))
-        _read_range(directory, pieces, (0, len(source)), source, open_files)
-        in_source, in_target = overlap
-        whole[in_target] = source.view(box[1])[in_source]
+        values = _read_range(directory, pieces_of_box[target.box], target.range, dtype, open_files)
+    else:
+        whole = torch.empty(target.shape, dtype=dtype)
+        for box, pieces in pieces_of_box.items():
+            overlap = _overlap(box, target.box)
+            if overlap is not None:
+                in_source, in_target = overlap
+                source = _read_range(directory, pieces, (0, math.prod(box[1])), dtype, open_files)
+                whole[in_target] = source.view(box[1])[in_source]
+        values = whole.view(-1)[slice(*target.range)]
     # To the device first: FP8 tensors are quantised where they are.
-    target.data.copy_(whole.view(-1)[slice(*own_range)].view(target.data.shape).to(target.data.device))
+    target.data.copy_(values.view(target.data.shape).to(target.data.device))
 
 
 def _read_range(
-    directory: Path, pieces: list[dict[str, Any]], wanted: tuple[int, int], into: Tensor, open_files: dict[str, Any]
-) -> None:
-    """Copy the flat range `wanted` of a box from its pieces into the 1-D tensor `into`."""
+    directory: Path,
+    pieces: list[dict[str, Any]],
+    wanted: tuple[int, int],
+    dtype: torch.dtype,
+    open_files: dict[str, Any],
+) -> Tensor:
+    """The flat range `wanted` of a box, from its pieces: 1-D."""
+    values = torch.empty(wanted[1] - wanted[0], dtype=dtype)
     for piece in pieces:
         first, last = _flat_range(piece)
         start, stop = max(first, wanted[0]), min(last, wanted[1])
@@ -302,10 +302,11 @@ def _read_range(
             # Of a flat range only what is wanted is read; a box is read whole, to be cut in memory.
             saved = open_files[piece["file"]].get_slice(piece["name"])
             part = slice(start - first, stop - first)
-            values = saved[part] if "flat_range" in piece else saved[:].view(-1)[part]
+            found = saved[part] if "flat_range" in piece else saved[:].view(-1)[part]
         except SafetensorError as error:
             raise UserError(f"{path}: {piece['name']} cannot be read ({error})") from error
-        into[start - wanted[0] : stop - wanted[0]].copy_(values)
+        values[start - wanted[0] : stop - wanted[0]].copy_(found)
+    return values
 
 
 def _overlap(source: Box, target: Box) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
@@ -318,10 +319,6 @@ def _overlap(source: Box, target: Box) -> tuple[tuple[slice, ...], tuple[slice, 
         in_source.append(slice(start - a, stop - a))
         in_target.append(slice(start - b, stop - b))
     return tuple(in_source), tuple(in_target)
-
-
-def _dtype(entry: dict[str, Any]) -> torch.dtype:
-    return getattr(torch, entry["dtype"])
 
 
 def _faults(directory: Path, records: dict[str, Any]) -> list[str]:

@@ -102,13 +102,13 @@ def _layer_bytes(options: PretrainOptions, rows: float, size: int) -> tuple[floa
     multiplies; these are whole on each tensor-parallel rank unless the sequence is parallel. Queries, keys and values
     before and after the rotation, attention's output, and the MLP before and after GELU are shared in any case.
     """
-    model, recompute = options.model, options.recompute
+    model, selected = options.model, options.recompute.modules
     tensor = options.parallel.tensor_model_parallel_size
-    selected = recompute.modules
     norm = model.hidden_size * (size if "layernorm" in selected else 4 + 2 * size)
     # core_attn changes nothing: the fused kernel keeps no [S, S] matrix that recomputing could save.
     attention = 6 * model.hidden_size * size
     mlp = 0 if "mlp" in selected else 2 * model.mlp_hidden_size * size
-    whole = (2 * norm + 2 * model.hidden_size * size) / (tensor if options.parallel.sequence_parallel else 1)
-    checkpoint = rows * model.hidden_size * size / (tensor if options.parallel.sequence_parallel else 1)
-    return rows * (whole + (attention + mlp) / tensor), checkpoint
+    sequence_shares = tensor if options.parallel.sequence_parallel else 1
+    checkpoint = rows * model.hidden_size * size / sequence_shares
+    whole = rows * (2 * norm + 2 * model.hidden_size * size) / sequence_shares
+    return whole + rows * (attention + mlp) / tensor, checkpoint

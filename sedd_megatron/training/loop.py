@@ -99,9 +99,7 @@ def find_fp8_scales(run: TrainingRun, dataset: WindowDataset) -> None:
     precision = run.options.precision
     if precision.fp8_format is None or precision.recipe != "delayed":
         return
-    for chunk in run.ddp_chunks:
-        chunk.train()
-        chunk.zero_grad_buffer()
+    _begin_training_pass(run)
     _forward_backward(run, training_iterators(run, dataset), forward_only=False)
     copy_main_parameters_to_model(run.optimizer, run.ddp_chunks)
 
@@ -110,9 +108,7 @@ def train_step(run: TrainingRun, batches: list[Iterator[NoisyBatch]]) -> dict[st
     """One optimizer step on one global batch; returns its line of metrics.jsonl, equal on every rank."""
     options, start = run.options, time.monotonic()
     seed_dropout(options.training.seed, run.iteration, run.groups)
-    for chunk in run.ddp_chunks:
-        chunk.train()
-        chunk.zero_grad_buffer()
+    _begin_training_pass(run)
     run.optimizer.zero_grad()
     losses = _forward_backward(run, batches, forward_only=False)
     loss = _mean_loss(losses, run.groups)
@@ -133,6 +129,12 @@ def train_step(run: TrainingRun, batches: list[Iterator[NoisyBatch]]) -> dict[st
         "tokens_per_second": tokens / (time.monotonic() - start),
         "consumed_samples": run.consumed_samples,
     }
+
+
+def _begin_training_pass(run: TrainingRun) -> None:
+    for chunk in run.ddp_chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
 
 
 @torch.no_grad()

@@ -24,7 +24,6 @@ from sedd_megatron.training.checkpoint_format import Shard
 class MainParameter:
     """One parameter as the optimizer sees it."""
 
-    parameter: nn.Parameter
     tensor: Tensor  # float32: the parameter's shape, or 1-D for a flat range
     sharded: ShardedTensor
     flat_range: tuple[int, int] | None  # of the flattened parameter; None: all of it
@@ -54,13 +53,13 @@ def _main_parameter(
 ) -> list[MainParameter]:
     if not isinstance(optimizer, DistributedOptimizer):
         tensor = getattr(parameter, "main_param", parameter)
-        return [MainParameter(parameter, tensor, sharded, None)]
+        return [MainParameter(tensor, sharded, None)]
     if parameter not in optimizer.model_param_group_index_map:
         return []
     group, position = optimizer.model_param_group_index_map[parameter]
     own = optimizer._get_model_param_range_map(parameter)["param"]
     tensor = optimizer.optimizer.param_groups[group]["params"][position]
-    return [MainParameter(parameter, tensor, sharded, (own.start, own.end))]
+    return [MainParameter(tensor, sharded, (own.start, own.end))]
 
 
 def copy_main_parameters_to_model(optimizer: MegatronOptimizer, ddp_chunks: Sequence[DistributedDataParallel]) -> None:

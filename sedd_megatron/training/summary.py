@@ -45,10 +45,10 @@ def cost_line(run: TrainingRun) -> str:
         "moving average": 4 * updated,
         "activations about": activations.total,
     }
-    rows = fraction_of_head_rows(run.graph, run.schedule, options.diffusion.time_eps)
     return (
         f"memory on this rank: {', '.join(f'{name} {format_bytes(size)}' for name, size in memory.items())} | "
-        f"{trained_flops_per_token(run) / 1e9:.3g} GFLOP per trained token, its head on {rows:.0%} of the positions"
+        f"{trained_flops_per_token(run) / 1e9:.3g} GFLOP per trained token, its head on {_head_rows(run):.0%} of the "
+        "positions"
     )
 
 
@@ -62,5 +62,8 @@ def format_bytes(size: float) -> str:
 
 def trained_flops_per_token(run: TrainingRun) -> float:
     """`flops_per_token` of this run's model, graph and noise."""
-    rows = fraction_of_head_rows(run.graph, run.schedule, run.options.diffusion.time_eps)
-    return flops_per_token(run.options.model, run.graph.num_states, rows)
+    return flops_per_token(run.options.model, run.graph.num_states, _head_rows(run))
+
+
+def _head_rows(run: TrainingRun) -> float:
+    return fraction_of_head_rows(run.graph, run.schedule, run.options.diffusion.time_eps)

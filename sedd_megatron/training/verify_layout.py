@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,15 +18,6 @@ from sedd_megatron.training.loop import find_fp8_scales, train_step, training_it
 
 # Rounding of the weights is what layouts differ by: 2^-24, 2^-9, and 2^-4 for the inputs of FP8 products.
 TOLERANCES = {"float32": 1e-5, "bf16": 2e-2, "FP8": 5e-2}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a few steps gave: per step, and the weights in host memory as whole tensors by their names."""
-
-    losses: list[float]
-    grad_norms: list[float]
-    weights: dict[str, Tensor]
 
 
 def verify_layout(options: PretrainOptions, windows: Windows, tokenizer: Tokenizer) -> bool:
@@ -45,15 +37,15 @@ def verify_layout(options: PretrainOptions, windows: Windows, tokenizer: Tokeniz
     )
     alone = replace(options, parallel=_one_process(options.parallel, options.precision.fp8_param_gather))
     with parallel_groups(alone.parallel, world_size=1) as groups:
-        run, losses, grad_norms = _train(alone, windows, tokenizer, groups)
-        expected = Outcome(losses, grad_norms, _whole_weights(run))
+        run, expected_steps = _train(alone, windows, tokenizer, groups)
+        expected_weights = _whole_weights(run)
         del run
     with parallel_groups(options.parallel, options.parallel.num_model_chunks(options.model.num_layers)) as groups:
-        run, losses, grad_norms = _train(options, windows, tokenizer, groups)
+        run, steps = _train(options, windows, tokenizer, groups)
         differences = {
-            "loss": _largest(losses, expected.losses),
-            "gradient norm": _largest(grad_norms, expected.grad_norms),
-            "parameters": _weight_difference(run, expected.weights),
+            "loss": _largest("loss", steps, expected_steps),
+            "gradient norm": _largest("grad_norm", steps, expected_steps),
+            "parameters": _weight_difference(run, expected_weights),
         }
         torn = _disagreeing_replicas(run)
         tolerance = _tolerance(options)
@@ -74,12 +66,11 @@ def _one_process(parallel: ParallelOptions, needs_distributed_optimizer: bool) -
 
 def _train(
     options: PretrainOptions, windows: Windows, tokenizer: Tokenizer, groups: ParallelGroups
-) -> tuple[TrainingRun, list[float], list[float]]:
+) -> tuple[TrainingRun, list[dict[str, Any]]]:
     run = build_run(options, tokenizer, groups)
     find_fp8_scales(run, windows.train)
     batches = training_iterators(run, windows.train)
-    steps = [train_step(run, batches) for _ in range(options.verify.verify_layout_steps)]
-    return run, [step["loss"] for step in steps], [step["grad_norm"] for step in steps]
+    return run, [train_step(run, batches) for _ in range(options.verify.verify_layout_steps)]
 
 
 def _main_shards(run: TrainingRun) -> Iterator[Shard]:
@@ -87,7 +78,7 @@ def _main_shards(run: TrainingRun) -> Iterator[Shard]:
 
 
 def _whole_weights(run: TrainingRun) -> dict[str, Tensor]:
-    """Of a run in one process, which holds every box of every tensor."""
+    """Whole tensors in host memory by their names, of a run in one process, which holds every box of them."""
     weights: dict[str, Tensor] = {}
     for shard in _main_shards(run):
         whole = weights.setdefault(shard.key, torch.empty(shard.global_shape))
@@ -128,8 +119,8 @@ def _disagreeing_replicas(run: TrainingRun) -> list[str]:
     return sorted({key for (key, _), found in digests.items() if len(found) > 1})
 
 
-def _largest(actual: list[float], expected: list[float]) -> tuple[float, str]:
-    relative = [abs(a - b) / abs(b) for a, b in zip(actual, expected, strict=True)]
+def _largest(name: str, actual: list[dict[str, Any]], expected: list[dict[str, Any]]) -> tuple[float, str]:
+    relative = [abs(a[name] - b[name]) / abs(b[name]) for a, b in zip(actual, expected, strict=True)]
     largest = max(range(len(relative)), key=relative.__getitem__)
     return relative[largest], f"step {largest + 1}"
 

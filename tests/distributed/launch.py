@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,13 @@ def start(script: str, world_size: int, jobs: list[Any], timeout: int = 400) -> 
         )
     outputs = _outputs(processes, timeout)
     return [process.returncode for process in processes], outputs
+
+
+def own_jobs() -> Iterator[Any]:
+    """In a rank that `start` started: its jobs, each with its rendezvous port in place."""
+    for job, port in zip(json.loads(sys.argv[1]), json.loads(sys.argv[2]), strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        yield job
 
 
 def _outputs(processes: list[subprocess.Popen], timeout: int) -> list[str]:

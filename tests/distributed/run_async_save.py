@@ -1,8 +1,6 @@
 """A run with --async-save whose writing is slow, or fails on one rank, or is overtaken by a loss that is not finite."""
 
-import json
 import os
-import sys
 import threading
 
 import pytest
@@ -10,6 +8,7 @@ import pytest
 from sedd_megatron.arguments import parse_pretrain_options
 from sedd_megatron.errors import UserError
 from sedd_megatron.parallel import cpu_backend
+from tests.distributed.launch import own_jobs
 
 EXPECTED = {
     "full": r"rank 1 cannot write .*No space left on device.*--load the newest",
@@ -64,6 +63,5 @@ def train(mode: str, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    ((mode, arguments),), (port,) = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-    os.environ["MASTER_PORT"] = str(port)
+    ((mode, arguments),) = own_jobs()
     train(mode, arguments)

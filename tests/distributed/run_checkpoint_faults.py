@@ -1,10 +1,7 @@
 """Damages a checkpoint in each way that a person may meet, and tries to use it in this process."""
 
-import json
-import os
 import pickle
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from sedd_megatron import load_pretrained
 from sedd_megatron.arguments import parse_pretrain_options
 from sedd_megatron.errors import UserError
 from sedd_megatron.training.pretrain import pretrain
+from tests.distributed.launch import own_jobs
 
 
 def refusal(arguments: list[str]) -> str:
@@ -95,6 +93,5 @@ def cut_short(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    for job, port in zip(json.loads(sys.argv[1]), json.loads(sys.argv[2]), strict=True):
-        os.environ["MASTER_PORT"] = str(port)
+    for job in own_jobs():
         check(*job)

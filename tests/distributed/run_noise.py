@@ -1,8 +1,5 @@
 """The micro-batches that this rank trains on, against the same drawn here for their places in the training order."""
 
-import json
-import os
-import sys
 from pathlib import Path
 
 import torch
@@ -11,6 +8,7 @@ from sedd_megatron.arguments import parse_pretrain_options
 from sedd_megatron.data.windows import open_windows
 from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.parallel.groups import parallel_groups
+from tests.distributed.launch import own_jobs
 
 STEPS = 3
 FIRST_SAMPLE = 40
@@ -67,6 +65,5 @@ def check(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    for arguments, port in zip(json.loads(sys.argv[1]), json.loads(sys.argv[2]), strict=True):
-        os.environ["MASTER_PORT"] = str(port)
+    for arguments in own_jobs():
         check(arguments)

@@ -1,8 +1,6 @@
 """Published weights in this layout's model: log-scores, loss and gradients against the published code's."""
 
 import json
-import os
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from safetensors.torch import load_file
 from sedd_megatron.config import ModelOptions, ParallelOptions, PrecisionOptions, RecomputeOptions
 from sedd_megatron.diffusion.corruption import NoisyBatch
 from sedd_megatron.parallel.groups import parallel_groups
+from tests.distributed.launch import own_jobs
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 # Names at the end of ours -> the published name.
@@ -76,13 +75,11 @@ def check(graph_name: str, tensor_size: int, pipeline_size: int, context_size: i
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         from sedd_megatron.diffusion.graph import make_graph
-        from sedd_megatron.model.model_config import transformer_config
         from sedd_megatron.training.build import build_model
         from sedd_megatron.training.forward_step import make_forward_step
 
         graph = make_graph(graph_name, published["tokens"])
-        config = transformer_config(options, parallel, PrecisionOptions(), RecomputeOptions(), groups.device)
-        (model,) = build_model(config, options, "local", graph, groups)
+        (model,) = build_model(options, parallel, PrecisionOptions(), RecomputeOptions(), graph, groups)
         shards = model.sharded_tensors()
         seen = set()
         with torch.no_grad():
@@ -120,6 +117,5 @@ def check(graph_name: str, tensor_size: int, pipeline_size: int, context_size: i
 
 
 if __name__ == "__main__":
-    for job, port in zip(json.loads(sys.argv[1]), json.loads(sys.argv[2]), strict=True):
-        os.environ["MASTER_PORT"] = str(port)
+    for job in own_jobs():
         check(*job)

@@ -1,11 +1,10 @@
 """`--verify-layout` on this rank, with the layout broken in one way or in none; ends with its exit code."""
 
-import json
-import os
 import sys
 
 from sedd_megatron.arguments import parse_pretrain_options
 from sedd_megatron.parallel import cpu_backend
+from tests.distributed.launch import own_jobs
 
 
 def break_layout(way: str) -> None:
@@ -28,8 +27,7 @@ def break_layout(way: str) -> None:
 
 
 if __name__ == "__main__":
-    ((way, arguments),), (port,) = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-    os.environ["MASTER_PORT"] = str(port)
+    ((way, arguments),) = own_jobs()
     break_layout(way)
     from sedd_megatron.training.pretrain import pretrain
 

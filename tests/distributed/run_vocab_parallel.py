@@ -1,14 +1,13 @@
 """Sharded loss against the dense one on these ranks; counts the collectives of forward and backward."""
 
-import json
 import os
-import sys
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sedd_megatron.config import ParallelOptions
 from sedd_megatron.parallel.groups import parallel_groups
+from tests.distributed.launch import own_jobs
 
 
 class CollectiveCount(TorchDispatchMode):
@@ -71,6 +70,5 @@ def parallel_groups_here(world_size: int):
 
 
 if __name__ == "__main__":
-    for job, port in zip(json.loads(sys.argv[1]), json.loads(sys.argv[2]), strict=True):
-        os.environ["MASTER_PORT"] = str(port)
+    for job in own_jobs():
         check(*job)

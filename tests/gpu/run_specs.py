@@ -1,13 +1,12 @@
 """One model, its weights the same by name, in two implementations on one GPU: log-scores and gradients."""
 
 import hashlib
-import json
-import sys
 
 import torch
 
 from sedd_megatron.arguments import parse_pretrain_options
 from sedd_megatron.parallel.groups import ParallelGroups, parallel_groups
+from tests.distributed.launch import own_jobs
 
 NUM_TOKENS = 1000
 BATCH, LENGTH = 4, 256
@@ -20,14 +19,11 @@ SHAPE = (
 def outcome(flags: list[str], groups: ParallelGroups) -> dict[str, torch.Tensor]:
     """Logits, and the gradient of every parameter, in float32 on the host."""
     from sedd_megatron.diffusion import AbsorbingGraph
-    from sedd_megatron.model.model_config import transformer_config
     from sedd_megatron.training.build import build_model
 
     options = parse_pretrain_options([*SHAPE, *flags])
-    config = transformer_config(options.model, options.parallel, options.precision, options.recompute, groups.device)
-    (model,) = build_model(
-        config, options.model, options.precision.transformer_impl, AbsorbingGraph(NUM_TOKENS), groups
-    )
+    graph = AbsorbingGraph(NUM_TOKENS)
+    (model,) = build_model(options.model, options.parallel, options.precision, options.recompute, graph, groups)
     with torch.no_grad():
         for name, shard in model.sharded_tensors().items():
             seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
@@ -57,5 +53,5 @@ def check(flags: list[str], reference_flags: list[str], logits_tolerance: float,
 
 
 if __name__ == "__main__":
-    for job in json.loads(sys.argv[1]):
+    for job in own_jobs():
         check(*job)

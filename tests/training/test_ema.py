@@ -6,14 +6,14 @@ from sedd_megatron.training.ema import ExponentialMovingAverage
 from sedd_megatron.training.main_parameters import MainParameter
 
 
-def average_of(parameter: torch.Tensor, main: torch.Tensor, copy_to_model, decay: float) -> ExponentialMovingAverage:
-    return ExponentialMovingAverage([MainParameter(parameter, main, None, None)], copy_to_model, decay)
+def average_of(main: torch.Tensor, copy_to_model, decay: float) -> ExponentialMovingAverage:
+    return ExponentialMovingAverage([MainParameter(main, None, None)], copy_to_model, decay)
 
 
 def test_average_is_the_weighted_sum_of_all_weights():
     weight = torch.randn(2, 3)
     history = [weight.double().clone()]
-    ema = average_of(weight, weight, lambda: None, decay=0.9)
+    ema = average_of(weight, lambda: None, decay=0.9)
     for step in range(1, 200):
         weight.add_(torch.randn(2, 3))
         ema.update(step)
@@ -34,7 +34,7 @@ def test_swapping_in_gives_weights_and_averages_back_bitwise():
             weight.copy_(main)
 
     copy_to_model()
-    ema = average_of(weight, main, copy_to_model, decay=0.5)
+    ema = average_of(main, copy_to_model, decay=0.5)
     main.add_(1 / 3)
     copy_to_model()
     ema.update(1)

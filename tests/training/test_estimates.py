@@ -22,11 +22,10 @@ RECOMPUTE = "--recompute-granularity selective --recompute-modules".split()
 
 
 def model_of(options, groups):
-    from sedd_megatron.model.model_config import transformer_config
     from sedd_megatron.training.build import build_model
 
-    config = transformer_config(options.model, options.parallel, options.precision, options.recompute, groups.device)
-    (model,) = build_model(config, options.model, "local", AbsorbingGraph(NUM_TOKENS), groups)
+    graph = AbsorbingGraph(NUM_TOKENS)
+    (model,) = build_model(options.model, options.parallel, options.precision, options.recompute, graph, groups)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_()
