@@ -237,7 +237,7 @@ def _check_ranges(options: PretrainOptions) -> None:
         "micro_batch_size global_batch_size lr_decay_iters save_interval eval_iters log_interval verify_layout_steps"
     ).split()
     at_least_zero = (
-        "train_iters lr min_lr lr_warmup_iters clip_grad weight_decay seed num_workers eval_interval"
+        "loss_chunk_rows train_iters lr min_lr lr_warmup_iters clip_grad weight_decay seed num_workers eval_interval"
     ).split()
     below_one = ["hidden_dropout", "adam_beta1", "adam_beta2", "ema_decay"]
     values = options.to_dict()

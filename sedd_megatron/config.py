@@ -132,6 +132,9 @@ class TrainingOptions:
 
     micro_batch_size: int = option(8, "sequences per rank and forward pass")
     global_batch_size: int = option(512, "sequences per optimizer step")
+    loss_chunk_rows: int = option(
+        2048, "positions whose head and loss are computed at once; 0 makes all logits first, the plain reference"
+    )
     train_iters: int = option(400_000, "optimizer steps in all, counted from the start of the first run")
     lr: float = option(3e-4, "peak learning rate")
     min_lr: float = option(0.0, "learning rate at the end of the decay")

@@ -74,8 +74,13 @@ class Modulation(nn.Module):
         return self.linear(conditioning)[None].chunk(self.parts, dim=-1)
 
 
-class ScaleNorm(nn.Module):
-    """LayerNorm with a weight and no bias, computed in float32; Megatron's torch norm refuses sequence parallelism."""
+class NormScale(nn.Module):
+    """The weight of a LayerNorm without bias, joined with adaLN's scale.
+
+    norm(x) * weight * (1 + scale) + shift = normalized(x) * factor + shift: the weight meets [1, B, H] numbers here and
+    not every hidden state; `fused_operations.modulated_norm` does the rest. Megatron's torch norm refuses sequence
+    parallelism.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, device: torch.device | None = None):
         super().__init__()
@@ -85,12 +90,6 @@ class ScaleNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
         mark_sequence_parallel(self, config)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[S, B, H] -> [S, B, H] in the input's dtype."""
-        normed = F.layer_norm(hidden.float(), self.weight.shape, self.weight.float(), None, self.eps)
-        return normed.to(hidden.dtype)
-
-
-def modulate(hidden: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """hidden * (1 + scale) + shift, with hidden [S, B, H] and shift, scale [1, B, H]."""
-    return torch.addcmul(shift, hidden, 1 + scale)
+    def forward(self, scale: Tensor) -> Tensor:
+        """scale [1, B, H] -> factor [1, B, H] float32."""
+        return self.weight.float() * (1 + scale.float())

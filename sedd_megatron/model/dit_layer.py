@@ -17,7 +17,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from sedd_megatron.model.conditioning import Modulation, modulate
+from sedd_megatron.model.conditioning import Modulation, NormScale
+from sedd_megatron.model.fused_operations import add_gated, bias_gelu, modulated_norm, rotate
 
 
 class DiTLayer(TransformerLayer):
@@ -58,32 +59,31 @@ class DiTLayer(TransformerLayer):
         return self._add_gated(hidden_states, gate_2, output), context
 
     def _after_norm(
-        self, norm: nn.Module, recompute: bool, hidden_states: Tensor, shift: Tensor, scale: Tensor, block: Callable
+        self, norm: NormScale, recompute: bool, hidden_states: Tensor, shift: Tensor, scale: Tensor, block: Callable
     ) -> tuple[Tensor, Tensor | None]:
-        """block(modulate(norm(hidden_states))); where the norm is recomputed, the block's input is not kept.
-
-        The norm computes in float32, so that keeping its intermediates costs more memory than any matrix's input.
-        """
-
-        def modulated_norm(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-            return modulate(norm(hidden_states), shift, scale)
-
+        """block(adaLN of the hidden states); where the norm is recomputed, the block's input is not kept."""
+        factor, adaptive_norm = norm(scale), partial(modulated_norm, eps=norm.eps)
         if not (recompute and self.training):
-            return block(modulated_norm(hidden_states, shift, scale))
+            return block(adaptive_norm(hidden_states, factor, shift))
         # Read for what it is not: any value but None turns Transformer Engine's FP8 on in here.
         checkpoint = CheckpointWithoutOutput(fp8=self.config.fp8)
-        output, bias = block(checkpoint.checkpoint(modulated_norm, hidden_states, shift, scale))
+        output, bias = block(checkpoint.checkpoint(adaptive_norm, hidden_states, factor, shift))
         checkpoint.discard_output_and_register_recompute(output)
         return output, bias
 
     def _mlp(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Megatron's MLP, with bias and GELU in one operation."""
+
+        def mlp(hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+            return self.mlp.linear_fc2(bias_gelu(*self.mlp.linear_fc1(hidden_states)))
+
         if not (self.recompute_mlp and self.training):
-            return self.mlp(hidden_states)
+            return mlp(hidden_states)
 
         # Adds the bias in here: a checkpoint that returned the parameter itself would become the parameter's history,
         # and its backward pass would call itself without end.
         def mlp_with_bias(hidden_states: Tensor) -> Tensor:
-            output, bias = self.mlp(hidden_states)
+            output, bias = mlp(hidden_states)
             return output + bias
 
         if self.config.fp8 is None:
@@ -93,12 +93,7 @@ class DiTLayer(TransformerLayer):
         return te_checkpoint(mlp_with_bias, False, get_cuda_rng_tracker, self.tp_group, hidden_states), None
 
     def _add_gated(self, residual: Tensor, gate: Tensor, output_with_bias: tuple[Tensor, Tensor | None]) -> Tensor:
-        output, bias = output_with_bias
-        if bias is not None:
-            output = output + bias
-        if self.hidden_dropout > 0 and self.training:
-            output = F.dropout(output, self.hidden_dropout)
-        return torch.addcmul(residual, gate, output)
+        return add_gated(residual, gate, *output_with_bias, self.hidden_dropout if self.training else 0.0)
 
 
 class BiasFreeSelfAttention(SelfAttention):
@@ -110,6 +105,19 @@ class BiasFreeSelfAttention(SelfAttention):
         config = copy.copy(config)
         config.add_bias_linear = False
         super().__init__(config, submodules, layer_number, attn_mask_type=AttnMaskType.no_mask, **kwargs)
+
+
+class LocalSelfAttention(BiasFreeSelfAttention):
+    """BiasFreeSelfAttention with its rotation in one operation; Transformer Engine's layers have their own."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: None, rotary_pos_emb: Tensor, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """hidden_states [S, B, H], rotary_pos_emb [S, 1, 1, head size] -> [S, B, H], and no bias."""
+        query, key, value = self.get_query_key_value_tensors(hidden_states)
+        cos, sin = rotary_pos_emb.cos().to(query.dtype), rotary_pos_emb.sin().to(query.dtype)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        return self.linear_proj(self.core_attention(query, key, value, attention_mask))
 
 
 class BidirectionalAttention(nn.Module):

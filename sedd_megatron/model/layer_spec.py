@@ -9,27 +9,34 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from sedd_megatron.config import PrecisionOptions
 from sedd_megatron.errors import UserError
-from sedd_megatron.model.conditioning import ScaleNorm
-from sedd_megatron.model.dit_layer import BiasFreeSelfAttention, BidirectionalAttention, DiTLayer
+from sedd_megatron.model.conditioning import NormScale
+from sedd_megatron.model.dit_layer import (
+    BiasFreeSelfAttention,
+    BidirectionalAttention,
+    DiTLayer,
+    LocalSelfAttention,
+)
 
 # The first GPUs whose matrix units take each recipe's FP8: Ada and Hopper; block scaling from Hopper on.
 FP8_COMPUTE_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0)}
 
 
-def dit_layer_spec(cond_dim: int, column_linear: type, row_linear: type, core_attention: type) -> ModuleSpec:
+def dit_layer_spec(
+    cond_dim: int, column_linear: type, row_linear: type, self_attention: type, core_attention: type
+) -> ModuleSpec:
     """A DiT layer of the given parallel linear layers and attention; parameter names are the same for all of them."""
     return ModuleSpec(
         module=DiTLayer,
         params={"cond_dim": cond_dim},
         submodules=TransformerLayerSubmodules(
-            input_layernorm=ScaleNorm,
+            input_layernorm=NormScale,
             self_attention=ModuleSpec(
-                module=BiasFreeSelfAttention,
+                module=self_attention,
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=column_linear, core_attention=core_attention, linear_proj=row_linear
                 ),
             ),
-            pre_mlp_layernorm=ScaleNorm,
+            pre_mlp_layernorm=NormScale,
             mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column_linear, linear_fc2=row_linear)),
         ),
     )
@@ -37,7 +44,7 @@ def dit_layer_spec(cond_dim: int, column_linear: type, row_linear: type, core_at
 
 def local_layer_spec(cond_dim: int) -> ModuleSpec:
     """The layer in plain torch: any device."""
-    return dit_layer_spec(cond_dim, ColumnParallelLinear, RowParallelLinear, BidirectionalAttention)
+    return dit_layer_spec(cond_dim, ColumnParallelLinear, RowParallelLinear, LocalSelfAttention, BidirectionalAttention)
 
 
 def transformer_engine_layer_spec(cond_dim: int) -> ModuleSpec:
@@ -48,7 +55,9 @@ def transformer_engine_layer_spec(cond_dim: int) -> ModuleSpec:
         TERowParallelLinear,
     )
 
-    return dit_layer_spec(cond_dim, TEColumnParallelLinear, TERowParallelLinear, TEDotProductAttention)
+    return dit_layer_spec(
+        cond_dim, TEColumnParallelLinear, TERowParallelLinear, BiasFreeSelfAttention, TEDotProductAttention
+    )
 
 
 def choose_layer_spec(cond_dim: int, transformer_impl: str, device: torch.device) -> ModuleSpec:

@@ -16,8 +16,9 @@ def transformer_config(
     precision: PrecisionOptions,
     recompute: RecomputeOptions,
     device: torch.device,
+    with_main_grad: bool = False,
 ) -> TransformerConfig:
-    """The configuration of every Megatron-Core module of the score network.
+    """The configuration of every Megatron-Core module of the score network; `with_main_grad` as for `build_model`.
 
     Follows the published model (arXiv 2310.16834, appendix; the DiT of arXiv 2212.09748): LayerNorm with epsilon
     1e-5, tanh-GELU, biases in the MLP, no dropout inside attention.
@@ -41,7 +42,8 @@ def transformer_config(
         init_method=start_at_zero,
         output_layer_init_method=start_at_zero,
         use_cpu_initialization=device.type == "cpu",
-        gradient_accumulation_fusion=False,
+        # On a GPU Megatron's own linear layers need Apex for it.
+        gradient_accumulation_fusion=with_main_grad and device.type == "cpu",
         persist_layer_norm=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,

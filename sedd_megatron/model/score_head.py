@@ -3,16 +3,39 @@ scaling.
 """
 
 import math
+from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from sedd_megatron.diffusion.graph import AbsorbingGraph, UniformGraph
-from sedd_megatron.model.conditioning import Modulation, ScaleNorm, modulate
+from sedd_megatron.model.conditioning import Modulation, NormScale
+from sedd_megatron.model.fused_operations import modulated_norm
 from sedd_megatron.model.model_config import start_at_zero
+from sedd_megatron.parallel.fused_head import FusedHeadSettings, ScoreEntropyRows, fused_head_score_entropy
+
+
+class VocabularyProjection(ColumnParallelLinear):
+    """Megatron's linear layer over vocabulary shards; or norm, layer and loss in one.
+
+    One module for both: Megatron gathers the parameters of a module when it is called.
+    """
+
+    def forward(self, hidden: Tensor, *fused: Any) -> tuple[Tensor, Tensor | None]:
+        """ColumnParallelLinear's answer, logits; or with `fused`, (factor, shift, rows, settings, eps), the scalar loss
+        of parallel/fused_head.py.
+        """
+        if not fused:
+            return super().forward(hidden)
+        factor, shift, *rest = fused
+        return fused_head_score_entropy(hidden, factor, shift, self.weight, self.bias, *rest, self.tp_group), None
 
 
 class ScoreHead(MegatronModule):
@@ -29,8 +52,8 @@ class ScoreHead(MegatronModule):
         super().__init__(config=config)
         self.tp_group = tp_group
         self.modulation = Modulation(2, config.hidden_size, cond_dim, config, device)
-        self.norm = ScaleNorm(config, config.hidden_size, config.layernorm_epsilon, device)
-        self.linear = ColumnParallelLinear(
+        self.norm = NormScale(config, config.hidden_size, config.layernorm_epsilon, device)
+        self.linear = VocabularyProjection(
             config.hidden_size,
             padded_vocab_size,
             config=config,
@@ -42,9 +65,29 @@ class ScoreHead(MegatronModule):
 
     def forward(self, hidden_states: Tensor, conditioning: Tensor) -> Tensor:
         """hidden_states [S, B, H], conditioning [B, cond_dim] -> logits [B, S, padded_vocab_size / TP]."""
-        shift, scale = self.modulation(conditioning)
-        logits, _ = self.linear(modulate(self.norm(hidden_states), shift, scale))
+        factor, shift = self._modulation(conditioning)
+        logits, _ = self.linear(modulated_norm(hidden_states, factor, shift, self.norm.eps))
         return logits.transpose(0, 1)
+
+    def loss(
+        self, hidden_states: Tensor, conditioning: Tensor, rows: ScoreEntropyRows, settings: FusedHeadSettings
+    ) -> Tensor:
+        """The rows' loss from hidden_states [S, B, H], without logits; other positions cost nothing from here on."""
+        factor, shift = (vectors[0] for vectors in self._modulation(conditioning))
+        if self.config.sequence_parallel:
+            # The ranks hold each their vocabulary shard's part of the gradients of norm and modulation, which Megatron
+            # sums as it does everywhere under sequence parallelism.
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
+        else:
+            hidden_states, factor, shift = (
+                copy_to_tensor_model_parallel_region(tensor, group=self.tp_group)
+                for tensor in (hidden_states, factor, shift)
+            )
+        return self.linear(hidden_states, factor, shift, rows, settings, self.norm.eps)[0]
+
+    def _modulation(self, conditioning: Tensor) -> tuple[Tensor, Tensor]:
+        shift, scale = self.modulation(conditioning)
+        return self.norm(scale), shift
 
 
 def log_score_offset(graph: AbsorbingGraph | UniformGraph, sigma: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ from typing import Any
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -18,6 +17,8 @@ from sedd_megatron.diffusion.graph import AbsorbingGraph, UniformGraph
 from sedd_megatron.model.conditioning import SigmaEmbedding
 from sedd_megatron.model.model_config import padded_vocab_size, start_at_zero
 from sedd_megatron.model.score_head import ScoreHead, log_score_offset
+from sedd_megatron.model.token_embedding import TokenEmbedding
+from sedd_megatron.parallel.fused_head import FusedHeadSettings, ScoreEntropyRows
 from sedd_megatron.parallel.groups import ParallelGroups
 from sedd_megatron.parallel.vocab_parallel import gather_log_score
 
@@ -53,7 +54,7 @@ class SEDDModel(MegatronModule):
         # Modules are registered in the order of their use, in which the distributed optimizer gathers their parameters.
         self.sigma_embedding = SigmaEmbedding(options.cond_dim, config, groups.device, is_first_stage=self.pre_process)
         if self.pre_process:
-            self.embedding = VocabParallelEmbedding(
+            self.embedding = TokenEmbedding(
                 vocab_size,
                 options.hidden_size,
                 init_method=start_at_zero,
@@ -83,13 +84,28 @@ class SEDDModel(MegatronModule):
         """Take the previous stage's hidden states [S, B, H] (Megatron's pipeline schedules call this)."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
-    def forward(self, x_t: Tensor, sigma: Tensor) -> Tensor:
+    def forward(
+        self,
+        x_t: Tensor,
+        sigma: Tensor,
+        rows: ScoreEntropyRows | None = None,
+        settings: FusedHeadSettings | None = None,
+    ) -> Tensor:
         """One stage: x_t [B, S / CP] int64, this context-parallel rank's part of the sequence; sigma [B] float32.
 
         Returns:
-            Hidden states [S / CP, B, H] (over TP as well under sequence parallelism), or on the last stage logits
-            [B, S / CP, padded_vocab_size / TP] in the parameters' dtype.
+            Hidden states [S / CP, B, H] (over TP as well under sequence parallelism). On the last stage the scalar loss
+            of `rows`; or without them logits [B, S / CP, padded_vocab_size / TP] in the parameters' dtype.
         """
+        hidden_states, conditioning = self.trunk(x_t, sigma)
+        if not self.post_process:
+            return hidden_states
+        if rows is None:
+            return self.head(hidden_states, conditioning)
+        return self.head.loss(hidden_states, conditioning, rows, settings)
+
+    def trunk(self, x_t: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """This stage without the head: hidden states [S / CP, B, H], and the conditioning [B, cond_dim]."""
         conditioning = self.sigma_embedding(sigma)
         hidden_states = self.decoder(
             hidden_states=self._embed(x_t) if self.pre_process else None,
@@ -97,7 +113,7 @@ class SEDDModel(MegatronModule):
             context=conditioning,
             rotary_pos_emb=self._rotary_angles(x_t.shape[1]),
         )
-        return self.head(hidden_states, conditioning) if self.post_process else hidden_states
+        return hidden_states, conditioning
 
     def _embed(self, x_t: Tensor) -> Tensor:
         embedded = self.embedding(x_t)

@@ -6,10 +6,13 @@ these mean the CPU for the rest of the process. It is called only where there is
 
 import contextlib
 import functools
+import types
 import warnings
 from typing import Any
 
 import torch
+
+from sedd_megatron.parallel.main_grad import add_product
 
 _FACTORIES = [
     "tensor",
@@ -79,7 +82,8 @@ def install() -> None:
     _replace_device_calls()
     _replace_streams()
     _replace_random_state()
-    _replace_gradient_norm()
+    _replace_clipping()
+    _replace_gradient_accumulation()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
@@ -130,17 +134,45 @@ def _replace_random_state() -> None:
     megatron_random.CudaRNGStatesTracker.fork = _fork
 
 
-def _replace_gradient_norm() -> None:
+def _replace_clipping() -> None:
     from megatron.core.optimizer import clip_grads
 
     def l2_norm(
         chunk_size: int, overflow_buffer: torch.Tensor, tensor_lists: Any, *per_tensor: Any
     ) -> tuple[torch.Tensor, None]:
-        norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensor_lists[0]]
-        return torch.linalg.vector_norm(torch.stack(norms)).float(), None
+        return torch.linalg.vector_norm(torch.stack([_norm(tensor) for tensor in tensor_lists[0]])).float(), None
 
-    # torch adds up a large tensor's squares in float32 here, which is off by 2e-6 and clips each layout differently.
+    def scale(chunk_size: int, overflow_buffer: torch.Tensor, tensor_lists: Any, factor: float) -> None:
+        for source, target in zip(*tensor_lists, strict=True):
+            torch.mul(source, factor, out=target)
+
     clip_grads.l2_norm_impl = l2_norm
+    clip_grads.multi_tensor_scale_impl = scale
+
+
+def _norm(tensor: torch.Tensor) -> torch.Tensor:
+    """Euclidean norm of a float32 tensor, scalar float64.
+
+    torch adds up a large tensor's squares in float32, which is off by 2e-6 and clips each layout differently; asked for
+    float64 it first copies the tensor, which takes longer than the rest of the step. Short blocks need neither.
+    """
+    flat, block = tensor.flatten(), 4096
+    whole = len(flat) // block * block
+    blocks = torch.linalg.vector_norm(flat[:whole].view(-1, block), dim=1).double()
+    rest = torch.linalg.vector_norm(flat[whole:], dtype=torch.float64)
+    return torch.linalg.vector_norm(torch.cat([blocks, rest[None]]))
+
+
+def _replace_gradient_accumulation() -> None:
+    from megatron.core.tensor_parallel import layers
+
+    def wgrad_gemm_accum_fp32(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+        add_product(main_grad, grad_output.t(), inputs)
+
+    # Apex's extension, of which Megatron's linear layers use this. A gradient of its own for each weight, to be added
+    # afterwards, costs more than the product: its memory is new to the process every time.
+    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=wgrad_gemm_accum_fp32)
+    layers._grad_accum_fusion_available = True
 
 
 @contextlib.contextmanager

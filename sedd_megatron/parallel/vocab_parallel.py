@@ -31,8 +31,8 @@ class _VocabParallelScoreEntropy(torch.autograd.Function):
         c_exp, c_log, c_target, _ = (c * grad_output for c in coefficients)
         # Recomputed and not saved: the exponentials would double the memory of the largest tensor in training.
         grad = (logits.float() - log_offset[..., None]).exp_().mul_(c_exp[..., None]).add_(c_log[..., None])
-        _add_at_state(grad, x_0, c_target, ctx.first_state)
-        _zero_at_state(grad, x_t, ctx.first_state)
+        add_at_state(grad, x_0, c_target, ctx.first_state)
+        zero_at_state(grad, x_t, ctx.first_state)
         grad[..., max(ctx.num_states - ctx.first_state, 0) :] = 0
         return grad.to(logits.dtype), None, None, None, None, None, None
 
@@ -83,12 +83,12 @@ def _sum_over_shards(sums: ScoreSums, tp_group: torch.distributed.ProcessGroup) 
     return ScoreSums(*stacked)
 
 
-def _add_at_state(grad: Tensor, state: Tensor, value: Tensor, first_state: int) -> None:
+def add_at_state(grad: Tensor, state: Tensor, value: Tensor, first_state: int) -> None:
     in_shard, column = _column(state, first_state, grad.shape[-1])
     grad.scatter_add_(-1, column, torch.where(in_shard, value[..., None], 0.0))
 
 
-def _zero_at_state(grad: Tensor, state: Tensor, first_state: int) -> None:
+def zero_at_state(grad: Tensor, state: Tensor, first_state: int) -> None:
     in_shard, column = _column(state, first_state, grad.shape[-1])
     grad.scatter_(-1, column, torch.where(in_shard, 0.0, grad.gather(-1, column)))
 

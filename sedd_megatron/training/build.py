@@ -68,11 +68,16 @@ def build_model(
     recompute: RecomputeOptions,
     graph: AbsorbingGraph | UniformGraph,
     groups: ParallelGroups,
+    with_main_grad: bool = False,
 ) -> list[SEDDModel]:
-    """This rank's stages of the score network, with uninitialised parameters; one, unless stages are interleaved."""
+    """This rank's stages of the score network, with uninitialised parameters; one, unless stages are interleaved.
+
+    `with_main_grad` promises Megatron's DistributedDataParallel around them, which gives the parameters their
+    main_grad: gradients are then added to it by the products that make them.
+    """
     # Megatron forks its generators while it builds, and stops if they have no seed; nothing is drawn from them.
     seed_dropout(0, 0, groups)
-    config = transformer_config(model_options, parallel, precision, recompute, groups.device)
+    config = transformer_config(model_options, parallel, precision, recompute, groups.device, with_main_grad)
     layer_spec = choose_layer_spec(model_options.cond_dim, precision.transformer_impl, groups.device)
     num_chunks = config.virtual_pipeline_model_parallel_size
     vp_stages = [None] if num_chunks is None else range(num_chunks)
@@ -89,7 +94,9 @@ def build_schedule(diffusion: DiffusionOptions) -> LogLinearSchedule | Geometric
 def build_run(options: PretrainOptions, tokenizer: Tokenizer, groups: ParallelGroups) -> TrainingRun:
     """Build a run at iteration 0; the parameters depend on the seed and not on the layout."""
     graph = make_graph(options.diffusion.graph, tokenizer.num_tokens)
-    model_chunks = build_model(options.model, options.parallel, options.precision, options.recompute, graph, groups)
+    model_chunks = build_model(
+        options.model, options.parallel, options.precision, options.recompute, graph, groups, with_main_grad=True
+    )
     for chunk in model_chunks:
         initialize_parameters(chunk, options.training.seed)
     ddp_chunks = _wrap_for_data_parallel(options, model_chunks, groups)
@@ -189,7 +196,13 @@ def _build_optimizer(options: PretrainOptions, ddp_chunks: list[DistributedDataP
         overlap_param_gather=options.parallel.overlap_param_gather,
         fp8_recipe=options.precision.recipe if options.precision.fp8_format else None,
     )
-    return get_megatron_optimizer(config, ddp_chunks, use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(config, ddp_chunks, use_gloo_process_groups=False)
+    inner = optimizer.chained_optimizers[0].optimizer
+    if isinstance(inner, torch.optim.AdamW):
+        # In place of Transformer Engine's: one pass over the parameters, where torch's own choice takes ten.
+        for group in inner.param_groups:
+            group["fused"] = True
+    return optimizer
 
 
 def _build_scheduler(options: PretrainOptions, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

@@ -7,6 +7,7 @@ import torch
 from sedd_megatron.config import ModelOptions, PretrainOptions
 from sedd_megatron.diffusion import AbsorbingGraph, GeometricSchedule, LogLinearSchedule, UniformGraph
 from sedd_megatron.model.conditioning import FREQUENCY_EMBEDDING_SIZE
+from sedd_megatron.parallel.fused_head import TILE_ELEMENTS
 
 # Dense peak of the matrix units in TFLOP/s, (bf16, FP8), from the vendors' data sheets, without sparsity; the first
 # name found in the device's counts.
@@ -73,9 +74,9 @@ class ActivationBytes:
 def activation_bytes(
     options: PretrainOptions, num_states: int, pipeline_rank: int, num_microbatches: int
 ) -> ActivationBytes:
-    """An estimate for the local layers and the dense loss; a test holds it against what autograd really keeps."""
+    """An estimate for the local layers; a test holds it against what autograd really keeps."""
     model, parallel, recompute = options.model, options.parallel, options.recompute
-    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    stages = parallel.pipeline_model_parallel_size
     size = 2 if options.precision.bf16 else 4
     rows = options.training.micro_batch_size * model.seq_length / parallel.context_parallel_size
     layer, checkpoint = _layer_bytes(options, rows, size)
@@ -90,21 +91,35 @@ def activation_bytes(
     # 1F1B: a stage starts as many micro-batches as there are stages from it to the last; interleaving adds a round.
     in_flight = layers * min(stages - pipeline_rank, num_microbatches)
     in_flight += layers // chunks * (stages - 1) if chunks > 1 else 0
-    # Logits, and in the loss two float32 copies of them.
-    head = rows * num_states / tensor * (size + 8) if pipeline_rank == stages - 1 else 0.0
+    head = _head_bytes(options, num_states, rows, size) if pipeline_rank == stages - 1 else 0.0
     return ActivationBytes(per_layer, in_flight, recomputed, head)
+
+
+def _head_bytes(options: PretrainOptions, num_states: int, rows: float, size: int) -> float:
+    """The head and loss at their worst moment, on a GPU."""
+    hidden, shard = options.model.hidden_size, num_states / options.parallel.tensor_model_parallel_size
+    chunk = min(options.training.loss_chunk_rows, rows)
+    if chunk == 0:
+        # Logits, and in the loss two float32 copies of them.
+        return rows * shard * (size + 8)
+    # The gradient of the hidden states; a chunk of these and what its norm needs; a tile and its gradient.
+    return (
+        rows * hidden * size
+        + chunk * hidden * (2 * size + 5 * 4)
+        + min(chunk * shard, TILE_ELEMENTS["cuda"]) * (4 + size)
+    )
 
 
 def _layer_bytes(options: PretrainOptions, rows: float, size: int) -> tuple[float, float]:
     """What a layer keeps of one micro-batch, and what a checkpoint of it would.
 
-    Per token: each norm keeps its input in float32 and its own and its modulated output, each gate the output that it
-    multiplies; these are whole on each tensor-parallel rank unless the sequence is parallel. Queries, keys and values
-    before and after the rotation, attention's output, and the MLP before and after GELU are shared in any case.
+    Per token: each norm keeps its input and its modulated output, each gate the output that it multiplies; these are
+    whole on each tensor-parallel rank unless the sequence is parallel. Queries, keys and values before and after the
+    rotation, attention's output, and the MLP before and after GELU are shared in any case.
     """
     model, selected = options.model, options.recompute.modules
     tensor = options.parallel.tensor_model_parallel_size
-    norm = model.hidden_size * (size if "layernorm" in selected else 4 + 2 * size)
+    norm = model.hidden_size * size * (1 if "layernorm" in selected else 2)
     # core_attn changes nothing: the fused kernel keeps no [S, S] matrix that recomputing could save.
     attention = 6 * model.hidden_size * size
     mlp = 0 if "mlp" in selected else 2 * model.mlp_hidden_size * size

@@ -4,12 +4,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sedd_megatron.diffusion import AbsorbingGraph, UniformGraph
 from sedd_megatron.diffusion.corruption import NoisyBatch
 from sedd_megatron.diffusion.score_entropy import weighted_loss
 from sedd_megatron.model.score_head import log_score_offset
+from sedd_megatron.parallel.fused_head import FusedHeadSettings, ScoreEntropyRows
 from sedd_megatron.parallel.groups import ParallelGroups
 from sedd_megatron.parallel.vocab_parallel import vocab_parallel_score_entropy
 
@@ -17,15 +19,88 @@ LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 ForwardStep = Callable[[Iterator[NoisyBatch], torch.nn.Module], tuple[Tensor, LossFunction]]
 
 
-def make_forward_step(graph: AbsorbingGraph | UniformGraph, groups: ParallelGroups) -> ForwardStep:
-    """Megatron's forward_step_func for this graph and layout."""
+def make_forward_step(
+    graph: AbsorbingGraph | UniformGraph, groups: ParallelGroups, loss_chunk_rows: int, num_microbatches: int
+) -> ForwardStep:
+    """Megatron's forward_step_func for this graph and layout; `loss_chunk_rows` 0 takes the dense logits' way."""
+    settings = FusedHeadSettings(
+        # Only tokens count: under the absorbing graph every row is at the mask, whose own column is left out.
+        num_states=graph.num_tokens,
+        chunk_rows=loss_chunk_rows,
+        # Megatron's schedule multiplies the loss by this (pipeline_parallel/schedules.py).
+        gradient_scale=groups.context_size / num_microbatches,
+    )
+    # On a GPU every chunk is full, so that shapes stay the same from step to step; a CPU would compute the filling.
+    multiple = loss_chunk_rows if groups.device.type == "cuda" else 1
 
     def forward_step(batches: Iterator[NoisyBatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
-        batch = own_part_of_sequence(next(batches), groups.context_rank, groups.context_size)
-        batch = NoisyBatch(*(field.to(groups.device, non_blocking=True) for field in batch))
-        return model(batch.x_t, batch.sigma), partial(score_entropy_loss, batch, graph, groups.collection.tp)
+        host_batch = own_part_of_sequence(next(batches), groups.context_rank, groups.context_size)
+        batch = NoisyBatch(*(to_device(field, groups.device) for field in host_batch))
+        if loss_chunk_rows == 0:
+            return model(batch.x_t, batch.sigma), partial(score_entropy_loss, batch, graph, groups.collection.tp)
+        # Counted where the batch was made: a count on the device would make the host wait for it.
+        position, num_rows = positions_that_count(host_batch.x_t, graph, multiple)
+        rows, constant = score_entropy_rows(batch, graph, to_device(position, groups.device), num_rows)
+        output = model(batch.x_t, batch.sigma, rows, settings)
+        return output, partial(_add_constant, constant, batch.x_t.shape[1])
 
     return forward_step
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on the device, without waiting for what the device is doing."""
+    # From memory that is not pinned a copy would first wait for all work before it.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def positions_that_count(x_t: Tensor, graph: AbsorbingGraph | UniformGraph, multiple: int) -> tuple[Tensor, int]:
+    """Positions of x_t [B, S] with a loss, as indices [R] into the flattened [S, B], and how many there are.
+
+    Under the absorbing graph the masked ones. Filled up to a multiple of `multiple` by repeating position 0.
+    """
+    if graph.mask_token_id is None:
+        position = torch.arange(x_t.numel())
+    else:
+        position = (x_t.t().flatten() == graph.mask_token_id).nonzero()[:, 0]
+    num_rows = len(position)
+    return F.pad(position, (0, -num_rows % multiple)), num_rows
+
+
+def score_entropy_rows(
+    batch: NoisyBatch, graph: AbsorbingGraph | UniformGraph, position: Tensor, num_rows: int
+) -> tuple[ScoreEntropyRows, Tensor]:
+    """The bound of arXiv 2310.16834, equation 10, on one micro-batch, as `score_entropy_loss` has it, by rows.
+
+    Returns:
+        The rows that `position` names, of which those from `num_rows` on weigh nothing; and the scalar that is the same
+        for every model.
+    """
+    is_absorbing = graph.mask_token_id is not None
+    coefficients = graph.coefficients(batch.sigma, batch.x_t, batch.x_0)
+    log_offset = log_score_offset(graph, batch.sigma)
+    weight = batch.sigma_rate / len(batch.sigma)
+    # The uniform graph has no offset; the absorbing one no sum of log-scores, and its x_0 is never x_t at a mask.
+    constant = (weight[:, None] * (coefficients.constant - coefficients.target * log_offset[:, None])).sum()
+
+    def of_rows(values: Tensor) -> Tensor:
+        return values.expand_as(batch.x_t).t().flatten().index_select(0, position)
+
+    weight, log_offset = of_rows(weight[:, None]), of_rows(log_offset[:, None])
+    weight = torch.where(torch.arange(len(weight), device=weight.device) < num_rows, weight, 0.0)
+    rows = ScoreEntropyRows(
+        position=position,
+        x_0=of_rows(batch.x_0),
+        x_t=None if is_absorbing else of_rows(batch.x_t),
+        log_scale=torch.log(weight * of_rows(coefficients.exp_sum)) - log_offset,
+        log_sum=None if is_absorbing else weight * of_rows(coefficients.log_sum),
+        target=weight * of_rows(coefficients.target),
+    )
+    return rows, constant
+
+
+def _add_constant(constant: Tensor, length: int, loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = loss + constant
+    return loss, {"loss": loss.detach() / length}
 
 
 def own_part_of_sequence(batch: NoisyBatch, context_rank: int, context_size: int) -> NoisyBatch:

@@ -163,7 +163,9 @@ def _forward_backward(
     run: TrainingRun, batches: list[Iterator[NoisyBatch]], forward_only: bool
 ) -> list[dict[str, Any]]:
     return get_forward_backward_func()(
-        forward_step_func=make_forward_step(run.graph, run.groups),
+        forward_step_func=make_forward_step(
+            run.graph, run.groups, run.options.training.loss_chunk_rows, run.num_microbatches
+        ),
         data_iterator=batches,
         model=run.ddp_chunks,
         num_microbatches=run.num_microbatches,

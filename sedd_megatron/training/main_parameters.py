@@ -90,7 +90,7 @@ def adam_moments(optimizer: MegatronOptimizer, main: MainParameter) -> dict[str,
     if not state:
         state.update({name: torch.zeros_like(main.tensor, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")})
         if isinstance(inner, torch.optim.AdamW):
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.tensor(0.0, device=main.tensor.device)
     return {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
 
 
@@ -98,9 +98,9 @@ def set_adam_step(optimizer: MegatronOptimizer, step: int) -> None:
     """Have Adam continue as after `step` steps. torch counts per parameter, Transformer Engine per group."""
     inner = optimizer.chained_optimizers[0].optimizer
     if isinstance(inner, torch.optim.AdamW):
-        for state in inner.state.values():
+        for parameter, state in inner.state.items():
             # A tensor of its own for each: they are incremented in place.
-            state["step"] = torch.tensor(float(step))
+            state["step"] = torch.tensor(float(step), device=parameter.device)
     else:
         for group in inner.param_groups:
             group["step"] = step

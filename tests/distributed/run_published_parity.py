@@ -99,7 +99,8 @@ def check(graph_name: str, tensor_size: int, pipeline_size: int, context_size: i
         model.config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=groups.collection)
         batch = NoisyBatch(golden["x0"], golden["x"], golden["t"], golden["sigma"], golden["dsigma"], torch.arange(4))
         losses = get_forward_backward_func()(
-            forward_step_func=make_forward_step(graph, groups), data_iterator=iter([batch]), model=[ddp],
+            forward_step_func=make_forward_step(graph, groups, loss_chunk_rows=7, num_microbatches=1),
+            data_iterator=iter([batch]), model=[ddp],
             num_microbatches=1, seq_length=shape["length"], micro_batch_size=4, forward_only=False,
         )  # fmt: skip
         if groups.is_last_stage:

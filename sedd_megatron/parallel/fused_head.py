@@ -1,0 +1,225 @@
+"""Final norm, vocabulary head and score entropy in one pass: no [rows, vocabulary] tensor is made, in any precision.
+
+Score entropy is additive over the vocabulary and needs no normaliser, so that a tile of rows x states gives its share
+of the loss and of every gradient as soon as its logits are there:
+
+    hidden    = normalized(hidden_states[position]) * factor + shift
+    tile      = exp(hidden @ weight^T + bias - log_offset + log(row weight * c_exp)) = row weight * c_exp * score
+    loss     += sum(tile)
+    d logits  = tile + row weight * c_log + row weight * c_target * [y = x_0],   0 at y = x_t
+    d hidden += d logits @ weight;   d weight += d logits^T @ hidden;   d bias += sum of d logits over rows
+
+and the tile is dropped before the next one is computed. The sum of log-scores is linear in the hidden states and needs
+no tile at all. Backward has nothing left to do but to multiply by the incoming gradient, a scalar.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sedd_megatron.parallel.main_grad import add_product, already_in_main_grad
+from sedd_megatron.parallel.score_tile import SCORE_TILES, logit_at
+
+# Elements of a tile. On a CPU it stays in the cache between its passes; on a GPU it has to fill the device.
+TILE_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
+MIN_TILE_COLUMNS = 128
+
+
+class ScoreEntropyRows(NamedTuple):
+    """What the loss of each row that counts depends on, beside its logits; a row is one position of one sequence.
+
+    Tensors are [R]. Weights are those of the whole loss (sigma_rate, the mean over sequences) times the graph's
+    coefficients (diffusion/score_entropy.py), so that the loss is the sum over rows. Float32 in every precision.
+    """
+
+    position: Tensor  # int64 into the flattened [S, B]
+    x_0: Tensor  # int64
+    x_t: Tensor | None  # int64; None if it is none of the states that count: every row is at the mask
+    log_scale: Tensor  # log(weight of the sum of scores) - log_offset; -inf for a row that only fills a chunk
+    log_sum: Tensor | None  # weight of the sum of log-scores; None where the graph has none
+    target: Tensor  # weight of the log-score at x_0
+
+
+class FusedHeadSettings(NamedTuple):
+    """What is the same for all batches of a run."""
+
+    num_states: int  # states from here on do not count: padding, and the mask where every row is at it
+    chunk_rows: int  # rows of a tile at most
+    gradient_scale: float  # what backward will be called with
+
+
+class _FusedHeadScoreEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_states, factor, shift, weight, bias, rows, settings, eps, tp_group, with_gradient):
+        dtype = rows.target.dtype
+        norm = _ChunkedNorm(hidden_states, factor, shift, eps, dtype, with_gradient)
+        head = _TiledHead(weight, bias, settings, tp_group.rank(), dtype, with_gradient)
+        for chunk in _chunks(rows, settings.chunk_rows):
+            grad_hidden = head.add(norm.forward(chunk.position), chunk)
+            if with_gradient:
+                norm.backward(grad_hidden)
+        if tp_group.size() > 1:
+            torch.distributed.all_reduce(head.loss, group=tp_group)
+        if with_gradient:
+            ctx.save_for_backward(*norm.gradients, *([] if head.in_main_grad else head.gradients))
+            # The parameters themselves and not saved tensors: Megatron hangs its marks on them.
+            ctx.parameters, ctx.head_in_main_grad = (weight, bias), head.in_main_grad
+            ctx.gradient_scale = settings.gradient_scale
+        return head.loss.to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        gradients = [gradient * grad_output.to(gradient.dtype) for gradient in ctx.saved_tensors]
+        if ctx.head_in_main_grad:
+            # Checked on the device, so that the host does not wait for it.
+            torch._assert_async(
+                (grad_output - ctx.gradient_scale).abs() <= 1e-6 * ctx.gradient_scale,
+                "the loss was scaled by something else than gradient_scale, with which main_grad has been filled",
+            )
+            gradients += [already_in_main_grad(parameter) for parameter in ctx.parameters]
+        return *gradients, None, None, None, None, None
+
+
+def fused_head_score_entropy(
+    hidden_states: Tensor,
+    factor: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rows: ScoreEntropyRows,
+    settings: FusedHeadSettings,
+    eps: float,
+    tp_group: torch.distributed.ProcessGroup,
+) -> Tensor:
+    """Weighted score entropy summed over the rows, without the terms that do not depend on the model.
+
+    Costs three matrix products, of rows that count only, and for memory one tile, a few [chunk_rows, H] and the
+    gradient of the hidden states. Under tensor parallelism one number is summed over the ranks; the gradients with
+    respect to the first three arguments are this shard's part, to be summed where these were copied to the ranks.
+
+    Args:
+        hidden_states: [S, B, H] floating, before the final norm; whole on every rank.
+        factor, shift: [B, H] floating, what the normalized hidden states of each sequence are multiplied by, and what
+            is added.
+        weight, bias: [padded_vocab_size / TP, H] and [padded_vocab_size / TP], this rank's shard. Where they have
+            Megatron's main_grad, gradient_scale times the gradient is added to it, in its precision, here and not in
+            the backward pass, which then has to come with just that scale.
+        rows: in any order; a position may come twice.
+        settings: see there.
+        eps: of the norm.
+        tp_group: the ranks that hold the other columns.
+
+    Returns:
+        Scalar float32 (float64 for float64 weights of rows), the same on every rank of the group.
+    """
+    return _FusedHeadScoreEntropy.apply(
+        hidden_states, factor, shift, weight, bias, rows, settings, eps, tp_group, torch.is_grad_enabled()
+    )
+
+
+def _chunks(rows: ScoreEntropyRows, chunk_rows: int) -> Iterator[ScoreEntropyRows]:
+    for start in range(0, len(rows.position), chunk_rows):
+        part = slice(start, start + chunk_rows)
+        yield ScoreEntropyRows(*(field[part] if field is not None else None for field in rows))
+
+
+class _ChunkedNorm:
+    """The final norm and its modulation on a chunk of rows, forward and at once backward; nothing is kept of a chunk.
+
+    `gradients` are those of hidden states, factor and shift, or None.
+    """
+
+    def __init__(
+        self, hidden_states: Tensor, factor: Tensor, shift: Tensor, eps: float, dtype: torch.dtype, with_gradient: bool
+    ) -> None:
+        self.hidden_states, self.eps, self.dtype = hidden_states.flatten(0, 1), eps, dtype
+        self.factor, self.shift = factor.to(dtype), shift.to(dtype)
+        self.sequences = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        self.gradients = None
+        if with_gradient:
+            self.gradients = tuple(torch.zeros_like(tensor) for tensor in (hidden_states, factor, shift))
+
+    def forward(self, position: Tensor) -> Tensor:
+        """[C, H] in the hidden states' dtype."""
+        self.position, self.sequence = position, position % len(self.sequences)
+        self.chunk = self.hidden_states.index_select(0, position).to(self.dtype)
+        shape = [self.chunk.shape[1]]
+        self.normalized, *self.statistics = torch.native_layer_norm(self.chunk, shape, None, None, self.eps)
+        self.chunk_factor = self.factor.index_select(0, self.sequence)
+        hidden = torch.addcmul(self.shift.index_select(0, self.sequence), self.normalized, self.chunk_factor)
+        return hidden.to(self.hidden_states.dtype)
+
+    def backward(self, grad_hidden: Tensor) -> None:
+        """Adds to the gradients from that of forward's last answer, which it overwrites."""
+        grad_hidden_states, grad_factor, grad_shift = self.gradients
+        # A product with ones and zeros: an index_add_ of many rows into few has no fixed order on a GPU.
+        of_sequence = (self.sequences[:, None] == self.sequence).to(self.dtype)
+        grad_shift += (of_sequence @ grad_hidden).to(grad_shift.dtype)
+        grad_factor += (of_sequence @ (grad_hidden * self.normalized)).to(grad_factor.dtype)
+        grad_chunk, _, _ = torch.ops.aten.native_layer_norm_backward(
+            grad_hidden.mul_(self.chunk_factor), self.chunk, [self.chunk.shape[1]], *self.statistics, None, None,
+            [True, False, False],
+        )  # fmt: skip
+        flat = grad_hidden_states.flatten(0, 1)
+        flat.index_add_(0, self.position, grad_chunk.to(flat.dtype))
+
+
+class _TiledHead:
+    """This rank's columns of the head, and the sums over its tiles: the loss, and `gradients` of weight and bias or
+    None.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        settings: FusedHeadSettings,
+        tp_rank: int,
+        dtype: torch.dtype,
+        with_gradient: bool,
+    ) -> None:
+        self.first_state = tp_rank * weight.shape[0]
+        columns = min(max(settings.num_states - self.first_state, 0), weight.shape[0])
+        self.weight, self.bias = weight[:columns], bias[:columns]
+        self.weight_sum = self.weight.sum(0, dtype=dtype), self.bias.sum(dtype=dtype)
+        self.loss = torch.zeros((), dtype=torch.float64, device=weight.device)
+        self.in_main_grad, self.gradients, self.scale = hasattr(weight, "main_grad"), None, 1.0
+        if with_gradient and self.in_main_grad:
+            self.gradients, self.scale = (weight.main_grad, bias.main_grad), settings.gradient_scale
+        elif with_gradient:
+            self.gradients = torch.zeros_like(weight, dtype=dtype), torch.zeros_like(bias, dtype=dtype)
+
+    def add(self, hidden: Tensor, rows: ScoreEntropyRows) -> Tensor | None:
+        """Adds one chunk [C, H]; returns the gradient of its hidden states in the rows' dtype, if wanted."""
+        if len(self.weight) > 0:
+            self.loss += self._linear_terms(hidden, rows)
+        grad_hidden = torch.zeros_like(hidden, dtype=rows.target.dtype) if self.gradients is not None else None
+        device = hidden.device.type
+        columns = max(TILE_ELEMENTS[device] // max(len(hidden), 1), MIN_TILE_COLUMNS)
+        for start in range(0, len(self.weight), columns):
+            part = slice(start, start + columns)
+            weight = self.weight[part]
+            tile = SCORE_TILES[device](
+                hidden, weight, self.bias[part], rows, self.first_state + start, self.gradients is not None
+            )
+            self.loss += tile.score_sum
+            if self.gradients is None:
+                continue
+            grad_weight, grad_bias = (gradient[part][: len(weight)] for gradient in self.gradients)
+            grad_bias.add_(tile.grad_bias, alpha=self.scale)
+            add_product(grad_hidden, tile.grad_logits, weight)
+            add_product(grad_weight, tile.grad_logits.t(), hidden, self.scale)
+        return grad_hidden
+
+    def _linear_terms(self, hidden: Tensor, rows: ScoreEntropyRows) -> Tensor:
+        """c_target * a + c_log * L of the shard's states, but for what log_offset adds to them."""
+        terms = rows.target * logit_at(rows.x_0 - self.first_state, hidden, self.weight, self.bias)
+        if rows.log_sum is not None:
+            log_sum = hidden.to(terms.dtype) @ self.weight_sum[0] + self.weight_sum[1]
+            log_sum -= logit_at(rows.x_t - self.first_state, hidden, self.weight, self.bias)
+            terms += rows.log_sum * log_sum
+        return terms.sum(dtype=torch.float64)

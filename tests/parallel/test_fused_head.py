@@ -1,0 +1,124 @@
+"""The fused head and loss in one process: derivatives by differences, bf16 logits, every size of vocabulary."""
+
+import pytest
+import torch
+
+from sedd_megatron.config import ParallelOptions
+from sedd_megatron.diffusion.graph import make_graph
+from sedd_megatron.parallel import cpu_backend
+from tests.compiler import needs_compiler
+
+EPS = 1e-5
+VOCABULARIES = [27, 257, 32000, 50257, 50304, 65536, 100277, 131072]
+
+
+@pytest.fixture(scope="module")
+def tp_group():
+    from sedd_megatron.parallel.groups import groups_of_this_process
+
+    cpu_backend.install()
+    return groups_of_this_process(ParallelOptions(device="cpu")).collection.tp
+
+
+def random_rows(has_log_sum: bool, num_states: int, num_positions: int):
+    """Some rows of some positions, one position twice; without a sum of log-scores x_t is none of the states."""
+    from sedd_megatron.parallel.fused_head import ScoreEntropyRows
+
+    generator = torch.Generator().manual_seed(0)
+    position = torch.cat([torch.randperm(num_positions, generator=generator)[:5], torch.tensor([0, 0])])
+    x_t, x_0 = torch.randint(0, num_states, (2, len(position)), generator=generator)
+    log_scale, log_sum, target = torch.rand(3, len(position), generator=generator, dtype=torch.float64)
+    return ScoreEntropyRows(
+        position, x_0, x_t if has_log_sum else None, log_scale - 1, -log_sum if has_log_sum else None, -target
+    )
+
+
+@pytest.mark.parametrize("has_log_sum", [False, True])
+@pytest.mark.parametrize("chunk_rows", [1, 3, 8])
+def test_gradients_are_the_derivatives(has_log_sum, chunk_rows, tp_group, monkeypatch):
+    from sedd_megatron.parallel import fused_head
+
+    # Several tiles of columns, the last of them smaller.
+    monkeypatch.setitem(fused_head.TILE_ELEMENTS, "cpu", 0)
+    monkeypatch.setattr(fused_head, "MIN_TILE_COLUMNS", 4)
+    rows = random_rows(has_log_sum, 9, 8)
+    settings = fused_head.FusedHeadSettings(9, chunk_rows, 1.0)
+    shapes = ((4, 2, 3), (2, 3), (2, 3), (12, 3), (12,))
+    leaves = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+    assert torch.autograd.gradcheck(
+        lambda *tensors: fused_head.fused_head_score_entropy(*tensors, rows, settings, 1e-5, tp_group), leaves
+    )
+
+
+def test_another_scale_than_the_promised_is_refused(tp_group):
+    from sedd_megatron.parallel.fused_head import FusedHeadSettings, fused_head_score_entropy
+
+    shapes = ((4, 2, 3), (2, 3), (2, 3), (12, 3), (12,))
+    leaves = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+    for parameter in leaves[3:]:
+        parameter.main_grad = torch.zeros_like(parameter)
+    settings = FusedHeadSettings(9, 4, gradient_scale=0.25)
+    loss = fused_head_score_entropy(*leaves, random_rows(True, 9, 8), settings, 1e-5, tp_group)
+    with pytest.raises(RuntimeError, match="scaled by something else than gradient_scale"):
+        (loss / 2).backward()
+
+
+@pytest.mark.parametrize("has_log_sum", [False, True])
+@pytest.mark.parametrize(
+    "compiler", [lambda function: function, needs_compiler(torch.compile)], ids=["plain", "compiled"]
+)
+def test_a_tile_by_comparison_is_the_tile_by_index(has_log_sum, compiler):
+    from sedd_megatron.parallel.score_tile import ScoreTile, score_tile_by_index, scores_and_gradients
+
+    rows, first_state = random_rows(has_log_sum, 9, 8), 3
+    hidden, weight, bias = (torch.randn(shape, dtype=torch.float64) for shape in ((7, 3), (4, 3), (4,)))
+    x_t = rows.x_t - first_state if has_log_sum else None
+    for with_gradient in (True, False):
+        expected = score_tile_by_index(hidden, weight, bias, rows, first_state, with_gradient)
+        actual = compiler(scores_and_gradients)(
+            hidden @ weight.t(), bias, rows.log_scale, rows.log_sum, rows.target, x_t, rows.x_0 - first_state,
+            torch.float64, with_gradient,
+        )  # fmt: skip
+        assert (expected.grad_logits is not None) == with_gradient
+        torch.testing.assert_close(ScoreTile(*actual), expected)
+
+
+@pytest.mark.parametrize("num_tokens", VOCABULARIES)
+@pytest.mark.parametrize("graph_name", ["absorb", "uniform"])
+def test_gradient_from_bf16_logits_is_that_of_float64(graph_name, num_tokens, tp_group):
+    """The gradient with respect to one row's logits, read from the bias, which each of them has for itself."""
+    from sedd_megatron.diffusion import LogLinearSchedule
+    from sedd_megatron.diffusion.corruption import NoisyBatch
+    from sedd_megatron.model.score_head import log_score_offset
+    from sedd_megatron.parallel.fused_head import FusedHeadSettings, fused_head_score_entropy
+    from sedd_megatron.training.forward_step import positions_that_count, score_entropy_rows
+
+    graph, generator = make_graph(graph_name, num_tokens), torch.Generator().manual_seed(1)
+    hidden = torch.randn(1, 1, 16, generator=generator).bfloat16()
+    factor, shift = torch.ones(1, 16), torch.zeros(1, 16)
+    weight = torch.randn(num_tokens + 1, 16, generator=generator).bfloat16()
+    bias = torch.nn.Parameter(torch.zeros(num_tokens + 1, dtype=torch.bfloat16))
+    # The logits that both start from: bf16 numbers multiplied and added up in float32.
+    normalized = torch.nn.functional.layer_norm(hidden.float(), [16], eps=EPS).bfloat16()
+    logits = (normalized.double() @ weight.double().t())[:, :, : graph.num_states]
+    settings = FusedHeadSettings(num_tokens, 64, 1.0)
+    x_0 = torch.tensor([[3]])
+    for t in torch.logspace(-3, 0, 7):
+        for moved in (5, 3) if graph.mask_token_id is None else (graph.mask_token_id,):
+            noise = LogLinearSchedule()(t[None])
+            batch = NoisyBatch(x_0, torch.tensor([[moved]]), t[None], *noise, torch.zeros(1))
+            rows, _ = score_entropy_rows(batch, graph, *positions_that_count(batch.x_t, graph, 1))
+            weight.main_grad, bias.main_grad = torch.zeros(weight.shape), torch.zeros(num_tokens + 1)
+            loss = fused_head_score_entropy(hidden, factor, shift, weight, bias, rows, settings, EPS, tp_group)
+            loss.backward()
+            assert loss.isfinite()
+
+            leaf = logits.clone().requires_grad_()
+            log_score = leaf - log_score_offset(graph, noise.sigma.double())[:, None, None]
+            log_score = log_score.scatter(-1, batch.x_t[..., None], 0.0)
+            entropy = graph.score_entropy(log_score, noise.sigma.double(), batch.x_t, x_0)
+            (noise.sigma_rate.double()[:, None] * entropy).sum().backward()
+            expected = leaf.grad[0, 0]
+            actual = bias.main_grad[: graph.num_states].double()
+            assert (actual - expected).norm() < 1e-5 * expected.norm(), (t, moved)
+            assert (actual - expected).abs().max() < 1e-5 * expected.abs().max(), (t, moved)
