@@ -6,13 +6,13 @@ from setuptools import find_packages, setup
 
 setup(
     name="sedd_megatron",
-    version="0.2.0",
+    version="0.3.0",
     description="Score entropy discrete diffusion language models on Megatron-Core",
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["sedd_megatron", "sedd_megatron.*"]),
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.8",
         "megatron-core>=0.16,<0.17",
         "huggingface-hub",
         "numpy",

@@ -75,7 +75,7 @@ def plain_add_gated(residual: Tensor, gate: Tensor, output: Tensor, bias: Tensor
 
 
 def bias_gelu(hidden: Tensor, bias: Tensor) -> Tensor:
-    """GELU's tanh form of hidden + bias, for hidden [S, B, F] and bias [F]."""
+    """GELU's tanh form of hidden + bias, for hidden [S, B, F] and bias [F]; on a CPU it overwrites `hidden`."""
     if hidden.device.type == "cuda":
         return compiled(plain_bias_gelu)(hidden, bias)
     return _BiasGelu.apply(hidden, bias)
@@ -96,6 +96,7 @@ class _BiasGelu(torch.autograd.Function):
         x = hidden.add_(bias)
         ctx.save_for_backward(x)
         if x.dtype == torch.bfloat16:
+            # Every step below would round.
             return F.gelu(x, approximate="tanh")
         gate = x * x
         torch.add(x.new_tensor(_BiasGelu.LINEAR), gate, alpha=_BiasGelu.CUBIC, out=gate)

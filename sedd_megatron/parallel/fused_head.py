@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sedd_megatron.parallel.main_grad import add_product, already_in_main_grad
+from sedd_megatron.parallel.main_grad import add_product, mark_added_to_main_grad
 from sedd_megatron.parallel.score_tile import SCORE_TILES, logit_at
 
 # Elements of a tile. On a CPU it stays in the cache between its passes; on a GPU it has to fill the device.
@@ -58,30 +58,33 @@ class _FusedHeadScoreEntropy(torch.autograd.Function):
         norm = _ChunkedNorm(hidden_states, factor, shift, eps, dtype, with_gradient)
         head = _TiledHead(weight, bias, settings, tp_group.rank(), dtype, with_gradient)
         for chunk in _chunks(rows, settings.chunk_rows):
-            grad_hidden = head.add(norm.forward(chunk.position), chunk)
-            if with_gradient:
-                norm.backward(grad_hidden)
+            _add_chunk(norm, head, chunk)
         if tp_group.size() > 1:
             torch.distributed.all_reduce(head.loss, group=tp_group)
         if with_gradient:
-            ctx.save_for_backward(*norm.gradients, *([] if head.in_main_grad else head.gradients))
-            # The parameters themselves and not saved tensors: Megatron hangs its marks on them.
-            ctx.parameters, ctx.head_in_main_grad = (weight, bias), head.in_main_grad
+            ctx.gradients = [*norm.gradients, *(() if head.in_main_grad else head.gradients)]
+            # Not as saved tensors: Megatron hangs its marks on the parameters themselves.
+            ctx.in_main_grad = (weight, bias) if head.in_main_grad else ()
             ctx.gradient_scale = settings.gradient_scale
         return head.loss.to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        gradients = [gradient * grad_output.to(gradient.dtype) for gradient in ctx.saved_tensors]
-        if ctx.head_in_main_grad:
-            # Checked on the device, so that the host does not wait for it.
-            torch._assert_async(
-                (grad_output - ctx.gradient_scale).abs() <= 1e-6 * ctx.gradient_scale,
-                "the loss was scaled by something else than gradient_scale, with which main_grad has been filled",
-            )
-            gradients += [already_in_main_grad(parameter) for parameter in ctx.parameters]
-        return *gradients, None, None, None, None, None
+        if not ctx.in_main_grad:
+            gradients = [gradient * grad_output for gradient in ctx.gradients]
+            return *gradients, None, None, None, None, None
+        # Checked on the device, so that the host does not wait for it.
+        torch._assert_async(
+            (grad_output - ctx.gradient_scale).abs() <= 1e-6 * ctx.gradient_scale,
+            "the loss was scaled by something else than gradient_scale, with which main_grad has been filled",
+        )
+        for parameter in ctx.in_main_grad:
+            mark_added_to_main_grad(parameter)
+        # Taken and not copied: there can be no second backward pass, for which main_grad would have to be filled again.
+        gradients, ctx.gradients = ctx.gradients, None
+        gradients = [gradient.mul_(grad_output) for gradient in gradients]
+        return *gradients, None, None, None, None, None, None, None
 
 
 def fused_head_score_entropy(
@@ -107,9 +110,8 @@ def fused_head_score_entropy(
             is added.
         weight, bias: [padded_vocab_size / TP, H] and [padded_vocab_size / TP], this rank's shard. Where they have
             Megatron's main_grad, gradient_scale times the gradient is added to it, in its precision, here and not in
-            the backward pass, which then has to come with just that scale.
+            the backward pass, which then has to come with just that scale, or torch raises a RuntimeError.
         rows: in any order; a position may come twice.
-        settings: see there.
         eps: of the norm.
         tp_group: the ranks that hold the other columns.
 
@@ -127,8 +129,26 @@ def _chunks(rows: ScoreEntropyRows, chunk_rows: int) -> Iterator[ScoreEntropyRow
         yield ScoreEntropyRows(*(field[part] if field is not None else None for field in rows))
 
 
+def _add_chunk(norm: "_ChunkedNorm", head: "_TiledHead", rows: ScoreEntropyRows) -> None:
+    """One chunk through norm and head, and back; nothing of it is left when this returns."""
+    hidden, kept = norm.forward(rows.position)
+    grad_hidden = head.add(hidden, rows)
+    if grad_hidden is not None:
+        norm.add_backward(grad_hidden, kept)
+
+
+class _KeptOfNorm(NamedTuple):
+    """What the norm's backward pass needs of a chunk of C rows."""
+
+    position: Tensor
+    chunk: Tensor  # [C, H], before the norm
+    normalized: Tensor
+    statistics: list[Tensor]
+    factor: Tensor  # [C, H]
+
+
 class _ChunkedNorm:
-    """The final norm and its modulation on a chunk of rows, forward and at once backward; nothing is kept of a chunk.
+    """The final norm and its modulation on a chunk of rows, forward and at once backward.
 
     `gradients` are those of hidden states, factor and shift, or None.
     """
@@ -141,31 +161,34 @@ class _ChunkedNorm:
         self.sequences = torch.arange(hidden_states.shape[1], device=hidden_states.device)
         self.gradients = None
         if with_gradient:
-            self.gradients = tuple(torch.zeros_like(tensor) for tensor in (hidden_states, factor, shift))
+            # A row has one hidden state, but many rows share a factor and a shift: these are summed in float32.
+            self.gradients = torch.zeros_like(hidden_states), *map(torch.zeros_like, (self.factor, self.shift))
 
-    def forward(self, position: Tensor) -> Tensor:
-        """[C, H] in the hidden states' dtype."""
-        self.position, self.sequence = position, position % len(self.sequences)
-        self.chunk = self.hidden_states.index_select(0, position).to(self.dtype)
-        shape = [self.chunk.shape[1]]
-        self.normalized, *self.statistics = torch.native_layer_norm(self.chunk, shape, None, None, self.eps)
-        self.chunk_factor = self.factor.index_select(0, self.sequence)
-        hidden = torch.addcmul(self.shift.index_select(0, self.sequence), self.normalized, self.chunk_factor)
-        return hidden.to(self.hidden_states.dtype)
+    def forward(self, position: Tensor) -> tuple[Tensor, _KeptOfNorm]:
+        """[C, H] in the hidden states' dtype, and what backward needs."""
+        sequence = position % len(self.sequences)
+        chunk = self.hidden_states.index_select(0, position).to(self.dtype)
+        normalized, *statistics = torch.native_layer_norm(chunk, chunk.shape[1:], None, None, self.eps)
+        factor = self.factor.index_select(0, sequence)
+        hidden = torch.addcmul(self.shift.index_select(0, sequence), normalized, factor)
+        return hidden.to(self.hidden_states.dtype), _KeptOfNorm(position, chunk, normalized, statistics, factor)
 
-    def backward(self, grad_hidden: Tensor) -> None:
-        """Adds to the gradients from that of forward's last answer, which it overwrites."""
+    def add_backward(self, grad_hidden: Tensor, kept: _KeptOfNorm) -> None:
+        """Adds to the gradients from that of forward's answer; overwrites what it is given."""
         grad_hidden_states, grad_factor, grad_shift = self.gradients
-        # A product with ones and zeros: an index_add_ of many rows into few has no fixed order on a GPU.
-        of_sequence = (self.sequences[:, None] == self.sequence).to(self.dtype)
-        grad_shift += (of_sequence @ grad_hidden).to(grad_shift.dtype)
-        grad_factor += (of_sequence @ (grad_hidden * self.normalized)).to(grad_factor.dtype)
+        grad_shift += self._sum_by_sequence(grad_hidden, kept.position)
+        grad_factor += self._sum_by_sequence(kept.normalized.mul_(grad_hidden), kept.position)
         grad_chunk, _, _ = torch.ops.aten.native_layer_norm_backward(
-            grad_hidden.mul_(self.chunk_factor), self.chunk, [self.chunk.shape[1]], *self.statistics, None, None,
+            grad_hidden.mul_(kept.factor), kept.chunk, kept.chunk.shape[1:], *kept.statistics, None, None,
             [True, False, False],
         )  # fmt: skip
         flat = grad_hidden_states.flatten(0, 1)
-        flat.index_add_(0, self.position, grad_chunk.to(flat.dtype))
+        flat.index_add_(0, kept.position, grad_chunk.to(flat.dtype))
+
+    def _sum_by_sequence(self, values: Tensor, position: Tensor) -> Tensor:
+        """[C, H] -> [B, H]."""
+        # A product with ones and zeros: an index_add_ of many rows into few has no fixed order on a GPU.
+        return (self.sequences[:, None] == position % len(self.sequences)).to(values.dtype) @ values
 
 
 class _TiledHead:
@@ -185,7 +208,7 @@ class _TiledHead:
         self.first_state = tp_rank * weight.shape[0]
         columns = min(max(settings.num_states - self.first_state, 0), weight.shape[0])
         self.weight, self.bias = weight[:columns], bias[:columns]
-        self.weight_sum = self.weight.sum(0, dtype=dtype), self.bias.sum(dtype=dtype)
+        self.weight_sum: tuple[Tensor, Tensor] | None = None
         self.loss = torch.zeros((), dtype=torch.float64, device=weight.device)
         self.in_main_grad, self.gradients, self.scale = hasattr(weight, "main_grad"), None, 1.0
         if with_gradient and self.in_main_grad:
@@ -219,6 +242,8 @@ class _TiledHead:
         """c_target * a + c_log * L of the shard's states, but for what log_offset adds to them."""
         terms = rows.target * logit_at(rows.x_0 - self.first_state, hidden, self.weight, self.bias)
         if rows.log_sum is not None:
+            if self.weight_sum is None:
+                self.weight_sum = self.weight.sum(0, dtype=terms.dtype), self.bias.sum(dtype=terms.dtype)
             log_sum = hidden.to(terms.dtype) @ self.weight_sum[0] + self.weight_sum[1]
             log_sum -= logit_at(rows.x_t - self.first_state, hidden, self.weight, self.bias)
             terms += rows.log_sum * log_sum

@@ -6,12 +6,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def already_in_main_grad(parameter: Tensor) -> Tensor:
-    """A tensor without meaning in place of a gradient: Megatron's hook wants to see one, and adds it unless the mark
-    says that it is there (distributed_data_parallel.py).
+def mark_added_to_main_grad(parameter: Tensor) -> None:
+    """Tell Megatron's hook that this backward pass's gradient is in main_grad (distributed_data_parallel.py).
+
+    The hook wants to see a gradient all the same, and drops it; this one takes no memory. Backward then returns None.
     """
     parameter.grad_added_to_main_grad = True
-    return torch.empty_like(parameter)
+    parameter.grad = parameter.new_empty(1).expand(parameter.shape)
 
 
 def embedding_into_main_grad(index: Tensor, weight: Tensor) -> Tensor:
@@ -37,7 +38,8 @@ class _EmbeddingIntoMainGrad(torch.autograd.Function):
         (index,) = ctx.saved_tensors
         rows = grad_output.flatten(0, -2).to(ctx.weight.main_grad.dtype)
         ctx.weight.main_grad.index_add_(0, index.flatten(), rows)
-        return None, already_in_main_grad(ctx.weight)
+        mark_added_to_main_grad(ctx.weight)
+        return None, None
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sedd_megatron.diffusion import AbsorbingGraph, UniformGraph
 from sedd_megatron.diffusion.corruption import NoisyBatch
-from sedd_megatron.diffusion.score_entropy import weighted_loss
+from sedd_megatron.diffusion.score_entropy import ScoreEntropyCoefficients, weighted_loss
 from sedd_megatron.model.score_head import log_score_offset
 from sedd_megatron.parallel.fused_head import FusedHeadSettings, ScoreEntropyRows
 from sedd_megatron.parallel.groups import ParallelGroups
@@ -63,7 +63,7 @@ def positions_that_count(x_t: Tensor, graph: AbsorbingGraph | UniformGraph, mult
     else:
         position = (x_t.t().flatten() == graph.mask_token_id).nonzero()[:, 0]
     num_rows = len(position)
-    return F.pad(position, (0, -num_rows % multiple)), num_rows
+    return F.pad(position, (0, -num_rows % multiple)) if num_rows % multiple else position, num_rows
 
 
 def score_entropy_rows(
@@ -76,25 +76,26 @@ def score_entropy_rows(
         for every model.
     """
     is_absorbing = graph.mask_token_id is not None
-    coefficients = graph.coefficients(batch.sigma, batch.x_t, batch.x_0)
-    log_offset = log_score_offset(graph, batch.sigma)
-    weight = batch.sigma_rate / len(batch.sigma)
-    # The uniform graph has no offset; the absorbing one no sum of log-scores, and its x_0 is never x_t at a mask.
-    constant = (weight[:, None] * (coefficients.constant - coefficients.target * log_offset[:, None])).sum()
 
     def of_rows(values: Tensor) -> Tensor:
         return values.expand_as(batch.x_t).t().flatten().index_select(0, position)
 
-    weight, log_offset = of_rows(weight[:, None]), of_rows(log_offset[:, None])
-    weight = torch.where(torch.arange(len(weight), device=weight.device) < num_rows, weight, 0.0)
+    x_0, x_t, sigma = of_rows(batch.x_0), of_rows(batch.x_t), of_rows(batch.sigma[:, None])
+    counts = torch.arange(len(position), device=position.device) < num_rows
+    weight = torch.where(counts, of_rows(batch.sigma_rate[:, None]) / len(batch.sigma), 0.0)
+    # Each row as a sequence of one.
+    coefficients = ScoreEntropyCoefficients(*(c[:, 0] for c in graph.coefficients(sigma, x_t[:, None], x_0[:, None])))
+    log_offset = log_score_offset(graph, sigma)
     rows = ScoreEntropyRows(
         position=position,
-        x_0=of_rows(batch.x_0),
-        x_t=None if is_absorbing else of_rows(batch.x_t),
-        log_scale=torch.log(weight * of_rows(coefficients.exp_sum)) - log_offset,
-        log_sum=None if is_absorbing else weight * of_rows(coefficients.log_sum),
-        target=weight * of_rows(coefficients.target),
+        x_0=x_0,
+        x_t=None if is_absorbing else x_t,
+        log_scale=torch.log(weight * coefficients.exp_sum) - log_offset,
+        log_sum=None if is_absorbing else weight * coefficients.log_sum,
+        target=weight * coefficients.target,
     )
+    # The uniform graph has no offset; the absorbing one no sum of log-scores, and its x_0 is never x_t at a mask.
+    constant = (weight * coefficients.constant - rows.target * log_offset).sum()
     return rows, constant
 
 

@@ -99,8 +99,8 @@ def find_fp8_scales(run: TrainingRun, dataset: WindowDataset) -> None:
     precision = run.options.precision
     if precision.fp8_format is None or precision.recipe != "delayed":
         return
-    _begin_training_pass(run)
-    _forward_backward(run, training_iterators(run, dataset), forward_only=False)
+    begin_training_pass(run)
+    forward_backward(run, training_iterators(run, dataset), forward_only=False)
     copy_main_parameters_to_model(run.optimizer, run.ddp_chunks)
 
 
@@ -108,9 +108,9 @@ def train_step(run: TrainingRun, batches: list[Iterator[NoisyBatch]]) -> dict[st
     """One optimizer step on one global batch; returns its line of metrics.jsonl, equal on every rank."""
     options, start = run.options, time.monotonic()
     seed_dropout(options.training.seed, run.iteration, run.groups)
-    _begin_training_pass(run)
+    begin_training_pass(run)
     run.optimizer.zero_grad()
-    losses = _forward_backward(run, batches, forward_only=False)
+    losses = forward_backward(run, batches, forward_only=False)
     loss = _mean_loss(losses, run.groups)
     _require_finite("loss", loss, run.iteration + 1)
     learning_rate = run.optimizer.param_groups[0]["lr"]
@@ -131,7 +131,8 @@ def train_step(run: TrainingRun, batches: list[Iterator[NoisyBatch]]) -> dict[st
     }
 
 
-def _begin_training_pass(run: TrainingRun) -> None:
+def begin_training_pass(run: TrainingRun) -> None:
+    """Put the model into training mode, with gradients of 0."""
     for chunk in run.ddp_chunks:
         chunk.train()
         chunk.zero_grad_buffer()
@@ -155,13 +156,12 @@ def validate(run: TrainingRun, dataset: WindowDataset) -> float:
     losses = []
     with run.ema.swapped_in():
         for _ in range(options.logging.eval_iters):
-            losses += _forward_backward(run, iterators, forward_only=True)
+            losses += forward_backward(run, iterators, forward_only=True)
     return _mean_loss(losses, run.groups)
 
 
-def _forward_backward(
-    run: TrainingRun, batches: list[Iterator[NoisyBatch]], forward_only: bool
-) -> list[dict[str, Any]]:
+def forward_backward(run: TrainingRun, batches: list[Iterator[NoisyBatch]], forward_only: bool) -> list[dict[str, Any]]:
+    """Megatron's schedule over one global batch; the last stage's losses by micro-batch, nats per token."""
     return get_forward_backward_func()(
         forward_step_func=make_forward_step(
             run.graph, run.groups, run.options.training.loss_chunk_rows, run.num_microbatches

@@ -19,6 +19,7 @@ from sedd_megatron.diffusion.corruption import NoisyBatch, corrupt
 from sedd_megatron.diffusion.draws import Stream
 from sedd_megatron.diffusion.graph import make_graph
 from sedd_megatron.parallel import cpu_backend
+from sedd_megatron.parallel.fused_head import TILE_ELEMENTS
 from sedd_megatron.parallel.groups import parallel_groups
 from tests.benchmarks.pairs import measure_pairs, peak_memory, seconds_of, write_table
 from tests.benchmarks.published import published_loss, scaled_log_score
@@ -142,12 +143,13 @@ class TwoWays:
         self._backward(loss)
 
     def products(self) -> None:
-        """Logits and both gradients of the rows that count, without a loss; 2048 rows at a time."""
+        """Logits and both gradients of the rows that count, tile by tile, without a loss."""
         hidden = self.hidden_states.detach().flatten(0, 1)[: self.num_rows]
-        weight = self.weight.detach()
-        for chunk in hidden.split(2048):
-            logits = chunk @ weight.t()
-            logits @ weight, logits.t() @ chunk
+        weight, tile = self.weight.detach(), TILE_ELEMENTS[self.groups.device.type]
+        for chunk in hidden.split(self.chunk_rows):
+            for part in weight.split(tile // len(chunk)):
+                logits = chunk @ part.t()
+                logits @ part, logits.t() @ chunk
 
     def _backward(self, loss: torch.Tensor) -> None:
         loss.backward()

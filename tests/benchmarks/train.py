@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from sedd_megatron.arguments import parse_pretrain_options
+from sedd_megatron.diffusion.corruption import NoisyBatch
 from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.parallel.groups import parallel_groups
 from tests.benchmarks.pairs import measure_pairs, write_table
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vs", choices=DEFAULTS, default="published", help="what ours is compared with")
     parser.add_argument("--cases", nargs="+", choices=CASES, help="sizes; by default those of the comparison")
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--pairs", type=int, default=8, help="8 go once through the batches and their times t")
     parser.add_argument("--flags", default="", help="further flags of examples/pretrain_sedd.py, in quotes")
     parser.add_argument("--output", type=Path, help="a file of tests/benchmarks/results")
     arguments = parser.parse_args(argv)
@@ -87,17 +88,18 @@ def against_published(case: Case, arguments: argparse.Namespace):
     """Two rows: forward and backward pass, and with the optimizer and the moving average."""
     options = options_of(case, arguments.flags)
     with parallel_groups(options.parallel) as groups:
-        from sedd_megatron.training.loop import _begin_training_pass, _forward_backward, train_step
+        from sedd_megatron.training.loop import begin_training_pass, forward_backward, train_step
 
         run, batches = build_ours(case, options, groups)
         model = build_published(case, run)
         opponent = PublishedStep(model, lr=options.training.lr)
-        ours, theirs = itertools.cycle(batches), itertools.cycle(batches)
+        on_device = [NoisyBatch(*(field.to(groups.device) for field in batch)) for batch in batches]
+        ours, theirs = itertools.cycle(batches), itertools.cycle(on_device)
         losses = SimpleNamespace()
 
         def our_pass() -> None:
-            _begin_training_pass(run)
-            losses.ours = _forward_backward(run, [ours], forward_only=False)[0]["loss"]
+            begin_training_pass(run)
+            losses.ours = forward_backward(run, [ours], forward_only=False)[0]["loss"]
 
         def their_pass() -> None:
             batch = next(theirs)
@@ -130,27 +132,32 @@ def against_bare_products(case: Case, arguments: argparse.Namespace):
     with parallel_groups(options.parallel) as groups:
         run, batches = build_ours(case, options, groups)
         model, (chunk,) = build_published(case, run), run.model_chunks
-        batch, bare = batches[0], bare_products(case)
+        bare = bare_products(case, groups.device)
+        x_t, sigma = (field.to(groups.device) for field in (batches[0].x_t, batches[0].sigma))
         chunk.train()
 
         def ours() -> torch.Tensor:
-            return chunk.trunk(batch.x_t, batch.sigma)[0]
+            return chunk.trunk(x_t, sigma)[0]
 
         def theirs() -> torch.Tensor:
-            return model.trunk(batch.x_t, batch.sigma)[0]
+            return model.trunk(x_t, sigma)[0]
 
         torch.testing.assert_close(ours().transpose(0, 1), theirs(), rtol=1e-4, atol=1e-4)
         found, other = measure_pairs(bare, ours, arguments.pairs), measure_pairs(bare, theirs, arguments.pairs)
         yield f"{found.seconds * 1e3:.1f} ms | {found.speedup:.2f}x | {other.speedup:.2f}x"
 
 
-def bare_products(case: Case) -> Callable[[], None]:
+def bare_products(case: Case, device: torch.device) -> Callable[[], None]:
     """The trunk's matrix products and attention, on inputs that are there already; recorded for a backward pass."""
     width, rows = case.width, case.batch * case.length
     shapes = ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width))
-    layers = [[torch.randn(shape).mul_(0.02).requires_grad_() for shape in shapes] for _ in range(case.layers)]
-    hidden, inner = torch.randn(rows, width).requires_grad_(), torch.randn(rows, 4 * width).requires_grad_()
-    heads = torch.randn(3, case.batch, case.heads, case.length, width // case.heads).requires_grad_()
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device).requires_grad_()
+
+    layers = [[random(*shape) for shape in shapes] for _ in range(case.layers)]
+    hidden, inner = random(rows, width), random(rows, 4 * width)
+    heads = random(3, case.batch, case.heads, case.length, width // case.heads)
 
     def products() -> None:
         kept = []
@@ -191,6 +198,7 @@ def build_published(case: Case, run) -> PublishedModel:
 
     absorbing = run.graph.mask_token_id is not None
     model = PublishedModel(case.layers, case.width, case.heads, run.graph.num_states, absorbing)
+    model.to(run.groups.device)
     weights = model.state_dict()
     with torch.no_grad():
         for shard in run.model_chunks[0].sharded_tensors().values():

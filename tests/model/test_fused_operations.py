@@ -13,7 +13,8 @@ ROTATED, ANGLES = (S, B, HEADS, H), (S, 1, 1, H)
 
 def operations() -> dict[str, tuple]:
     """Name -> the fused operation, its plain form, the shapes of its tensors, its further arguments."""
-    cpu_backend.install()
+    if not torch.cuda.is_available():
+        cpu_backend.install()
     from sedd_megatron.model import fused_operations as fused
 
     return {
@@ -94,7 +95,7 @@ def test_the_norms_weight_meets_adalns_scale():
     from sedd_megatron.model.fused_operations import modulated_norm
 
     hidden, scale, shift, weight = inputs([STATES, PER_SEQUENCE, PER_SEQUENCE, PER_FEATURE], torch.float32)
-    norm = NormScale(SimpleNamespace(params_dtype=torch.float32, sequence_parallel=False), H, 1e-5)
+    norm = NormScale(SimpleNamespace(params_dtype=torch.float32, sequence_parallel=False), H, 1e-5, torch.device("cpu"))
     with torch.no_grad():
         norm.weight.copy_(weight)
     expected = torch.nn.functional.layer_norm(hidden, [H], eps=1e-5) * weight * (1 + scale) + shift

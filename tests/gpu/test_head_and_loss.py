@@ -1,0 +1,39 @@
+"""Head, loss and fused operations on a GPU: the dense float64 loss in value and gradient, and a table of their cost."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.distributed.launch import REPOSITORY, launch
+from tests.distributed.test_fused_head import CASES
+from tests.model.test_fused_operations import NAMES, inputs, operations, outcome
+
+
+def test_fused_head_is_the_dense_loss():
+    launch("run_fused_head.py", 1, [[*case, "cuda"] for case in CASES])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_compiled_operations_are_the_plain_ones(name, dtype):
+    fused, plain, shapes, further = operations()[name]
+    num_derivatives = 1 if name == "rotate" else len(shapes)
+    exact = outcome(plain, inputs(shapes), further, num_derivatives)
+    actual = outcome(fused, [tensor.cuda() for tensor in inputs(shapes, dtype)], further, num_derivatives)
+    tolerance = 1e-10 if dtype == torch.float64 else 2e-2
+    for one, other in zip(actual, exact, strict=True):
+        assert (one.double().cpu() - other).norm() < tolerance * other.norm()
+
+
+def test_head_and_loss_table():
+    """64k positions of SEDD-small, against the dense path and against the bare products of the masked rows."""
+    output = REPOSITORY / "tests" / "benchmarks" / "results" / "loss_gpu.md"
+    command = [sys.executable, "-m", "tests.benchmarks.loss", "--batch", "64", "--length", "1024", "--width", "768",
+               "--chunk-rows", "8192", "--rows", "16384", "65536", "--output", str(output)]  # fmt: skip
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    print(output.read_text())
+    absorb = next(line for line in output.read_text().splitlines() if line.startswith("| absorb"))
+    assert float(absorb.split("|")[9].split()[0]) < 512, "MiB of extra memory"
