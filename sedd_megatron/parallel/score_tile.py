@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sedd_megatron.parallel.compiled import compiled
 from sedd_megatron.parallel.main_grad import add_product
-from sedd_megatron.parallel.vocab_parallel import add_at_state, zero_at_state
+from sedd_megatron.parallel.vocab_parallel import column_in_shard, zero_at_state
 
 if TYPE_CHECKING:
     from sedd_megatron.parallel.fused_head import ScoreEntropyRows
@@ -32,15 +32,20 @@ def score_tile_by_index(
     add_product(tile, hidden, weight.t()).exp_()
     if rows.x_t is not None:
         zero_at_state(tile, rows.x_t, first_state)
-    score_sum = tile.sum(-1).sum(dtype=torch.float64)
+    column_sums = tile.sum(0)
+    score_sum = column_sums.sum(dtype=torch.float64)
     if not with_gradient:
         return ScoreTile(score_sum, None, None)
     if rows.log_sum is not None:
         tile.add_(rows.log_sum[:, None])
         zero_at_state(tile, rows.x_t, first_state)
+        column_sums = tile.sum(0)
+    in_tile, column = column_in_shard(rows.x_0, first_state, len(weight))
+    target = torch.where(in_tile, rows.target[:, None], 0.0)
     # Here and not after the products: near the optimum it cancels the score, and bf16 would round each by itself.
-    add_at_state(tile, rows.x_0, rows.target, first_state)
-    return ScoreTile(score_sum, tile.to(weight.dtype), tile.sum(0))
+    tile.scatter_add_(-1, column, target)
+    column_sums.scatter_add_(0, column[:, 0], target[:, 0])
+    return ScoreTile(score_sum, tile.to(weight.dtype), column_sums)
 
 
 def score_tile_in_one_kernel(

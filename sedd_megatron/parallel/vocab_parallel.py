@@ -31,7 +31,7 @@ class _VocabParallelScoreEntropy(torch.autograd.Function):
         c_exp, c_log, c_target, _ = (c * grad_output for c in coefficients)
         # Recomputed and not saved: the exponentials would double the memory of the largest tensor in training.
         grad = (logits.float() - log_offset[..., None]).exp_().mul_(c_exp[..., None]).add_(c_log[..., None])
-        add_at_state(grad, x_0, c_target, ctx.first_state)
+        _add_at_state(grad, x_0, c_target, ctx.first_state)
         zero_at_state(grad, x_t, ctx.first_state)
         grad[..., max(ctx.num_states - ctx.first_state, 0) :] = 0
         return grad.to(logits.dtype), None, None, None, None, None, None
@@ -83,16 +83,18 @@ def _sum_over_shards(sums: ScoreSums, tp_group: torch.distributed.ProcessGroup) 
     return ScoreSums(*stacked)
 
 
-def add_at_state(grad: Tensor, state: Tensor, value: Tensor, first_state: int) -> None:
-    in_shard, column = _column(state, first_state, grad.shape[-1])
+def _add_at_state(grad: Tensor, state: Tensor, value: Tensor, first_state: int) -> None:
+    in_shard, column = column_in_shard(state, first_state, grad.shape[-1])
     grad.scatter_add_(-1, column, torch.where(in_shard, value[..., None], 0.0))
 
 
 def zero_at_state(grad: Tensor, state: Tensor, first_state: int) -> None:
-    in_shard, column = _column(state, first_state, grad.shape[-1])
+    """Set grad [..., N] to 0 at `state` [...], where that is one of the N states from `first_state` on."""
+    in_shard, column = column_in_shard(state, first_state, grad.shape[-1])
     grad.scatter_(-1, column, torch.where(in_shard, 0.0, grad.gather(-1, column)))
 
 
-def _column(state: Tensor, first_state: int, columns: int) -> tuple[Tensor, Tensor]:
+def column_in_shard(state: Tensor, first_state: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Whether each state is one of the `columns` states from `first_state` on, and as which column: [..., 1] each."""
     column = (state - first_state)[..., None]
     return (column >= 0) & (column < columns), column.clamp(0, columns - 1)
