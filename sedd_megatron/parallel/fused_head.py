@@ -24,7 +24,7 @@ from sedd_megatron.parallel.main_grad import add_product, mark_added_to_main_gra
 from sedd_megatron.parallel.score_tile import SCORE_TILES, logit_at
 
 # Elements of a tile. On a CPU it stays in the cache between its passes; on a GPU it has to fill the device.
-TILE_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
+TILE_ELEMENTS = {"cpu": 2**19, "cuda": 2**25}
 MIN_TILE_COLUMNS = 128
 
 

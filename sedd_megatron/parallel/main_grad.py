@@ -18,7 +18,7 @@ def mark_added_to_main_grad(parameter: Tensor) -> None:
 def embedding_into_main_grad(index: Tensor, weight: Tensor) -> Tensor:
     """F.embedding, whose backward pass adds to the rows of weight.main_grad that were read and touches no others.
 
-    A dense gradient of the whole vocabulary costs a third of a small model's step on a CPU. Not for GPUs: there many
+    A dense gradient of the whole vocabulary costs a fifth of SEDD-small's step on a CPU. Not for GPUs: there many
     additions to one row have no fixed order.
     """
     return _EmbeddingIntoMainGrad.apply(index, weight)

@@ -15,6 +15,9 @@ from sedd_megatron.parallel.fused_head import FusedHeadSettings, ScoreEntropyRow
 from sedd_megatron.parallel.groups import ParallelGroups
 from sedd_megatron.parallel.vocab_parallel import vocab_parallel_score_entropy
 
+# What the number of rows is filled up to: on a GPU few shapes, of sizes that its matrix units like.
+ROW_MULTIPLE = {"cpu": 1, "cuda": 256}
+
 LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 ForwardStep = Callable[[Iterator[NoisyBatch], torch.nn.Module], tuple[Tensor, LossFunction]]
 
@@ -30,8 +33,6 @@ def make_forward_step(
         # Megatron's schedule multiplies the loss by this (pipeline_parallel/schedules.py).
         gradient_scale=groups.context_size / num_microbatches,
     )
-    # On a GPU every chunk is full, so that shapes stay the same from step to step; a CPU would compute the filling.
-    multiple = loss_chunk_rows if groups.device.type == "cuda" else 1
 
     def forward_step(batches: Iterator[NoisyBatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         host_batch = own_part_of_sequence(next(batches), groups.context_rank, groups.context_size)
@@ -39,7 +40,7 @@ def make_forward_step(
         if loss_chunk_rows == 0:
             return model(batch.x_t, batch.sigma), partial(score_entropy_loss, batch, graph, groups.collection.tp)
         # Counted where the batch was made: a count on the device would make the host wait for it.
-        position, num_rows = positions_that_count(host_batch.x_t, graph, multiple)
+        position, num_rows = positions_that_count(host_batch.x_t, graph, ROW_MULTIPLE[groups.device.type])
         rows, constant = score_entropy_rows(batch, graph, to_device(position, groups.device), num_rows)
         output = model(batch.x_t, batch.sigma, rows, settings)
         return output, partial(_add_constant, constant, batch.x_t.shape[1])

@@ -121,11 +121,16 @@ class TwoWays:
 
     def ours(self) -> None:
         from sedd_megatron.parallel.fused_head import FusedHeadSettings, fused_head_score_entropy
-        from sedd_megatron.training.forward_step import positions_that_count, score_entropy_rows, to_device
+        from sedd_megatron.training.forward_step import (
+            ROW_MULTIPLE,
+            positions_that_count,
+            score_entropy_rows,
+            to_device,
+        )
 
-        multiple = self.chunk_rows if self.groups.device.type == "cuda" else 1
-        position, num_rows = positions_that_count(self.host.x_t, self.graph, multiple)
-        position = to_device(position, self.groups.device)
+        device = self.groups.device
+        position, num_rows = positions_that_count(self.host.x_t, self.graph, ROW_MULTIPLE[device.type])
+        position = to_device(position, device)
         rows, constant = score_entropy_rows(self.batch, self.graph, position, num_rows)
         settings = FusedHeadSettings(self.graph.num_tokens, self.chunk_rows, gradient_scale=1.0)
         loss = fused_head_score_entropy(*self.parameters, rows, settings, 1e-5, self.groups.collection.tp)
