@@ -87,7 +87,7 @@ def plain_bias_gelu(hidden: Tensor, bias: Tensor) -> Tensor:
 
 
 class _BiasGelu(torch.autograd.Function):
-    """(1 + tanh(u)) / 2 is sigmoid(2 u), which torch computes five times as fast on a CPU."""
+    """(1 + tanh(u)) / 2 is sigmoid(2 u), which torch computes several times as fast on a CPU."""
 
     LINEAR, CUBIC = (2 * math.sqrt(2 / math.pi) * factor for factor in (1.0, 0.044715))
 

@@ -154,7 +154,7 @@ def _norm(tensor: torch.Tensor) -> torch.Tensor:
     """Euclidean norm of a float32 tensor, scalar float64.
 
     torch adds up a large tensor's squares in float32, which is off by 2e-6 and clips each layout differently; asked for
-    float64 it first copies the tensor, which takes longer than the rest of the step. Short blocks need neither.
+    float64 it first makes a copy of twice the size. Short blocks need neither.
     """
     flat, block = tensor.flatten(), 4096
     whole = len(flat) // block * block
@@ -169,8 +169,8 @@ def _replace_gradient_accumulation() -> None:
     def wgrad_gemm_accum_fp32(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
         add_product(main_grad, grad_output.t(), inputs)
 
-    # Apex's extension, of which Megatron's linear layers use this. A gradient of its own for each weight, to be added
-    # afterwards, costs more than the product: its memory is new to the process every time.
+    # Apex's extension, of which Megatron's linear layers use this. A gradient of its own for each weight would be
+    # written to memory that is new to the process every time, and then added.
     layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=wgrad_gemm_accum_fp32)
     layers._grad_accum_fusion_available = True
 

@@ -37,7 +37,8 @@ def make_forward_step(
     def forward_step(batches: Iterator[NoisyBatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         host_batch = own_part_of_sequence(next(batches), groups.context_rank, groups.context_size)
         batch = NoisyBatch(*(to_device(field, groups.device) for field in host_batch))
-        if loss_chunk_rows == 0:
+        # Megatron asks the last stage alone for a loss.
+        if loss_chunk_rows == 0 or not groups.is_last_stage:
             return model(batch.x_t, batch.sigma), partial(score_entropy_loss, batch, graph, groups.collection.tp)
         # Counted where the batch was made: a count on the device would make the host wait for it.
         position, num_rows = positions_that_count(host_batch.x_t, graph, ROW_MULTIPLE[groups.device.type])
