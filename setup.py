@@ -6,11 +6,12 @@ from setuptools import find_packages, setup
 
 setup(
     name="sedd_megatron",
-    version="0.3.0",
+    version="0.4.0",
     description="Score entropy discrete diffusion language models on Megatron-Core",
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["sedd_megatron", "sedd_megatron.*"]),
+    package_data={"sedd_megatron.generation": ["trace.html"]},
     install_requires=[
         "torch>=2.8",
         "megatron-core>=0.16,<0.17",
@@ -22,11 +23,12 @@ setup(
         "safetensors>=0.4",
         "sentencepiece>=0.2",
         "tokenizers>=0.21",
+        "tqdm",
     ],
     extras_require={
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
         "data": ["datasets>=3"],
         "log": ["tensorboard"],
-        "test": ["pytest>=8", "ruff>=0.6", "tensorboard"],
+        "test": ["pillow", "pytest>=8", "ruff>=0.6", "tensorboard"],
     },
 )

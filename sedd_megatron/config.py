@@ -51,11 +51,19 @@ class DiffusionOptions:
 
 
 @dataclass(frozen=True)
-class ParallelOptions:
-    """Parallelism"""
+class LayoutOptions:
+    """Layout"""
 
     tensor_model_parallel_size: int = option(1, "ranks that share each layer's matrices")
     pipeline_model_parallel_size: int = option(1, "ranks that share the layers")
+    device: str = option("auto", "auto takes GPUs where there are any", choices=("auto", "cpu", "cuda"))
+    distributed_timeout_minutes: int = option(10, "how long a collective may wait for a lost rank")
+
+
+@dataclass(frozen=True)
+class ParallelOptions(LayoutOptions):
+    """Parallelism"""
+
     num_layers_per_virtual_pipeline_stage: int | None = option(None, "layers of one of a rank's interleaved stages")
     context_parallel_size: int = option(1, "ranks that share each sequence")
     cp_comm_type: str = option(
@@ -66,8 +74,6 @@ class ParallelOptions:
     overlap_grad_reduce: bool = option(False, "reduce gradients while the backward pass runs")
     overlap_param_gather: bool = option(False, "gather updated parameters while the next forward pass runs")
     ddp_bucket_size: int | None = option(None, "parameters per overlapped reduction; Megatron's choice if not given")
-    device: str = option("auto", "auto takes GPUs where there are any", choices=("auto", "cpu", "cuda"))
-    distributed_timeout_minutes: int = option(10, "how long a collective may wait for a lost rank")
 
     def num_model_chunks(self, num_layers: int) -> int:
         """Number of interleaved pipeline stages on each rank; 1 without virtual pipeline parallelism."""

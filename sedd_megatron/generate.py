@@ -1,163 +1,163 @@
-"""python -m sedd_megatron.generate: samples from a trained model, with text of a person's choice in place."""
+"""python -m sedd_megatron.generate: samples from a trained model, around text of a person's choice."""
 
 import json
+import os
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from sedd_megatron.diffusion.sampler import SAMPLERS, sample
+from sedd_megatron.config import LayoutOptions, ParallelOptions, PrecisionOptions
 from sedd_megatron.errors import UserError, run_command
-from sedd_megatron.options import flag_of, option, parse_options
+from sedd_megatron.generation.requests import Frame, TextRequest, frames_of, read_requests
+from sedd_megatron.generation.settings import SamplingOptions, settings_of
+from sedd_megatron.options import option, parse_options
+from sedd_megatron.parallel.groups import parallel_groups
 
 if TYPE_CHECKING:
-    from sedd_megatron.data.tokenizers import Tokenizer
-    from sedd_megatron.pretrained import PretrainedModel
+    from sedd_megatron.diffusion import SamplingSettings
+    from sedd_megatron.generation.engine import GeneratedText
+    from sedd_megatron.generation.observers import TraceRecorder
+    from sedd_megatron.pretrained import PretrainedModel, SavedModel
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """Sampling"""
+    """Model, input and output"""
 
     load: str = option(MISSING, "folder that training saved to, or one iter_* folder in it")
-    num_samples: int = option(1, "how many samples")
-    batch_size: int = option(8, "how many at a time; does not change the samples")
-    sampling_steps: int = option(128, "steps from noise to text; the network is called once per step")
-    sampler: str = option("analytic", "how a step is made", choices=tuple(SAMPLERS))
-    denoise: bool = option(True, "a final step that removes the last noise")
-    length: int | None = option(None, "tokens per sample; the trained length if not given")
-    seed: int = option(0, "seed of the draws; the same seed gives the same samples")
-    prompt: str = option("", "text that every sample begins with")
-    suffix: str = option("", "text that every sample ends with")
+    bf16: bool = option(False, "compute in bfloat16; scores and draws stay float32 and float64")
+    requests: str | None = option(None, "file of requests, one JSON object a line with the keys named below, or tokens")
     output: str | None = option(None, "also write the samples to this file, one JSON object a line")
-    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    trace: str | None = option(None, "also write a page (HTML) that replays how the samples came about")
+    stream: bool = option(False, "show the texts while they appear")
 
 
 def main() -> None:
-    """Parse the flags, load the model, print the samples."""
-    (options,) = parse_options(
-        (GenerateOptions,), sys.argv[1:], "sedd_megatron.generate", "Sample text from a trained model."
+    """Parse the flags, check them against the checkpoint, load the model, print the samples."""
+    options, request, sampling, layout = parse_options(
+        (GenerateOptions, TextRequest, SamplingOptions, LayoutOptions),
+        sys.argv[1:],
+        "sedd_megatron.generate",
+        "Sample text from a trained model.",
     )
-    _check_numbers(options)
-    from sedd_megatron.pretrained import load_pretrained
+    from sedd_megatron.pretrained import find_saved_model
 
-    model = load_pretrained(options.load, device=options.device)
-    length = options.length or model.seq_length
-    fixed_tokens, fixed_mask = fixed_positions(
-        model.tokenizer, options.prompt, options.suffix, length, model.seq_length
-    )
-    output = _open_output(options.output)
-    for first_sample in range(0, options.num_samples, options.batch_size):
-        count = min(options.batch_size, options.num_samples - first_sample)
-        start = time.monotonic()
-        tokens = _sample_batch(model, options, length, first_sample, count, fixed_tokens, fixed_mask)
-        seconds = (time.monotonic() - start) / count
-        for index, row in enumerate(tokens.tolist(), start=first_sample):
-            text = decode_states(model.tokenizer, row)
-            print(f"--- sample {index} ---\n{text}", flush=True)
-            if output is not None:
-                record = {"sample": index, "seed": options.seed, "text": text, "tokens": row, "seconds": seconds}
-                output.write(json.dumps(record, ensure_ascii=False) + "\n")
-    if output is not None:
-        output.close()
-
-
-def fixed_positions(
-    tokenizer: "Tokenizer", prompt: str, suffix: str, length: int, seq_length: int
-) -> tuple[Tensor, Tensor]:
-    """The positions that prompt and suffix take: tokens [length] int64 and a mask [length] bool, True where given.
-
-    Raises:
-        UserError: the sample is longer than the trained length, or prompt and suffix are longer than the sample.
-    """
-    if length > seq_length:
-        raise UserError(f"--length {length} is above the trained length of {seq_length} tokens; ask for at most that")
-    before, after = (torch.tensor(tokenizer.encode(text), dtype=torch.long) for text in (prompt, suffix))
-    given = len(before) + len(after)
-    if given > length:
-        raise UserError(
-            f"--prompt and --suffix take {given} tokens and a sample has {length}; shorten them or raise --length "
-            f"(at most {seq_length})"
+    saved = find_saved_model(options.load, layout.device)
+    settings = settings_of(sampling, saved.graph)
+    frames = _frames(options, request, sampling, saved)
+    parallel = ParallelOptions(**{field.name: getattr(layout, field.name) for field in fields(LayoutOptions)})
+    if options.trace:
+        _check_writable("--trace", options.trace)
+    with ExitStack() as stack:
+        output = stack.enter_context(_open_output(options.output)) if options.output and _is_first_rank() else None
+        model = saved.load(
+            parallel, PrecisionOptions(bf16=options.bf16), lambda: stack.enter_context(parallel_groups(parallel))
         )
-    tokens, mask = torch.zeros(length, dtype=torch.long), torch.zeros(length, dtype=torch.bool)
-    tokens[: len(before)], mask[: len(before)] = before, True
-    tokens[length - len(after) :], mask[length - len(after) :] = after, True
-    return tokens, mask
+        recorder = _recorder(options, settings)
+        for texts in _make_all(model, frames, settings, options, sampling, recorder):
+            for text in texts:
+                print(f"--- sample {text.sample} ---\n{text.text}", flush=True)
+                if output is not None:
+                    output.write(json.dumps(text.record(), ensure_ascii=False) + "\n")
+    if recorder is not None and _is_first_rank():
+        _write_trace(options, sampling, saved, recorder)
 
 
-def decode_states(tokenizer: "Tokenizer", states: Sequence[int]) -> str:
-    """Text of a row of states; positions that are still masked (without the final step) are shown as a block."""
-    parts, run = [], []
-    for state in [*states, None]:
-        if state is not None and state < tokenizer.num_tokens:
-            run.append(state)
-            continue
-        parts.append(tokenizer.decode(run) + ("" if state is None else "\u2588"))
-        run = []
-    return "".join(parts)
+def _frames(
+    options: GenerateOptions, request: TextRequest, sampling: SamplingOptions, saved: "SavedModel"
+) -> list[Frame]:
+    seq_length, first = saved.model_options.seq_length, sampling.first_sample
+    if options.requests is None:
+        return frames_of(request, saved.tokenizer, seq_length, first)
+    return read_requests(Path(options.requests), saved.tokenizer, seq_length, request, first)
 
 
-def _sample_batch(
+def _make_all(
     model: "PretrainedModel",
+    frames: Sequence[Frame],
+    settings: "SamplingSettings",
     options: GenerateOptions,
-    length: int,
-    first_sample: int,
-    count: int,
-    fixed_tokens: Tensor,
-    fixed_mask: Tensor,
-) -> Tensor:
-    return sample(
-        model.log_score,
-        model.graph,
-        model.schedule,
-        num_samples=count,
-        length=length,
-        num_steps=options.sampling_steps,
-        sampler=options.sampler,
-        seed=options.seed,
-        first_sample=first_sample,
-        fixed_tokens=fixed_tokens.expand(count, -1),
-        fixed_mask=fixed_mask.expand(count, -1),
-        denoise=options.denoise,
-        device=model.device,
-        on_step=_progress(first_sample, count, options.num_samples),
+    sampling: SamplingOptions,
+    recorder: "TraceRecorder | None",
+) -> Iterator[list["GeneratedText"]]:
+    """The finished texts, as many batches at a time as there are replicas; on the first rank those of all."""
+    from sedd_megatron.generation.engine import batches_of
+    from sedd_megatron.generation.observers import ProgressBar, StreamPrinter
+
+    groups, is_first = model.groups, _is_first_rank()
+    observers = [recorder] if recorder is not None else []
+    if is_first and options.stream:
+        observers.append(StreamPrinter(model.tokenizer, sys.stdout))
+    elif is_first:
+        observers.append(ProgressBar(len(frames)))
+    batches = list(batches_of(frames, sampling.batch_size))
+    for start in range(0, len(batches), groups.data_size):
+        own = batches[start + groups.data_rank : start + groups.data_rank + 1]
+        texts = [text for batch in own for text in model.engine.make(batch, settings, sampling.stop_at_eod, observers)]
+        yield _gathered_from_replicas(texts, recorder, model)
+
+
+def _gathered_from_replicas(
+    texts: list["GeneratedText"], recorder: "TraceRecorder | None", model: "PretrainedModel"
+) -> list["GeneratedText"]:
+    """All replicas' texts on the first rank and none on the others; traces go into the first rank's recorder."""
+    import torch
+
+    groups = model.groups
+    if groups.data_size > 1:
+        dp_group = groups.collection.dp
+        own = (texts, recorder.traces if recorder is not None else [])
+        gathered = [None] * groups.data_size if groups.data_rank == 0 else None
+        torch.distributed.gather_object(own, gathered, torch.distributed.get_global_rank(dp_group, 0), group=dp_group)
+        if groups.data_rank == 0:
+            texts = [text for part, _ in gathered for text in part]
+        if recorder is not None:
+            recorder.traces = [trace for _, part in gathered or [] for trace in part]
+    return texts if _is_first_rank() else []
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _recorder(options: GenerateOptions, settings: "SamplingSettings") -> "TraceRecorder | None":
+    from sedd_megatron.generation.observers import TraceRecorder
+
+    return TraceRecorder(settings.num_steps + settings.denoise) if options.trace else None
+
+
+def _write_trace(
+    options: GenerateOptions, sampling: SamplingOptions, saved: "SavedModel", recorder: "TraceRecorder"
+) -> None:
+    from sedd_megatron.generation.trace import write_trace
+
+    graph, tokenizer = saved.graph, saved.tokenizer
+    names = ("sampler", "sampling_steps", "time_grid", "temperature", "top_k", "top_p")
+    settings = {"model": options.load} | {name.replace("_", " "): str(getattr(sampling, name)) for name in names}
+    write_trace(
+        Path(options.trace), recorder.traces, lambda token: tokenizer.decode([token]), graph.mask_token_id, settings
     )
 
 
-def _progress(first_sample: int, count: int, num_samples: int) -> Callable[[int, int], None] | None:
-    if not sys.stderr.isatty():
-        return None
-
-    def show(step: int, num_steps: int) -> None:
-        end = "\n" if step == num_steps else ""
-        print(f"\rsamples {first_sample}-{first_sample + count - 1} of {num_samples}: step {step}/{num_steps}",
-              end=end, file=sys.stderr, flush=True)  # fmt: skip
-
-    return show
-
-
-def _check_numbers(options: GenerateOptions) -> None:
-    for name in ("num_samples", "batch_size", "sampling_steps", "length"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"{flag_of(name)} {value} must be at least 1")
-    if options.seed < 0:
-        raise UserError(f"--seed {options.seed} must be at least 0")
-
-
-def _open_output(path: str | None):
-    if path is None:
-        return None
+def _open_output(path: str) -> IO[str]:
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         return open(path, "w", encoding="utf-8", buffering=1)
     except OSError as error:
         raise UserError(f"--output {path}: cannot be written ({error.strerror}); name another file") from error
+
+
+def _check_writable(flag: str, path: str) -> None:
+    """Before any work: what is written at the end must not fail for want of a folder."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=Path(path).parent).close()
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be written ({error.strerror}); name another file") from error
 
 
 if __name__ == "__main__":

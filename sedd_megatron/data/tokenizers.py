@@ -29,6 +29,7 @@ class Tokenizer(Protocol):
     tokenizer_type: str
     num_tokens: int
     eod_id: int | None
+    unknown_id: int | None  # what stands for text that there is no token for
 
     def encode(self, text: str) -> list[int]:
         """Token ids below num_tokens."""
@@ -46,6 +47,7 @@ class ByteTokenizer:
     tokenizer_type = "ByteTokenizer"
     num_tokens = 256
     eod_id = None
+    unknown_id = None
 
     def encode(self, text: str) -> list[int]:
         """UTF-8 bytes."""
@@ -65,6 +67,7 @@ class CharTokenizer:
 
     tokenizer_type = "CharTokenizer"
     eod_id = None
+    unknown_id = None
 
     def __init__(self, characters: str) -> None:
         self.characters = characters
@@ -116,6 +119,7 @@ class SentencePieceTokenizer:
             raise UserError(f"--tokenizer-model {name}: not a SentencePiece model; give a .model file") from error
         eos = self._processor.eos_id()
         self.eod_id = eos if eos >= 0 else None
+        self.unknown_id = self._processor.unk_id()
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "SentencePieceTokenizer":
@@ -166,6 +170,7 @@ class GPT2BPETokenizer:
     """GPT-2's byte-level BPE from its vocabulary and merges files; <|endoftext|> ends a document."""
 
     tokenizer_type = "GPT2BPETokenizer"
+    unknown_id = None
 
     def __init__(self, vocab_file: Path, merge_file: Path) -> None:
         self._files = {"vocab.json": vocab_file.read_bytes(), "merges.txt": merge_file.read_bytes()}
@@ -222,6 +227,7 @@ class HuggingFaceTokenizer:
         self.eod_token = eod_token
         self.num_tokens = _num_ids(tokenizer)
         self.eod_id = tokenizer.token_to_id(eod_token) if eod_token else None
+        self.unknown_id = _unknown_id(tokenizer)
 
     @classmethod
     def from_name(cls, name: str) -> "HuggingFaceTokenizer":
@@ -332,6 +338,13 @@ def replace_folder(new: Path, final: Path) -> None:
 def _num_ids(tokenizer: hf_tokenizers.Tokenizer) -> int:
     # Not the number of tokens: a vocabulary may leave ids out, and the ids index the model's rows.
     return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+
+def _unknown_id(tokenizer: hf_tokenizers.Tokenizer) -> int | None:
+    model = json.loads(tokenizer.to_str())["model"]
+    # Unigram models name it by its id, the others by its text.
+    unknown = model.get("unk_token")
+    return tokenizer.token_to_id(unknown) if unknown else model.get("unk_id")
 
 
 def _configured_eod(config: Path) -> str | None:

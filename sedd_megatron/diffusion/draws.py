@@ -18,6 +18,7 @@ class Stream(enum.IntEnum):
     SAMPLING = 2
     SAMPLE_ORDER = 3
     TIME_OFFSET = 4
+    CORRECTOR = 5
 
 
 def philox_generator(seed: int, stream: int, index: int, step: int = 0) -> np.random.Generator:
@@ -30,10 +31,16 @@ def philox_generator(seed: int, stream: int, index: int, step: int = 0) -> np.ra
     return np.random.Generator(np.random.Philox(key=np.array([seed, 0], dtype=np.uint64), counter=counter))
 
 
-def philox_uniforms(seed: int, stream: int, index: int | Sequence[int] | Tensor, count: int, step: int = 0) -> Tensor:
-    """[B, count] float64 in [0, 1), row b from index[b] alone; [1, count] for a single index."""
-    indices = np.atleast_1d(np.asarray(index))
-    rows = [philox_generator(seed, stream, int(i), step).random(count) for i in indices]
+def philox_uniforms(
+    seed: int | Sequence[int],
+    stream: int,
+    index: int | Sequence[int] | Tensor,
+    count: int,
+    step: int | Sequence[int] = 0,
+) -> Tensor:
+    """[B, count] float64 in [0, 1), row b from (seed, index, step) of b alone; a single number counts for all rows."""
+    keys = np.broadcast_arrays(*(np.atleast_1d(np.asarray(key)) for key in (seed, index, step)))
+    rows = [philox_generator(int(s), stream, int(i), int(k)).random(count) for s, i, k in zip(*keys, strict=True)]
     return torch.from_numpy(np.stack(rows))
 
 

@@ -5,12 +5,25 @@ batch, S sequence, N = num_states. Everything works in the dtype it is given.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sedd_megatron.diffusion.score_entropy import ScoreEntropyCoefficients, score_sums
+
+
+class StepLaw(NamedTuple):
+    """Where a position goes in one reverse step, as weights: `stay` where it is, scale * max(score_y - floor, 0) at y.
+
+    Each [R], of R positions. Few numbers per position: whether it leaves needs the sum of its scores, and only one that
+    leaves needs them one by one.
+    """
+
+    scale: Tensor
+    floor: Tensor | None  # None where the scores are taken as they are
+    stay: Tensor
 
 
 class _Graph:
@@ -50,6 +63,17 @@ class _Graph:
         """
         return self._staggered_score(log_score.exp(), delta_sigma) * self._transition_into(x_t, delta_sigma, log_score)
 
+    def euler_law(self, score_sum: Tensor, rate_time: Tensor) -> StepLaw:
+        """A step that stays with what rate_time * reverse_rate leaves of 1 (arXiv 2310.16834, section 4.2).
+
+        Args:
+            score_sum: [R], sum of score_y over the tokens y != x_t of positions that can change.
+            rate_time: [R], sigma_rate times the step's length in t.
+        """
+        scale = rate_time * self.entry_rate
+        # A step too long for its rate would leave less than nothing where it was.
+        return StepLaw(scale, None, (1 - scale * score_sum).clamp_min(0))
+
 
 @dataclass(frozen=True)
 class AbsorbingGraph(_Graph):
@@ -66,6 +90,20 @@ class AbsorbingGraph(_Graph):
     def mask_token_id(self) -> int:
         """The mask, the last state."""
         return self.num_tokens
+
+    @property
+    def entry_rate(self) -> float:
+        """Rate into the mask from each token: what a position at the mask has in its row of Q."""
+        return 1.0
+
+    def can_change(self, x_t: Tensor) -> Tensor:
+        """Which positions a reverse step may move: the masked ones; a bool of x_t's shape."""
+        return x_t == self.mask_token_id
+
+    def analytic_law(self, score_sum: Tensor, delta_sigma: Tensor) -> StepLaw:
+        """`analytic_step_probs` of masked positions: expm1(delta_sigma) score_y, and 1 less their sum; each [R]."""
+        scale = torch.expm1(delta_sigma)
+        return StepLaw(scale, None, (1 - scale * score_sum).clamp_min(0))
 
     def rate_matrix(self) -> Tensor:
         """Q [N, N] float64: -1 on the diagonal of every token, 1 in the mask's row."""
@@ -131,6 +169,26 @@ class UniformGraph(_Graph):
     def mask_token_id(self) -> None:
         """There is no mask."""
         return None
+
+    @property
+    def entry_rate(self) -> float:
+        """Rate into any state from each other one."""
+        return 1 / self.num_states
+
+    def can_change(self, x_t: Tensor) -> Tensor:
+        """Which positions a reverse step may move: all; a bool of x_t's shape."""
+        return torch.ones_like(x_t, dtype=torch.bool)
+
+    def analytic_law(self, score_sum: Tensor, delta_sigma: Tensor) -> StepLaw:
+        """`analytic_step_probs` cut at 0, with m = (1 - exp(-delta_sigma)) / N and A = score_sum; each [R]:
+
+        at y: expm1(delta_sigma) / N (score_y - m (A + 1));  at x_t: (exp(-delta_sigma) + m) exp(delta_sigma)
+        (1 - m (A + 1)).
+        """
+        m = -torch.expm1(-delta_sigma) / self.num_states
+        floor = m * (score_sum + 1)
+        stay = (1 + m * torch.exp(delta_sigma)) * (1 - floor)
+        return StepLaw(torch.expm1(delta_sigma) / self.num_states, floor, stay.clamp_min(0))
 
     def rate_matrix(self) -> Tensor:
         """Q [N, N] float64: 1/N everywhere, less 1 on the diagonal."""

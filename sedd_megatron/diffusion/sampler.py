@@ -1,140 +1,162 @@
-"""Samplers: step functions over log-scores, and the loop from noise to text."""
+"""One reverse step of a batch of sequences, by each sampler: free functions of one signature, SAMPLERS by name.
+
+A step asks the network only about positions that it may move, and draws a token only for those that move. One uniform
+number decides both: below the probability to leave, it is a uniform number again once divided by that.
+"""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sedd_megatron.diffusion.categorical import sample_categorical
-from sedd_megatron.diffusion.draws import Stream, philox_uniforms
-from sedd_megatron.diffusion.graph import AbsorbingGraph, UniformGraph
-from sedd_megatron.diffusion.noise_schedule import GeometricSchedule, LogLinearSchedule, NoiseLevel
-
-# (x_t [B, S] int64, sigma [B] float32) -> log_score [B, S, num_states]
-LogScoreFn = Callable[[Tensor, Tensor], Tensor]
+from sedd_megatron.diffusion.draws import Stream
+from sedd_megatron.diffusion.graph import AbsorbingGraph, StepLaw, UniformGraph
+from sedd_megatron.diffusion.noise_schedule import NoiseLevel
+from sedd_megatron.diffusion.score_reader import Positions, ScoreReader, Scores
+from sedd_megatron.diffusion.token_choice import TokenChoice
 
 
-def euler_step(
-    graph: AbsorbingGraph | UniformGraph,
-    log_score: Tensor,
-    x_t: Tensor,
-    now: NoiseLevel,
-    later: NoiseLevel,
-    delta_t: float,
-    uniform: Tensor,
-) -> Tensor:
-    """One Euler step of the reverse process (arXiv 2310.16834, section 4.2): stay, plus delta_t * sigma_rate *
-    reverse rate.
+class Step(NamedTuple):
+    """What a step of B sequences needs beside the network; each sequence may be at a step of its own.
 
-    Args:
-        log_score: [B, S, num_states] float64 at x_t.
-        x_t: [B, S] int64.
-        now, later: noise [B] at the step's beginning and at its end, which is nearer to the data.
-        uniform: [B, S] float64, the step's draws.
-
-    Returns:
-        [B, S] int64.
+    now and later are the noise [B] at the step's beginning and at its end, which is nearer to the data.
     """
-    rate = graph.reverse_rate(log_score, x_t) * (delta_t * now.sigma_rate)[:, None, None]
-    # A step too long for its rate would leave less than nothing where it was.
-    probs = (F.one_hot(x_t, graph.num_states) + rate).clamp_min(0)
-    return sample_categorical(probs, uniform)
+
+    graph: AbsorbingGraph | UniformGraph
+    now: NoiseLevel
+    later: NoiseLevel
+    delta_t: Tensor  # [B] float64, positive
+    free: Tensor  # [B, S] bool: may change; the others are given, or not due yet
+    draw: Callable[[Stream], Tensor]  # [B, S] float64 in [0, 1), this step's own of each stream
+    choose: TokenChoice
+    corrector_strength: float
 
 
-def analytic_step(
-    graph: AbsorbingGraph | UniformGraph,
-    log_score: Tensor,
-    x_t: Tensor,
-    now: NoiseLevel,
-    later: NoiseLevel,
-    delta_t: float,
-    uniform: Tensor,
-) -> Tensor:
-    """One Tweedie tau-leaping step (theorem 4.2): exact per position while the score holds. Arguments as in
-    euler_step.
+# (network, x_t [B, S] int64, step) -> x of the step's end [B, S] int64
+StepFunction = Callable[[ScoreReader, Tensor, Step], Tensor]
+
+
+def euler_step(network: ScoreReader, x: Tensor, step: Step) -> Tensor:
+    """Stay, plus delta_t * sigma_rate * reverse rate (arXiv 2310.16834, section 4.2)."""
+    rate_time = step.delta_t * step.now.sigma_rate
+    return _move(network, x, step, lambda total, of: step.graph.euler_law(total, rate_time[of]))
+
+
+def analytic_step(network: ScoreReader, x: Tensor, step: Step) -> Tensor:
+    """Tweedie tau-leaping (theorem 4.2): exact for each position by itself while the score holds."""
+    delta_sigma = step.now.sigma - step.later.sigma
+    return _move(network, x, step, lambda total, of: step.graph.analytic_law(total, delta_sigma[of]))
+
+
+def ancestral_step(network: ScoreReader, x: Tensor, step: Step) -> Tensor:
+    """Absorbing: unmask with the true probability, expm1(delta_sigma) / expm1(sigma), whatever the scores add up to.
+
+    The analytic step has the network's estimate of 1 / expm1(sigma) in its place. Without it the network is asked
+    about the positions that jump, and about nothing in a step that has none.
     """
-    probs = graph.analytic_step_probs(log_score, x_t, now.sigma - later.sigma).clamp_min(0)
-    return sample_categorical(probs, uniform)
+    leave = torch.expm1(step.now.sigma - step.later.sigma) / torch.expm1(step.now.sigma)
+    uniform = step.draw(Stream.SAMPLING) / leave[:, None]
+    due = step.free & step.graph.can_change(x) & (uniform < 1)
+    return _choose(network, x, step.now.sigma, due, uniform, step.choose)
 
 
-def denoise_step(
-    graph: AbsorbingGraph | UniformGraph, log_score: Tensor, x_t: Tensor, now: NoiseLevel, uniform: Tensor
-) -> Tensor:
+def event_step(network: ScoreReader, x: Tensor, step: Step) -> Tensor:
+    """Absorbing: every free position takes a token. The loop has drawn before which are free at this step."""
+    due = step.free & step.graph.can_change(x)
+    return _choose(network, x, step.now.sigma, due, step.draw(Stream.SAMPLING), step.choose)
+
+
+def predictor_corrector_step(network: ScoreReader, x: Tensor, step: Step) -> Tensor:
+    """An analytic step, then a Gibbs correction at the noise where it ended."""
+    return gibbs_correction(network, analytic_step(network, x, step), step)
+
+
+def denoise_step(network: ScoreReader, x: Tensor, step: Step) -> Tensor:
     """The last step: all the noise that is left goes, and no position stays masked."""
-    probs = graph.analytic_step_probs(log_score, x_t, now.sigma).clamp_min(0)
-    return sample_categorical(probs[..., : graph.num_tokens], uniform)
+    if step.graph.mask_token_id is not None:
+        return event_step(network, x, step)
+    return _move(network, x, step, lambda total, of: step.graph.analytic_law(total, step.now.sigma[of]))
 
 
-SAMPLERS = {"euler": euler_step, "analytic": analytic_step}
+def gibbs_correction(network: ScoreReader, x: Tensor, step: Step) -> Tensor:
+    """Resample each position, with probability corrector_strength * delta_t, from its law given the others.
+
+    The law at noise step.later: under the uniform graph score_y / (1 + sum of scores), and 1 in place of the score at
+    x_t; under the absorbing graph the mask with probability 1 - exp(-sigma), and else the token that is there, or for a
+    mask one of probability score_y / sum of scores. One position at a time leaves the marginal law as it is; that many
+    move at once costs an error of second order in the step. A corrector's place: arXiv 2205.14987, section 4.4.
+    """
+    uniform = step.draw(Stream.CORRECTOR) / (step.corrector_strength * step.delta_t).clamp_max(1)[:, None]
+    resampled = step.free & (uniform < 1)
+    if step.graph.mask_token_id is None:
+
+        def law(scores: Scores, at: Positions) -> Tensor:
+            one = torch.ones_like(at.uniform)
+            return _leave(scores, StepLaw(one, None, one), at, step.choose)
+
+        return network.draw(x, step.later.sigma, resampled, uniform, law)
+    to_mask = -torch.expm1(-step.later.sigma)[:, None]
+    masked = torch.where(resampled & (uniform < to_mask), step.graph.mask_token_id, x)
+    due = resampled & (uniform >= to_mask) & step.graph.can_change(x)
+    return _choose(network, masked, step.later.sigma, due, (uniform - to_mask) / (1 - to_mask), step.choose)
 
 
-@torch.no_grad()
-def sample(
-    log_score_fn: LogScoreFn,
-    graph: AbsorbingGraph | UniformGraph,
-    schedule: LogLinearSchedule | GeometricSchedule,
-    *,
-    num_samples: int,
-    length: int,
-    num_steps: int,
-    sampler: str = "analytic",
-    seed: int = 0,
-    first_sample: int = 0,
-    fixed_tokens: Tensor | None = None,
-    fixed_mask: Tensor | None = None,
-    denoise: bool = True,
-    time_eps: float = 1e-5,
-    device: torch.device | str = "cpu",
-    on_step: Callable[[int, int], None] | None = None,
+def _move(network: ScoreReader, x: Tensor, step: Step, law_of: Callable[[Tensor, Tensor], StepLaw]) -> Tensor:
+    """All free positions by law_of(their sums of scores [C], their sequences [C])."""
+
+    def law(scores: Scores, at: Positions) -> Tensor:
+        return _leave(scores, law_of(scores.sum_of(scores.values), at.sequence), at, step.choose)
+
+    where = step.free & step.graph.can_change(x)
+    return network.draw(x, step.now.sigma, where, step.draw(Stream.SAMPLING), law)
+
+
+def _leave(scores: Scores, law: StepLaw, at: Positions, choose: TokenChoice) -> Tensor:
+    """New states [C]: few leave, and only their rows are looked at one token at a time."""
+    weights = scores.values
+    if law.floor is not None:
+        weights = (weights - law.floor[:, None].to(weights.dtype)).clamp_min_(0)
+    mass = law.scale * scores.sum_of(weights)
+    leave = mass / (mass + law.stay)
+    jumps = (at.uniform < leave).nonzero()[:, 0]
+    tokens = choose(scores.whole_rows(weights[jumps]), at.uniform[jumps] / leave[jumps])
+    return at.state.index_copy(0, jumps, tokens)
+
+
+def _choose(
+    network: ScoreReader, x: Tensor, sigma: Tensor, due: Tensor, uniform: Tensor, choose: TokenChoice
 ) -> Tensor:
-    """Run the reverse process from t = 1 to time_eps in equal steps, and denoise.
+    """A token for each masked position that is due [B, S] bool, in proportion to its scores."""
+    return network.draw(x, sigma, due, uniform, lambda scores, at: choose(scores.whole_rows(scores.values), at.uniform))
 
-    Each position's draw in each step depends on (seed, sample number, step) alone: sample k is the same whatever the
-    batch.
 
-    Args:
-        first_sample: number of the first sample.
-        fixed_tokens, fixed_mask: [B, S] int64 and bool on any device: where the mask is True the token is given and
-            stays.
-        on_step: called with (steps done, steps in all).
+class Sampler(NamedTuple):
+    """A step function, the graphs it works for, and how the loop has to call it."""
 
-    Returns:
-        [B, S] int64 states; tokens only, if denoise.
+    step: StepFunction
+    graphs: tuple[type, ...] = (AbsorbingGraph, UniformGraph)
+    draws_jumps_first: bool = False
+
+
+SAMPLERS = {
+    "euler": Sampler(euler_step),
+    "analytic": Sampler(analytic_step),
+    "ancestral": Sampler(ancestral_step, graphs=(AbsorbingGraph,)),
+    "event-driven": Sampler(event_step, graphs=(AbsorbingGraph,), draws_jumps_first=True),
+    "predictor-corrector": Sampler(predictor_corrector_step),
+}
+
+
+def find_sampler(name: str, graph: AbsorbingGraph | UniformGraph) -> Sampler:
+    """The sampler of a name.
 
     Raises:
-        ValueError: an unknown sampler or fewer than one step.
+        ValueError: there is none, or it is not for this graph.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler {sampler!r} does not exist; choose one of {', '.join(SAMPLERS)}")
-    if num_steps < 1:
-        raise ValueError(f"num_steps {num_steps} must be at least 1")
-    if fixed_mask is not None:
-        fixed_tokens, fixed_mask = fixed_tokens.to(device), fixed_mask.to(device)
-    indices = range(first_sample, first_sample + num_samples)
-    times = torch.linspace(1.0, time_eps, num_steps + 1, dtype=torch.float64)
-    delta_t = (1.0 - time_eps) / num_steps
-
-    def draws(step: int) -> Tensor:
-        return philox_uniforms(seed, Stream.SAMPLING, indices, length, step=step).to(device)
-
-    def noise_at(step: int) -> NoiseLevel:
-        return schedule(times[step].expand(num_samples).to(device))
-
-    def log_score_at(x: Tensor, noise: NoiseLevel) -> Tensor:
-        return log_score_fn(x, noise.sigma.float()).double()
-
-    def keep_fixed(x: Tensor) -> Tensor:
-        return x if fixed_mask is None else torch.where(fixed_mask, fixed_tokens, x)
-
-    # Draws of step 0 make the prior, of step i + 1 the i-th step, of the last the denoising.
-    x = keep_fixed(graph.prior(draws(0)).to(device))
-    for step in range(num_steps):
-        now, later = noise_at(step), noise_at(step + 1)
-        x = keep_fixed(SAMPLERS[sampler](graph, log_score_at(x, now), x, now, later, delta_t, draws(step + 1)))
-        if on_step is not None:
-            on_step(step + 1, num_steps)
-    if denoise:
-        now = noise_at(num_steps)
-        x = keep_fixed(denoise_step(graph, log_score_at(x, now), x, now, draws(num_steps + 1)))
-    return x
+    fitting = ", ".join(known for known, sampler in SAMPLERS.items() if isinstance(graph, sampler.graphs))
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler {name!r} does not exist; choose one of {fitting}")
+    if not isinstance(graph, SAMPLERS[name].graphs):
+        raise ValueError(f"sampler {name!r} is not for the {type(graph).__name__}; choose one of {fitting}")
+    return SAMPLERS[name]

@@ -20,6 +20,8 @@ from sedd_megatron.model.conditioning import Modulation, NormScale
 from sedd_megatron.model.fused_operations import modulated_norm
 from sedd_megatron.model.model_config import start_at_zero
 from sedd_megatron.parallel.fused_head import FusedHeadSettings, ScoreEntropyRows, fused_head_score_entropy
+from sedd_megatron.parallel.main_grad import add_product
+from sedd_megatron.parallel.vocab_parallel import zero_at_state
 
 
 class VocabularyProjection(ColumnParallelLinear):
@@ -84,6 +86,40 @@ class ScoreHead(MegatronModule):
                 for tensor in (hidden_states, factor, shift)
             )
         return self.linear(hidden_states, factor, shift, rows, settings, self.norm.eps)[0]
+
+    def rows(self, hidden_states: Tensor, conditioning: Tensor, index: Tensor) -> Tensor:
+        """[R, H] of hidden_states [S, B, H], for `scores`: the positions index [R] into the flattened [B, S].
+
+        For sampling, without sequence parallelism.
+        """
+        factor, shift = self._modulation(conditioning)
+        sequence, position = index // hidden_states.shape[0], index % hidden_states.shape[0]
+        # Each row as a sequence of its own, of length 1.
+        rows = hidden_states[position, sequence][None]
+        return modulated_norm(rows, factor[:, sequence], shift[:, sequence], self.norm.eps)[0]
+
+    def scores(self, rows: Tensor, log_offset: Tensor, states: Tensor, num_tokens: int, out: Tensor) -> Tensor:
+        """Scores, not their logarithms, of rows [C, H] for this rank's tokens; 0 at the row's own state.
+
+        Args:
+            log_offset: [C] float32, `log_score_offset` of each row's noise.
+            states: [C] int64, x_t.
+            num_tokens: of all ranks; other columns are left out.
+            out: at least C times columns float32, which is overwritten: on a CPU a new tensor costs as much again.
+
+        Returns:
+            [C, columns] float32, a transposed view of `out`.
+        """
+        first_state = self.tp_group.rank() * self.linear.weight.shape[0]
+        columns = min(max(num_tokens - first_state, 0), self.linear.weight.shape[0])
+        # One row of the weight after the other: with the few rows of a late step, CPU libraries take two to five times
+        # as long for the transposed product.
+        tile = out[: len(rows) * columns].view(columns, len(rows))
+        torch.sub(self.linear.bias[:columns, None], log_offset, out=tile)
+        scores = add_product(tile, self.linear.weight[:columns], rows.t()).exp_().t()
+        if columns > 0:
+            zero_at_state(scores, states, first_state)
+        return scores
 
     def _modulation(self, conditioning: Tensor) -> tuple[Tensor, Tensor]:
         shift, scale = self.modulation(conditioning)

@@ -8,6 +8,7 @@ needs nothing from the other shards. A softmax cross entropy needs its normalise
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sedd_megatron.diffusion.score_entropy import ScoreEntropyCoefficients, ScoreSums, score_sums
@@ -73,6 +74,30 @@ def gather_log_score(
     torch.distributed.all_gather(shards, logits.contiguous(), group=tp_group)
     log_score = torch.cat(shards, dim=-1)[..., :num_states].float() - log_offset[..., None]
     return log_score.scatter_(-1, x_t[..., None], 0.0)
+
+
+def add_over_shards(sums: Tensor, tp_group: torch.distributed.ProcessGroup) -> Tensor:
+    """Each rank's sums over its own columns, added up: bit for bit the same on every rank. No gradient."""
+    if tp_group.size() == 1:
+        return sums
+    sums = sums.clone()
+    torch.distributed.all_reduce(sums, group=tp_group)
+    return sums
+
+
+def gather_columns(
+    values: Tensor, shard_columns: int, num_columns: int, tp_group: torch.distributed.ProcessGroup
+) -> Tensor:
+    """Rows [R, this rank's columns] put together from all ranks: [R, num_columns]. No gradient.
+
+    A rank has shard_columns of them, or fewer where they are padding.
+    """
+    if tp_group.size() == 1:
+        return values
+    padded = F.pad(values, (0, shard_columns - values.shape[1]))
+    shards = [torch.empty_like(padded) for _ in range(tp_group.size())]
+    torch.distributed.all_gather(shards, padded, group=tp_group)
+    return torch.cat(shards, dim=-1)[:, :num_columns]
 
 
 def _sum_over_shards(sums: ScoreSums, tp_group: torch.distributed.ProcessGroup) -> ScoreSums:

@@ -1,0 +1,204 @@
+"""The loop from noise to text: which step each sequence makes next, with which draws, around given positions."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sedd_megatron.diffusion.draws import Stream, philox_uniforms
+from sedd_megatron.diffusion.graph import AbsorbingGraph, UniformGraph
+from sedd_megatron.diffusion.noise_schedule import GeometricSchedule, LogLinearSchedule
+from sedd_megatron.diffusion.sampler import Step, StepFunction, denoise_step, find_sampler
+from sedd_megatron.diffusion.score_reader import LogScoreFn, ScoreFn, ScoreReader, score_fn_of
+from sedd_megatron.diffusion.time_grid import sampling_times
+from sedd_megatron.diffusion.token_choice import TokenChoice
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How samples are drawn; the samples themselves are numbered."""
+
+    sampler: str = "analytic"
+    num_steps: int = 128
+    time_grid: str = "uniform"
+    denoise: bool = True
+    choose: TokenChoice = field(default_factory=TokenChoice)
+    corrector_strength: float = 1.0  # corrections of each position over a whole sample
+    time_eps: float = 1e-5
+
+
+class Draws(NamedTuple):
+    """The key of each sequence's draws: a position's number in a step depends on nothing else."""
+
+    seeds: Sequence[int]  # [B]
+    samples: Sequence[int]  # [B], the numbers of the samples
+    first_position: int = 0  # of a later block of a longer text
+
+    def at(self, stream: Stream, steps: Sequence[int], length: int) -> Tensor:
+        """[B, length] float64 of each sequence's own step."""
+        count = self.first_position + length
+        return philox_uniforms(self.seeds, stream, self.samples, count, steps)[:, self.first_position :]
+
+
+class SamplingProgress(NamedTuple):
+    """What is there after a round, in which each sequence has made one step at most."""
+
+    round: int  # from 1; 0 is what sampling starts from
+    num_rounds: int
+    steps: Tensor  # [B] int64, the step that each sequence was at: from 1, T + 1 is the denoising, 0 the start
+    states: Tensor  # [B, S] int64
+    calls: Tensor  # [B] int64, network calls so far
+
+
+class SamplingResult(NamedTuple):
+    """Finished sequences."""
+
+    states: Tensor  # [B, S] int64; tokens only, unless the denoising was left out
+    calls: Tensor  # [B] int64, how often each went through the network
+
+
+class _Round(NamedTuple):
+    """One call of a step function: `steps` [B] int64 from 0, where T is the denoising; who may move there."""
+
+    step: StepFunction
+    steps: Tensor
+    free: Tensor  # [B, S] bool
+
+
+@torch.no_grad()
+def run_sampler(
+    score_fn: ScoreFn,
+    graph: AbsorbingGraph | UniformGraph,
+    schedule: LogLinearSchedule | GeometricSchedule,
+    settings: SamplingSettings,
+    draws: Draws,
+    fixed_tokens: Tensor,
+    fixed_mask: Tensor,
+    on_round: Callable[[SamplingProgress], None] | None = None,
+) -> SamplingResult:
+    """The reverse process from t = 1 to time_eps, and the denoising, of a batch of sequences of one length.
+
+    Args:
+        draws: sample k is the same whatever the batch that it is drawn in.
+        fixed_tokens, fixed_mask: [B, S] int64 and bool on the device to compute on: where the mask is True the token is
+            given, and stays at every step. Exact for the absorbing graph, where a clean token carries no noise.
+        on_round: called after every round, and with round 0 before the first.
+
+    Raises:
+        ValueError: an unknown sampler or time grid, a sampler that the graph does not have, or fewer than one step.
+    """
+    sampler = find_sampler(settings.sampler, graph)
+    device, (num_sequences, length) = fixed_mask.device, fixed_mask.shape
+    times = sampling_times(settings.time_grid, settings.num_steps, settings.time_eps).to(device)
+    # Draws of step 0 make the prior, or the jump times; of step k + 1 the k-th step; of T + 1 the denoising.
+    first_draws = draws.at(Stream.SAMPLING, [0] * num_sequences, length).to(device)
+    x = torch.where(fixed_mask, fixed_tokens, graph.prior(first_draws).to(device))
+    if sampler.draws_jumps_first:
+        free = ~fixed_mask & graph.can_change(x)
+        jump_steps = draw_jump_steps(schedule(times).sigma, first_draws).masked_fill(~free, settings.num_steps + 1)
+        rounds = list(_event_rounds(sampler.step, jump_steps, settings))
+    else:
+        rounds = list(_step_rounds(sampler.step, ~fixed_mask, settings))
+    network = ScoreReader(score_fn, num_sequences, device)
+    if on_round is not None:
+        on_round(SamplingProgress(0, len(rounds), torch.zeros_like(network.calls), x, network.calls))
+    for number, (step_function, steps, free) in enumerate(rounds, start=1):
+        begin, end = times[steps], times[(steps + 1).clamp_max(settings.num_steps)]
+        numbers = (steps + 1).tolist()
+
+        def draw(stream: Stream, numbers: list[int] = numbers) -> Tensor:
+            return draws.at(stream, numbers, length).to(device)
+
+        step = Step(
+            graph, schedule(begin), schedule(end), begin - end, free, draw, settings.choose, settings.corrector_strength
+        )
+        x = step_function(network, x, step)
+        if on_round is not None:
+            on_round(SamplingProgress(number, len(rounds), steps + 1, x, network.calls))
+    return SamplingResult(x, network.calls)
+
+
+def draw_jump_steps(sigmas: Tensor, uniform: Tensor) -> Tensor:
+    """The step in which each position leaves the mask: the law of ancestral steps, drawn at once.
+
+    A position is still masked after step k with probability (1 - exp(-sigma_k+1)) / (1 - exp(-sigma_0)), whatever the
+    network says.
+
+    Args:
+        sigmas: [T + 1] float64, noise at the grid's times, falling.
+        uniform: [B, S] float64.
+
+    Returns:
+        [B, S] int64 from 0; T where a position is still masked at the end.
+    """
+    masked = torch.expm1(-sigmas) / torch.expm1(-sigmas[0])
+    return torch.searchsorted(1 - masked[1:], uniform, right=True)
+
+
+def _step_rounds(step: StepFunction, free: Tensor, settings: SamplingSettings) -> Iterator[_Round]:
+    """All sequences step by step."""
+    for k in range(settings.num_steps + settings.denoise):
+        function = step if k < settings.num_steps else denoise_step
+        yield _Round(function, torch.full(free.shape[:1], k, device=free.device), free)
+
+
+def _event_rounds(step: StepFunction, jump_steps: Tensor, settings: SamplingSettings) -> Iterator[_Round]:
+    """Each sequence from one of its own jumps to the next, so that every call of the network has a full batch.
+
+    jump_steps [B, S]: above T where a position never jumps. A sequence that has finished takes no part any more.
+    """
+    last_step = settings.num_steps if settings.denoise else settings.num_steps - 1
+    waiting = jump_steps
+    never = settings.num_steps + 1
+    while True:
+        steps = waiting.amin(1)
+        if bool((steps > last_step).all()):
+            return
+        free = (waiting == steps[:, None]) & (steps <= last_step)[:, None]
+        yield _Round(step, steps.clamp_max(settings.num_steps), free)
+        waiting = waiting.masked_fill(free, never)
+
+
+def sample(
+    log_score_fn: LogScoreFn,
+    graph: AbsorbingGraph | UniformGraph,
+    schedule: LogLinearSchedule | GeometricSchedule,
+    *,
+    num_samples: int,
+    length: int,
+    num_steps: int,
+    sampler: str = "analytic",
+    seed: int = 0,
+    first_sample: int = 0,
+    fixed_tokens: Tensor | None = None,
+    fixed_mask: Tensor | None = None,
+    denoise: bool = True,
+    time_eps: float = 1e-5,
+    time_grid: str = "uniform",
+    choose: TokenChoice | None = None,
+    corrector_strength: float = 1.0,
+    device: torch.device | str = "cpu",
+    on_round: Callable[[SamplingProgress], None] | None = None,
+) -> Tensor:
+    """`run_sampler` over a plain log_score_fn: [num_samples, length] int64 states.
+
+    Args:
+        first_sample: number of the first sample.
+        fixed_tokens, fixed_mask: [num_samples, length], as for run_sampler, on any device; or None.
+
+    Raises:
+        ValueError: as run_sampler.
+    """
+    shape = (num_samples, length)
+    fixed_tokens = torch.zeros(shape, dtype=torch.long) if fixed_tokens is None else fixed_tokens
+    fixed_mask = torch.zeros(shape, dtype=torch.bool) if fixed_mask is None else fixed_mask
+    settings = SamplingSettings(
+        sampler, num_steps, time_grid, denoise, choose or TokenChoice(), corrector_strength, time_eps
+    )
+    draws = Draws([seed] * num_samples, range(first_sample, first_sample + num_samples))
+    score_fn = score_fn_of(log_score_fn, graph.num_tokens)
+    return run_sampler(
+        score_fn, graph, schedule, settings, draws, fixed_tokens.to(device), fixed_mask.to(device), on_round
+    ).states

@@ -1,0 +1,199 @@
+"""What a person asks for: text that is given, and how much is to be made around it."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sedd_megatron.data.tokenizers import Tokenizer
+from sedd_megatron.errors import UserError
+from sedd_megatron.options import flag_of, option
+
+# [MASK] or [MASK*12]
+MASK_RUN = re.compile(r"\[MASK(?:\*(\d+))?\]")
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """What is asked for"""
+
+    prompt: str = option("", "text that every sample begins with")
+    suffix: str = option("", "text that every sample ends with")
+    infill: str | None = option(None, "text with [MASK] or [MASK*12] where 1 or 12 tokens are to be filled in")
+    length: int | None = option(
+        None, "tokens per sample; the trained length if not given, more are made block by block"
+    )
+    num_samples: int = option(1, "how many samples")
+    seed: int = option(0, "seed of the draws; the same seed gives the same samples")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One sample to be made: its number and seed, which decide its draws, and the tokens that are given."""
+
+    sample: int
+    seed: int
+    tokens: tuple[int, ...]  # [S], 0 where nothing is given
+    given: tuple[bool, ...]  # [S]
+    line: int | None = None  # of the file of requests
+
+
+@dataclass(frozen=True)
+class _Wording:
+    """How errors name what is wrong: flags of the command, or keys of a line of a file."""
+
+    where: str
+    name: Callable[[str], str]
+
+    def error(self, text: str) -> UserError:
+        return UserError(self.where + text)
+
+
+AS_FLAGS = _Wording("", flag_of)
+AS_ARGUMENTS = _Wording("", str)
+
+
+def frames_of(
+    request: TextRequest,
+    tokenizer: Tokenizer,
+    seq_length: int,
+    first_sample: int = 0,
+    wording: _Wording = AS_FLAGS,
+    line: int | None = None,
+    tokens: Sequence[int | None] | None = None,
+) -> list[Frame]:
+    """The samples of one request, numbered from first_sample.
+
+    Args:
+        seq_length: trained length, which a request without a length gets.
+        tokens: in place of any text: token ids, and None where one is to be made.
+
+    Raises:
+        UserError: given text longer than the sample, nothing to fill in, text or ids that the tokenizer does not know,
+            a number below its least.
+    """
+    for name, least in (("num_samples", 1), ("seed", 0), ("length", 1)):
+        value = getattr(request, name)
+        if value is not None and value < least:
+            raise wording.error(f"{wording.name(name)} {value} must be at least {least}")
+    if tokens is not None:
+        _check_ids(tokens, tokenizer, wording)
+        row = list(tokens)
+    elif request.infill is not None:
+        row = _infill_row(request, tokenizer, wording)
+    else:
+        row = _prompt_row(request, tokenizer, seq_length, wording)
+    given = tuple(token is not None for token in row)
+    filled = tuple(token or 0 for token in row)
+    numbers = range(first_sample, first_sample + request.num_samples)
+    return [Frame(sample, request.seed, filled, given, line) for sample in numbers]
+
+
+def read_requests(
+    path: Path, tokenizer: Tokenizer, seq_length: int, defaults: TextRequest, first_sample: int = 0
+) -> list[Frame]:
+    """The samples of a file with one JSON object a line, numbered on from line to line.
+
+    Keys are those of TextRequest, or `tokens`: a list of ids with null where one is to be made. What a line leaves out
+    comes from `defaults`.
+
+    Raises:
+        UserError: naming the line.
+    """
+    frames: list[Frame] = []
+    for number, values in _lines(path):
+        wording = _Wording(f"--requests {path}, line {number}: ", str)
+        tokens = values.pop("tokens", None)
+        request = dataclasses.replace(defaults, **_checked(values, wording))
+        frames += frames_of(request, tokenizer, seq_length, first_sample + len(frames), wording, number, tokens)
+    if not frames:
+        raise UserError(f"--requests {path}: no line there; write one JSON object a line, as in {EXAMPLE_LINE}")
+    return frames
+
+
+EXAMPLE_LINE = '{"prompt": "Once upon", "num_samples": 2}'
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--requests {path}: cannot be read as UTF-8 text ({error}); name another file") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise UserError(
+                f"--requests {path}, line {number}: not JSON ({error}); write it as {EXAMPLE_LINE}"
+            ) from error
+        if not isinstance(values, dict):
+            raise UserError(f"--requests {path}, line {number}: not a JSON object; write it as {EXAMPLE_LINE}")
+        yield number, values
+
+
+def _checked(values: dict[str, Any], wording: _Wording) -> dict[str, Any]:
+    kinds = {field.name: int if field.name in ("length", "num_samples", "seed") else str
+             for field in dataclasses.fields(TextRequest)}  # fmt: skip
+    for name, value in values.items():
+        if name not in kinds:
+            raise wording.error(f"unknown key {name!r}; choose from {', '.join([*kinds, 'tokens'])}")
+        if isinstance(value, bool) or not isinstance(value, kinds[name]):
+            raise wording.error(f"{name} is {value!r}, must be of type {kinds[name].__name__}")
+    return values
+
+
+def _prompt_row(request: TextRequest, tokenizer: Tokenizer, seq_length: int, wording: _Wording) -> list[int | None]:
+    length = request.length or seq_length
+    before = _encode(request.prompt, "prompt", tokenizer, wording)
+    after = _encode(request.suffix, "suffix", tokenizer, wording)
+    given = len(before) + len(after)
+    if given > length:
+        prompt, suffix, longer = map(wording.name, ("prompt", "suffix", "length"))
+        raise wording.error(
+            f"{prompt} and {suffix} take {given} tokens and a sample has {length}; shorten them or raise {longer}"
+        )
+    return [*before, *[None] * (length - given), *after]
+
+
+def _infill_row(request: TextRequest, tokenizer: Tokenizer, wording: _Wording) -> list[int | None]:
+    infill, *others = map(wording.name, ("infill", "prompt", "suffix", "length"))
+    if request.prompt or request.suffix or request.length is not None:
+        raise wording.error(f"{infill} is the whole text; leave out {', '.join(others)}")
+    row: list[int | None] = []
+    end = 0
+    for run in MASK_RUN.finditer(request.infill):
+        row += _encode(request.infill[end : run.start()], "infill", tokenizer, wording)
+        row += [None] * int(run[1] or 1)
+        end = run.end()
+    row += _encode(request.infill[end:], "infill", tokenizer, wording)
+    if None not in row:
+        raise wording.error(f"{infill} has nothing to fill in; write [MASK] or [MASK*12] where tokens are wanted")
+    return row
+
+
+def _encode(text: str, field: str, tokenizer: Tokenizer, wording: _Wording) -> list[int]:
+    try:
+        ids = tokenizer.encode(text)
+    except UserError as error:
+        raise wording.error(f"{wording.name(field)}: {error}") from error
+    if tokenizer.unknown_id is not None and tokenizer.unknown_id in ids:
+        shown = text if len(text) <= 40 else text[:40] + "..."
+        raise wording.error(
+            f"{wording.name(field)} {shown!r}: the model's {tokenizer.tokenizer_type} has no token for a part of it; "
+            "leave that out"
+        )
+    return ids
+
+
+def _check_ids(tokens: Any, tokenizer: Tokenizer, wording: _Wording) -> None:
+    if not isinstance(tokens, list | tuple) or None not in tokens:
+        raise wording.error("tokens must be a list of ids with null where one is to be made")
+    for token in tokens:
+        known = isinstance(token, int) and not isinstance(token, bool) and 0 <= token < tokenizer.num_tokens
+        if token is not None and not known:
+            raise wording.error(f"token {token!r} must be an id from 0 to {tokenizer.num_tokens - 1}, or null")

@@ -1,0 +1,64 @@
+"""How to sample, as options: flags of the command, arguments of a Python call, checked in one place."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sedd_megatron.diffusion import AbsorbingGraph, SamplingSettings, TokenChoice, UniformGraph
+from sedd_megatron.diffusion.sampler import SAMPLERS, find_sampler
+from sedd_megatron.diffusion.time_grid import TIME_GRIDS
+from sedd_megatron.errors import UserError
+from sedd_megatron.options import flag_of, option
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Sampling"""
+
+    sampler: str = option("analytic", "how a step is made", choices=tuple(SAMPLERS))
+    sampling_steps: int = option(128, "steps from noise to text; event-driven calls the network at most this often")
+    time_grid: str = option("uniform", "steps of equal length in t, or short at first", choices=tuple(TIME_GRIDS))
+    denoise: bool = option(True, "a final step that removes the last noise")
+    temperature: float = option(1.0, "below 1 prefers probable tokens, 0 takes the most probable; jump times stay")
+    top_k: int = option(0, "choose among this many most probable tokens; 0 for all")
+    top_p: float = option(1.0, "choose among the most probable tokens that together have this share")
+    corrector_strength: float = option(1.0, "predictor-corrector: how often each position is drawn again in all")
+    stop_at_eod: bool = option(True, "cut a text at its first end of document after all given tokens")
+    first_sample: int = option(0, "number of the first sample; sample k of a seed is the same in any run")
+    batch_size: int = option(8, "how many at a time; does not change the samples")
+
+
+def settings_of(
+    options: SamplingOptions,
+    graph: AbsorbingGraph | UniformGraph,
+    name_of: Callable[[str], str] = flag_of,
+) -> SamplingSettings:
+    """The options as the loop takes them; `name_of` says how an error names an option.
+
+    Raises:
+        UserError: a number outside its range, a choice that does not exist, a sampler that the graph does not have.
+    """
+    rules = (
+        ("sampling_steps", options.sampling_steps >= 1, "must be at least 1"),
+        ("temperature", options.temperature >= 0, "must be at least 0"),
+        ("top_k", options.top_k >= 0, "must be at least 0 (0 keeps all tokens)"),
+        ("top_p", 0 < options.top_p <= 1, "must be above 0 and at most 1 (1 keeps all tokens)"),
+        ("corrector_strength", options.corrector_strength > 0, "must be above 0"),
+        ("first_sample", options.first_sample >= 0, "must be at least 0"),
+        ("batch_size", options.batch_size >= 1, "must be at least 1"),
+        ("time_grid", options.time_grid in TIME_GRIDS, f"does not exist; choose one of {', '.join(TIME_GRIDS)}"),
+    )
+    for name, holds, rule in rules:
+        if not holds:
+            raise UserError(f"{name_of(name)} {getattr(options, name)} {rule}")
+    try:
+        find_sampler(options.sampler, graph)
+    except ValueError as error:
+        raise UserError(f"{name_of('sampler')}: {error}") from error
+    return SamplingSettings(
+        sampler=options.sampler,
+        num_steps=options.sampling_steps,
+        time_grid=options.time_grid,
+        denoise=options.denoise,
+        choose=TokenChoice(options.temperature, options.top_k, options.top_p),
+        corrector_strength=options.corrector_strength,
+    )
