@@ -153,6 +153,8 @@ def _open_output(path: str) -> IO[str]:
 
 def _check_writable(flag: str, path: str) -> None:
     """Before any work: what is written at the end must not fail for want of a folder."""
+    if Path(path).is_dir():
+        raise UserError(f"{flag} {path}: is a folder; name a file")
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=Path(path).parent).close()

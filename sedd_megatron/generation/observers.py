@@ -2,7 +2,8 @@
 
 import shutil
 import time
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
 from typing import IO
 
 from tqdm import tqdm
@@ -104,17 +105,27 @@ class StreamPrinter:
     def _fitting(self, text: str) -> str:
         """Lines cut at the terminal's width, and no more of them than it has: the cursor cannot go further back."""
         columns, rows = shutil.get_terminal_size()
-        lines = [
-            line[i : i + columns - 1] for line in text.expandtabs().split("\n")
-            for i in range(0, max(len(line), 1), columns - 1)
-        ]  # fmt: skip
-        return "\n".join("".join(c if c.isprintable() else "\ufffd" for c in line) for line in lines[: rows - 2])
+        lines = [piece for line in text.expandtabs().split("\n") for piece in _pieces_of(line, columns - 1)]
+        return "\n".join(lines[: rows - 2])
 
     def _erase(self) -> None:
         if self.is_terminal and self.drawn_lines:
             # To the first of the lines drawn, and clear from there.
             self.output.write(f"\x1b[{self.drawn_lines}F\x1b[J")
         self.drawn_lines = 0
+
+
+def _pieces_of(line: str, columns: int) -> Iterator[str]:
+    """The line in pieces that a terminal shows in `columns` columns each."""
+    piece, taken = "", 0
+    for character in line:
+        shown = character if character.isprintable() else "\ufffd"
+        width = 2 if unicodedata.east_asian_width(shown) in "WF" else 1
+        if taken + width > columns:
+            yield piece
+            piece, taken = "", 0
+        piece, taken = piece + shown, taken + width
+    yield piece
 
 
 class TraceRecorder:

@@ -14,6 +14,8 @@ from sedd_megatron.options import flag_of, option
 
 # [MASK] or [MASK*12]
 MASK_RUN = re.compile(r"\[MASK(?:\*(\d+))?\]")
+# Of seeds and sample numbers, which are words of a draw's key.
+MAX_KEY = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,7 @@ def frames_of(
         UserError: given text longer than the sample, nothing to fill in, text or ids that the tokenizer does not know,
             a number below its least.
     """
-    for name, least in (("num_samples", 1), ("seed", 0), ("length", 1)):
-        value = getattr(request, name)
-        if value is not None and value < least:
-            raise wording.error(f"{wording.name(name)} {value} must be at least {least}")
+    _check_numbers(request, first_sample, wording)
     if tokens is not None:
         _check_ids(tokens, tokenizer, wording)
         row = list(tokens)
@@ -98,7 +97,7 @@ def read_requests(
     """The samples of a file with one JSON object a line, numbered on from line to line.
 
     Keys are those of TextRequest, or `tokens`: a list of ids with null where one is to be made. What a line leaves out
-    comes from `defaults`.
+    comes from `defaults`; a line that gives the whole text, infill or tokens, takes no text and no length from there.
 
     Raises:
         UserError: naming the line.
@@ -107,7 +106,7 @@ def read_requests(
     for number, values in _lines(path):
         wording = _Wording(f"--requests {path}, line {number}: ", str)
         tokens = values.pop("tokens", None)
-        request = dataclasses.replace(defaults, **_checked(values, wording))
+        request = _request_of(_checked(values, wording), tokens, defaults, wording)
         frames += frames_of(request, tokenizer, seq_length, first_sample + len(frames), wording, number, tokens)
     if not frames:
         raise UserError(f"--requests {path}: no line there; write one JSON object a line, as in {EXAMPLE_LINE}")
@@ -119,7 +118,7 @@ EXAMPLE_LINE = '{"prompt": "Once upon", "num_samples": 2}'
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--requests {path}: cannot be read as UTF-8 text ({error}); name another file") from error
     for number, line in enumerate(lines, start=1):
@@ -147,6 +146,27 @@ def _checked(values: dict[str, Any], wording: _Wording) -> dict[str, Any]:
     return values
 
 
+def _request_of(values: dict[str, Any], tokens: Any, defaults: TextRequest, wording: _Wording) -> TextRequest:
+    text_keys = [name for name in values if name not in ("num_samples", "seed")]
+    if tokens is not None and text_keys:
+        raise wording.error(f"tokens are the whole text; leave out {', '.join(text_keys)}")
+    if tokens is not None or "infill" in values:
+        defaults = TextRequest(num_samples=defaults.num_samples, seed=defaults.seed)
+    return dataclasses.replace(defaults, **values)
+
+
+def _check_numbers(request: TextRequest, first_sample: int, wording: _Wording) -> None:
+    for name, least in (("num_samples", 1), ("seed", 0), ("length", 1)):
+        value = getattr(request, name)
+        if value is not None and value < least:
+            raise wording.error(f"{wording.name(name)} {value} must be at least {least}")
+    if request.seed > MAX_KEY:
+        raise wording.error(f"{wording.name('seed')} {request.seed} must be at most {MAX_KEY}")
+    last = first_sample + request.num_samples - 1
+    if last > MAX_KEY:
+        raise wording.error(f"the last sample's number would be {last}, must be at most {MAX_KEY}")
+
+
 def _prompt_row(request: TextRequest, tokenizer: Tokenizer, seq_length: int, wording: _Wording) -> list[int | None]:
     length = request.length or seq_length
     before = _encode(request.prompt, "prompt", tokenizer, wording)
@@ -167,6 +187,8 @@ def _infill_row(request: TextRequest, tokenizer: Tokenizer, wording: _Wording) -
     row: list[int | None] = []
     end = 0
     for run in MASK_RUN.finditer(request.infill):
+        if run[1] is not None and int(run[1]) == 0:
+            raise wording.error(f"{infill}: {run[0]} fills in nothing; write a number of at least 1, or leave it out")
         row += _encode(request.infill[end : run.start()], "infill", tokenizer, wording)
         row += [None] * int(run[1] or 1)
         end = run.end()
@@ -178,7 +200,12 @@ def _infill_row(request: TextRequest, tokenizer: Tokenizer, wording: _Wording) -
 
 def _encode(text: str, field: str, tokenizer: Tokenizer, wording: _Wording) -> list[int]:
     try:
+        text.encode("utf-8")
         ids = tokenizer.encode(text)
+    except UnicodeEncodeError as error:
+        raise wording.error(
+            f"{wording.name(field)}: {text[error.start]!r} is not a character; write the text in UTF-8"
+        ) from error
     except UserError as error:
         raise wording.error(f"{wording.name(field)}: {error}") from error
     if tokenizer.unknown_id is not None and tokenizer.unknown_id in ids:

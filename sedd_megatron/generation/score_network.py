@@ -36,18 +36,24 @@ class ScoreNetwork:
 
     def __call__(self, x_t: Tensor, sigma: Tensor, index: Tensor, law: ChunkLaw) -> Tensor:
         """New states [R] int64 of the positions index [R] into the flattened x_t [B, S], at noise sigma [B] float32."""
-        hidden_states, conditioning = self._trunk(x_t, sigma)
+        shape = (x_t.shape[1], x_t.shape[0], self.model.config.hidden_size)
+        self.model.set_input_tensor(self.stages.recv_forward(shape, self.model.pre_process))
         states = torch.empty_like(index)
         if self.model.post_process:
-            head = self.model.head
-            rows = head.rows(hidden_states, conditioning, index)
-            log_offset = log_score_offset(self.model.graph, sigma)[index // x_t.shape[1]]
-            x_rows = x_t.flatten()[index]
-            for start in range(0, len(index), self.chunk_rows):
-                part = slice(start, start + self.chunk_rows)
-                values = head.scores(rows[part], log_offset[part], x_rows[part], self.model.graph.num_tokens, self.tile)
-                states[part] = law(self._scores(values), part)
+            self._draw(states, x_t, sigma, index, law)
+        else:
+            self.stages.send_forward(self.model.trunk(x_t, sigma)[0], is_last_stage=False)
         return self._from_last_stage(states)
+
+    def _draw(self, states: Tensor, x_t: Tensor, sigma: Tensor, index: Tensor, law: ChunkLaw) -> None:
+        model, sequence = self.model, index // x_t.shape[1]
+        rows, conditioning = model.rows(x_t, sigma, index)
+        rows = model.head.modulated_rows(rows, conditioning, sequence)
+        log_offset, own = log_score_offset(model.graph, sigma)[sequence], x_t.flatten()[index]
+        for start in range(0, len(index), self.chunk_rows):
+            part = slice(start, start + self.chunk_rows)
+            values = model.head.scores(rows[part], log_offset[part], own[part], model.graph.num_tokens, self.tile)
+            states[part] = law(self._scores(values), part)
 
     def _scores(self, values: Tensor) -> Scores:
         tp_group, shard_columns = self.model.tp_group, self.model.head.linear.weight.shape[0]
@@ -61,14 +67,6 @@ class ScoreNetwork:
                 tp_group=tp_group,
             ),
         )
-
-    def _trunk(self, x_t: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """This stage's hidden states [S, B, H], passed on to the next, and the conditioning."""
-        shape = (x_t.shape[1], x_t.shape[0], self.model.config.hidden_size)
-        self.model.set_input_tensor(self.stages.recv_forward(shape, self.model.pre_process))
-        hidden_states, conditioning = self.model.trunk(x_t, sigma)
-        self.stages.send_forward(hidden_states, self.model.post_process)
-        return hidden_states, conditioning
 
     def _from_last_stage(self, states: Tensor) -> Tensor:
         pp_group = self.groups.collection.pp

@@ -1,5 +1,6 @@
 """How to sample, as options: flags of the command, arguments of a Python call, checked in one place."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -39,7 +40,7 @@ def settings_of(
     """
     rules = (
         ("sampling_steps", options.sampling_steps >= 1, "must be at least 1"),
-        ("temperature", options.temperature >= 0, "must be at least 0"),
+        ("temperature", 0 <= options.temperature < math.inf, "must be at least 0 and finite"),
         ("top_k", options.top_k >= 0, "must be at least 0 (0 keeps all tokens)"),
         ("top_p", 0 < options.top_p <= 1, "must be above 0 and at most 1 (1 keeps all tokens)"),
         ("corrector_strength", options.corrector_strength > 0, "must be above 0"),

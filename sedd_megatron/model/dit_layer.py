@@ -58,6 +58,18 @@ class DiTLayer(TransformerLayer):
         output = self._after_norm(self.pre_mlp_layernorm, recompute, hidden_states, shift_2, scale_2, self._mlp)
         return self._add_gated(hidden_states, gate_2, output), context
 
+    def forward_rows(self, hidden_states: Tensor, positions: Tensor, context: Tensor, rotary_pos_emb: Tensor) -> Tensor:
+        """`forward` of hidden_states [S, B, H] at some positions [Q, B] of each sequence alone: [Q, B, H].
+
+        For the last layer in sampling: the other positions give keys and values and nothing else. No gradient.
+        """
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(context)
+        normalized = modulated_norm(hidden_states, self.input_layernorm(scale_1), shift_1, self.input_layernorm.eps)
+        output = self.self_attention.forward_rows(normalized, positions, rotary_pos_emb)
+        rows = self._add_gated(take_rows(hidden_states, positions), gate_1, output)
+        output = self._after_norm(self.pre_mlp_layernorm, False, rows, shift_2, scale_2, self._mlp)
+        return self._add_gated(rows, gate_2, output)
+
     def _after_norm(
         self, norm: NormScale, recompute: bool, hidden_states: Tensor, shift: Tensor, scale: Tensor, block: Callable
     ) -> tuple[Tensor, Tensor | None]:
@@ -106,6 +118,11 @@ class BiasFreeSelfAttention(SelfAttention):
         config.add_bias_linear = False
         super().__init__(config, submodules, layer_number, attn_mask_type=AttnMaskType.no_mask, **kwargs)
 
+    def forward_rows(self, hidden_states: Tensor, positions: Tensor, rotary_pos_emb: Tensor) -> tuple[Tensor, None]:
+        """Attention [Q, B, H] of the positions [Q, B] to all of hidden_states [S, B, H], and no bias."""
+        output, _ = self(hidden_states, attention_mask=None, rotary_pos_emb=rotary_pos_emb)
+        return take_rows(output, positions), None
+
 
 class LocalSelfAttention(BiasFreeSelfAttention):
     """BiasFreeSelfAttention with its rotation in one operation; Transformer Engine's layers have their own."""
@@ -114,10 +131,17 @@ class LocalSelfAttention(BiasFreeSelfAttention):
         self, hidden_states: Tensor, attention_mask: None, rotary_pos_emb: Tensor, **kwargs: Any
     ) -> tuple[Tensor, None]:
         """hidden_states [S, B, H], rotary_pos_emb [S, 1, 1, head size] -> [S, B, H], and no bias."""
+        return self.linear_proj(self.core_attention(*self._rotated(hidden_states, rotary_pos_emb), attention_mask))
+
+    def forward_rows(self, hidden_states: Tensor, positions: Tensor, rotary_pos_emb: Tensor) -> tuple[Tensor, None]:
+        """As BiasFreeSelfAttention's, without the other positions' attention and projection."""
+        query, key, value = self._rotated(hidden_states, rotary_pos_emb)
+        return self.linear_proj(self.core_attention(take_rows(query, positions), key, value, None))
+
+    def _rotated(self, hidden_states: Tensor, rotary_pos_emb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = self.get_query_key_value_tensors(hidden_states)
         cos, sin = rotary_pos_emb.cos().to(query.dtype), rotary_pos_emb.sin().to(query.dtype)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        return self.linear_proj(self.core_attention(query, key, value, attention_mask))
+        return rotate(query, cos, sin), rotate(key, cos, sin), value
 
 
 class BidirectionalAttention(nn.Module):
@@ -142,3 +166,8 @@ class BidirectionalAttention(nn.Module):
         batch_first = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         output = F.scaled_dot_product_attention(*batch_first)
         return output.permute(2, 0, 1, 3).flatten(2)
+
+
+def take_rows(states: Tensor, positions: Tensor) -> Tensor:
+    """states [S, B, ...] at positions [Q, B] int64 of each sequence: [Q, B, ...]."""
+    return states[positions, torch.arange(states.shape[1], device=states.device)]

@@ -23,6 +23,9 @@ from sedd_megatron.parallel.fused_head import FusedHeadSettings, ScoreEntropyRow
 from sedd_megatron.parallel.main_grad import add_product
 from sedd_megatron.parallel.vocab_parallel import zero_at_state
 
+# What the rows of sampling's tiles are padded to in memory.
+ROW_MULTIPLE = 16
+
 
 class VocabularyProjection(ColumnParallelLinear):
     """Megatron's linear layer over vocabulary shards; or norm, layer and loss in one.
@@ -87,16 +90,11 @@ class ScoreHead(MegatronModule):
             )
         return self.linear(hidden_states, factor, shift, rows, settings, self.norm.eps)[0]
 
-    def rows(self, hidden_states: Tensor, conditioning: Tensor, index: Tensor) -> Tensor:
-        """[R, H] of hidden_states [S, B, H], for `scores`: the positions index [R] into the flattened [B, S].
-
-        For sampling, without sequence parallelism.
-        """
+    def modulated_rows(self, rows: Tensor, conditioning: Tensor, sequence: Tensor) -> Tensor:
+        """What `scores` multiplies: rows [R, H] of the sequences [R] after the final norm and adaLN."""
         factor, shift = self._modulation(conditioning)
-        sequence, position = index // hidden_states.shape[0], index % hidden_states.shape[0]
         # Each row as a sequence of its own, of length 1.
-        rows = hidden_states[position, sequence][None]
-        return modulated_norm(rows, factor[:, sequence], shift[:, sequence], self.norm.eps)[0]
+        return modulated_norm(rows[None], factor[:, sequence], shift[:, sequence], self.norm.eps)[0]
 
     def scores(self, rows: Tensor, log_offset: Tensor, states: Tensor, num_tokens: int, out: Tensor) -> Tensor:
         """Scores, not their logarithms, of rows [C, H] for this rank's tokens; 0 at the row's own state.
@@ -105,16 +103,18 @@ class ScoreHead(MegatronModule):
             log_offset: [C] float32, `log_score_offset` of each row's noise.
             states: [C] int64, x_t.
             num_tokens: of all ranks; other columns are left out.
-            out: at least C times columns float32, which is overwritten: on a CPU a new tensor costs as much again.
+            out: float32, columns times C filled up to a multiple of ROW_MULTIPLE at least; it is overwritten: on a CPU
+                a new tensor costs as much again.
 
         Returns:
             [C, columns] float32, a transposed view of `out`.
         """
         first_state = self.tp_group.rank() * self.linear.weight.shape[0]
         columns = min(max(num_tokens - first_state, 0), self.linear.weight.shape[0])
-        # One row of the weight after the other: with the few rows of a late step, CPU libraries take two to five times
-        # as long for the transposed product.
-        tile = out[: len(rows) * columns].view(columns, len(rows))
+        # Transposed and its rows padded: CPU libraries take up to five times as long for a few long rows, and up to 1.6
+        # times as long where rows begin at odd places.
+        stride = len(rows) if len(rows) < ROW_MULTIPLE else -(-len(rows) // ROW_MULTIPLE) * ROW_MULTIPLE
+        tile = out[: stride * columns].view(columns, stride)[:, : len(rows)]
         torch.sub(self.linear.bias[:columns, None], log_offset, out=tile)
         scores = add_product(tile, self.linear.weight[:columns], rows.t()).exp_().t()
         if columns > 0:

@@ -1,99 +1,158 @@
-"""Samplers with exact scores recover a law that can be written down; given positions stay."""
-
-import itertools
+"""Every sampler, with exact scores of an enumerable toy: the law of few steps, its limit, and when positions jump."""
 
 import pytest
 import torch
 
-from sedd_megatron.diffusion import AbsorbingGraph, LogLinearSchedule, UniformGraph, sample
+from sedd_megatron.diffusion import SAMPLERS, AbsorbingGraph, GeometricSchedule, LogLinearSchedule, sample
+from sedd_megatron.diffusion.draws import Stream, philox_uniforms
+from sedd_megatron.diffusion.sampling import Draws, SamplingSettings, draw_jump_steps, run_sampler
 from tests.diffusion.laws import chi_squared_p_value
+from tests.diffusion.toy import (
+    CASES,
+    GRAPHS,
+    LAW,
+    LENGTH,
+    SCHEDULES,
+    ExactScores,
+    exact_law,
+    independent_scores,
+    law_of_states,
+    p_value_of,
+    total_variation,
+)
 
-TOKENS, LENGTH = 3, 2
-SEQUENCES = torch.tensor(list(itertools.product(range(TOKENS), repeat=LENGTH)))
-# Strongly correlated positions: a sampler that gets only the marginals right fails.
-LAW = torch.tensor([0.25, 0.02, 0.03, 0.05, 0.20, 0.05, 0.03, 0.07, 0.30], dtype=torch.float64)
-NUM_SAMPLES = 6_000
-
-
-def exact_log_score(graph):
-    """log p_t(x with y at position i) / p_t(x), by summing over all clean sequences."""
-
-    def log_score(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        # [N clean, S, states]: law of each position given the clean sequence; the noise is the same in the whole batch.
-        law = graph.transition_probs(SEQUENCES, sigma[:1].double().expand(len(SEQUENCES)))
-        at_x = torch.stack([law[:, i, x[:, i]] for i in range(LENGTH)], dim=-1)
-        marginal = (LAW[:, None] * at_x.prod(-1)).sum(0)
-        out = torch.empty(len(x), LENGTH, graph.num_states, dtype=torch.float64)
-        for i in range(LENGTH):
-            others = at_x[..., [j for j in range(LENGTH) if j != i]].prod(-1) * LAW[:, None]
-            out[:, i] = (others.T @ law[:, i]) / marginal[:, None]
-        return out.log().clamp_min(-80.0).scatter(-1, x[..., None], 0.0)
-
-    return log_score
-
-
-def draw(graph, sampler: str, steps: int, **options) -> torch.Tensor:
-    return sample(exact_log_score(graph), graph, LogLinearSchedule(), num_samples=NUM_SAMPLES, length=LENGTH,
-                  num_steps=steps, sampler=sampler, seed=11, **options)  # fmt: skip
+# Copies of the toy side by side in one sequence: one counter-based generator serves them all.
+COPIES = 1000
+STEPS_ON = {
+    "uniform grid": {"num_steps": 5, "corrector_strength": 3.0},
+    # delta_t goes from 0.13 to 0.5: some of the corrector's probabilities are cut at 1.
+    "cosine grid": {"num_steps": 3, "time_grid": "cosine", "corrector_strength": 3.0},
+    "no denoising": {"num_steps": 3, "denoise": False, "time_eps": 0.2, "corrector_strength": 2.0},
+}
 
 
-def counts_of(samples: torch.Tensor) -> torch.Tensor:
-    return torch.bincount(samples[:, 0] * TOKENS + samples[:, 1], minlength=len(LAW))
+def draw(name: str, sampler: str, *, rows: int = 1000, copies: int = COPIES, **options) -> torch.Tensor:
+    graph = GRAPHS[name]
+    return sample(ExactScores(graph), graph, SCHEDULES[name], num_samples=rows, length=copies * LENGTH,
+                  sampler=sampler, **{"seed": 11, **options})  # fmt: skip
 
 
-@pytest.mark.parametrize("graph", [AbsorbingGraph(TOKENS), UniformGraph(TOKENS)], ids=["absorb", "uniform"])
-@pytest.mark.parametrize(("sampler", "steps"), [("euler", 200), ("analytic", 200)])
-def test_exact_scores_give_the_exact_joint_law(graph, sampler, steps):
-    counts = counts_of(draw(graph, sampler, steps))
-    assert chi_squared_p_value(counts, LAW) > 1e-3
-    marginals = LAW.view(TOKENS, TOKENS)
-    independent = (marginals.sum(1)[:, None] * marginals.sum(0)).flatten()
-    assert chi_squared_p_value(counts, independent) < 1e-9, "the test could not tell a wrong law"
+@pytest.mark.parametrize(("name", "sampler"), CASES)
+@pytest.mark.parametrize("options", STEPS_ON.values(), ids=STEPS_ON)
+def test_a_million_draws_follow_the_exact_joint_law_of_few_steps(name, sampler, options):
+    rows = 1000 if options is STEPS_ON["uniform grid"] else 200
+    samples = draw(name, sampler, rows=rows, **options)
+    law = exact_law(GRAPHS[name], SCHEDULES[name], sampler, **options)
+    assert p_value_of(samples, law, GRAPHS[name]) > 1e-3
+    one_more = exact_law(GRAPHS[name], SCHEDULES[name], sampler, **{**options, "num_steps": options["num_steps"] + 1})
+    assert p_value_of(samples, one_more, GRAPHS[name]) < 1e-9, "the test could not tell a wrong law"
 
 
-@pytest.mark.parametrize("graph", [AbsorbingGraph(TOKENS), UniformGraph(TOKENS)], ids=["absorb", "uniform"])
-@pytest.mark.parametrize("sampler", ["euler", "analytic"])
-def test_a_given_position_stays_and_the_rest_follows_the_conditional_law(graph, sampler):
-    seen = []
-
-    def watched(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        seen.append(bool((x[:, 0] == 2).all()))
-        return exact_log_score(graph)(x, sigma)
-
-    fixed_tokens = torch.tensor([[2, 0]]).expand(NUM_SAMPLES, -1)
-    fixed_mask = torch.tensor([[True, False]]).expand(NUM_SAMPLES, -1)
-    samples = sample(watched, graph, LogLinearSchedule(), num_samples=NUM_SAMPLES, length=LENGTH, num_steps=50,
-                     sampler=sampler, seed=4, fixed_tokens=fixed_tokens, fixed_mask=fixed_mask)  # fmt: skip
-    assert all(seen)
-    assert len(seen) == 51
-    assert (samples[:, 0] == 2).all()
-    if graph.mask_token_id is not None:
-        # Exact here, where a clean token carries no noise; for the uniform graph clamping is an approximation.
-        conditional = LAW.view(TOKENS, TOKENS)[2] / LAW.view(TOKENS, TOKENS)[2].sum()
-        assert chi_squared_p_value(torch.bincount(samples[:, 1], minlength=TOKENS), conditional) > 1e-3
+@pytest.mark.parametrize("schedule", [GeometricSchedule(sigma_min=1e-3), LogLinearSchedule(eps=0.1)])
+@pytest.mark.parametrize(("name", "sampler"), CASES)
+def test_the_law_holds_under_other_schedules(name, sampler, schedule):
+    graph = GRAPHS[name]
+    samples = sample(ExactScores(graph), graph, schedule, num_samples=100, length=COPIES * LENGTH, num_steps=6,
+                     sampler=sampler, seed=3)  # fmt: skip
+    assert p_value_of(samples, exact_law(graph, schedule, sampler, 6), graph) > 1e-3
 
 
-@pytest.mark.parametrize("graph", [AbsorbingGraph(TOKENS), UniformGraph(TOKENS)], ids=["absorb", "uniform"])
-def test_a_sample_does_not_depend_on_its_batch(graph):
-    def some(first: int, count: int) -> torch.Tensor:
-        return sample(exact_log_score(graph), graph, LogLinearSchedule(), num_samples=count, length=LENGTH,
-                      num_steps=7, seed=3, first_sample=first)  # fmt: skip
-
-    assert torch.equal(some(0, 12), torch.cat([some(0, 5), some(5, 1), some(6, 6)]))
-
-
-def test_without_the_last_step_masks_may_stay():
-    graph = AbsorbingGraph(TOKENS)
-    options = dict(num_samples=500, length=LENGTH, num_steps=1, sampler="euler", time_eps=0.5)
-    noisy = sample(exact_log_score(graph), graph, LogLinearSchedule(), denoise=False, **options)
-    clean = sample(exact_log_score(graph), graph, LogLinearSchedule(), **options)
-    assert (noisy == graph.mask_token_id).any()
-    assert (clean < TOKENS).all()
+@pytest.mark.parametrize("time_grid", ["uniform", "cosine"])
+@pytest.mark.parametrize(("name", "sampler"), CASES)
+def test_the_exact_law_of_many_steps_converges_to_the_law(name, sampler, time_grid):
+    graph, truth = GRAPHS[name], law_of_states(GRAPHS[name])
+    distances = [
+        total_variation(exact_law(graph, SCHEDULES[name], sampler, steps, time_grid=time_grid), truth)
+        for steps in (64, 128, 256, 512, 1024)
+    ]
+    for more, fewer in zip(distances[1:], distances[:-1], strict=True):
+        assert 0.45 < more / fewer < 0.55
+    assert distances[-1] < {"uniform": 1e-3, "cosine": 1.5e-3}[time_grid]
 
 
-@pytest.mark.parametrize(("change", "text"), [({"sampler": "heun"}, "choose one of euler, analytic"),
-                                              ({"num_steps": 0}, "must be at least 1")])  # fmt: skip
-def test_errors_name_the_rule(change, text):
-    options = {"num_samples": 1, "length": 2, "num_steps": 1, **change}
+def test_event_driven_draws_follow_the_law_itself():
+    # The exact law of 4096 steps is 1.3e-4 away, which 2e5 draws cannot see.
+    samples = draw("absorb", "event-driven", rows=200_000, copies=1, num_steps=4096)
+    assert p_value_of(samples, law_of_states(GRAPHS["absorb"]), GRAPHS["absorb"]) > 1e-3
+    marginals = [LAW.sum(tuple(j for j in range(LENGTH) if j != i)) for i in range(LENGTH)]
+    independent = torch.einsum("a,b,c->abc", *marginals)
+    assert p_value_of(samples, law_of_states(GRAPHS["absorb"], independent), GRAPHS["absorb"]) < 1e-9
+
+
+def jump_law(schedule, times: torch.Tensor) -> torch.Tensor:
+    """Probability of each step to be a position's jump, and of none; [T + 1].
+
+    A position is masked at t with probability 1 - exp(-sigma), and all are at t = 1.
+    """
+    masked = 1 - torch.exp(-schedule(times).sigma)
+    masked = masked / masked[0]
+    return torch.cat([masked[:-1] - masked[1:], masked[-1:]])
+
+
+def test_jumps_of_the_loglinear_schedule_are_spread_like_the_steps():
+    times = torch.tensor([1.0, 0.7, 0.65, 0.2, 0.05], dtype=torch.float64)
+    expected = torch.tensor([0.3, 0.05, 0.45, 0.15, 0.05], dtype=torch.float64)
+    torch.testing.assert_close(jump_law(LogLinearSchedule(), times), expected, rtol=1e-12, atol=0)
+    jumps = draw_jump_steps(LogLinearSchedule()(times).sigma, philox_uniforms(1, Stream.SAMPLING, range(100), 5000))
+    assert chi_squared_p_value(torch.bincount(jumps.flatten(), minlength=5), expected) > 1e-3
+
+
+def test_jump_steps_at_the_ends_of_the_uniform_numbers():
+    sigmas = LogLinearSchedule()(torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)).sigma
+    uniform = torch.tensor([[0.0, 0.499, 0.501, 1 - 2**-53]], dtype=torch.float64)
+    # At t = 0 no mask is left: T, "still masked", does not come up.
+    assert draw_jump_steps(sigmas, uniform).tolist() == [[0, 0, 1, 1]]
+
+
+class Appearances:
+    """An on_round that notes the step in which each position leaves the mask, 0 where it does not."""
+
+    def __init__(self, mask_token_id: int) -> None:
+        self.mask_token_id = mask_token_id
+
+    def __call__(self, progress) -> None:
+        if progress.round == 0:
+            self.step = torch.zeros_like(progress.states)
+        appeared = (progress.states != self.mask_token_id) & (self.step == 0)
+        self.step = torch.where(appeared & (progress.steps > 0)[:, None], progress.steps[:, None], self.step)
+
+
+@pytest.mark.parametrize("schedule", [LogLinearSchedule(), GeometricSchedule()], ids=["loglinear", "geometric"])
+@pytest.mark.parametrize("sampler", ["ancestral", "event-driven"])
+def test_both_exact_samplers_jump_by_the_same_law_and_ask_once_per_jump_step(sampler, schedule):
+    rows, length, num_steps, time_eps = 4000, 30, 20, 0.02
+    graph = AbsorbingGraph(7)
+    settings = SamplingSettings(sampler, num_steps, "cosine", time_eps=time_eps)
+    appearances = Appearances(graph.mask_token_id)
+    nothing = torch.zeros(rows, length, dtype=torch.long)
+    result = run_sampler(independent_scores(torch.full((7,), 1 / 7), 10**9), graph, schedule, settings,
+                         Draws([5] * rows, range(rows)), nothing, nothing.bool(), appearances)  # fmt: skip
+    k = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    law = jump_law(schedule, time_eps + (1 - time_eps) * torch.cos(k * torch.pi / 2))
+    counts = torch.bincount(appearances.step.flatten() - 1, minlength=num_steps + 1)
+    assert chi_squared_p_value(counts, law) > 1e-3
+    distinct = torch.tensor([len(row.unique()) for row in appearances.step])
+    assert torch.equal(result.calls, distinct)
+    expected = (1 - (1 - law) ** length).sum()
+    error = result.calls.double().std() / rows**0.5
+    assert (result.calls.double().mean() - expected).abs() < 4 * error
+    assert expected < 0.9 * num_steps, "there would be little to save"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "text"),
+    [
+        ("absorb", {"sampler": "heun"}, "'heun' does not exist; choose one of euler, analytic, ancestral, event-driven"),
+        ("uniform", {"sampler": "heun"}, "choose one of euler, analytic, predictor-corrector$"),
+        ("uniform", {"sampler": "ancestral"}, "not for the UniformGraph; choose one of euler, analytic, predictor-c"),
+        ("uniform", {"sampler": "event-driven"}, "not for the UniformGraph; choose one of euler, analytic, predictor"),
+        ("absorb", {"num_steps": 0}, "num_steps 0 must be at least 1"),
+        ("absorb", {"sampler": "event-driven", "num_steps": -3}, "num_steps -3 must be at least 1"),
+        ("uniform", {"time_grid": "cosin"}, "'cosin' does not exist; choose one of uniform, cosine"),
+    ],
+)
+def test_errors_name_the_rule(name, change, text):
+    options = {"num_samples": 1, "length": LENGTH, "num_steps": 1, **change}
     with pytest.raises(ValueError, match=text):
-        sample(exact_log_score(AbsorbingGraph(TOKENS)), AbsorbingGraph(TOKENS), LogLinearSchedule(), **options)
+        sample(ExactScores(GRAPHS[name]), GRAPHS[name], SCHEDULES[name], **options)
+    assert set(SAMPLERS) == {sampler for _, sampler in CASES}

@@ -3,6 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -49,16 +50,44 @@ def ours_from_published(tensor: torch.Tensor, name: str, shard, heads: int) -> t
     return padded[tuple(shard.global_slice()[shard.prepend_axis_num :])]
 
 
+class Published(NamedTuple):
+    """A published model's tensors and configuration."""
+
+    golden: dict[str, torch.Tensor]
+    config: dict[str, Any]
+
+    @classmethod
+    def read(cls, graph_name: str) -> "Published":
+        path = FIXTURES / f"model_{graph_name}.safetensors"
+        with safe_open(path, framework="pt") as file:
+            return cls(load_file(path), json.loads(file.metadata()["config"]))
+
+    def options(self, **others: Any) -> ModelOptions:
+        shape = self.config["model"]
+        return ModelOptions(
+            num_layers=shape["n_blocks"], hidden_size=shape["hidden_size"], num_attention_heads=shape["n_heads"],
+            seq_length=shape["length"], cond_dim=shape["cond_dim"], hidden_dropout=0.0, **others,
+        )  # fmt: skip
+
+    def fill(self, model) -> set[str]:
+        """Put the published weights into this rank's part of our model; the names of those that were put."""
+        seen = set()
+        with torch.no_grad():
+            for shard in model.sharded_tensors().values():
+                name = published_name(shard)
+                seen.add("param." + name)
+                shard.data.copy_(self.ours("param." + name, shard))
+        return seen
+
+    def ours(self, key: str, shard) -> torch.Tensor:
+        """This rank's part of `param.` or `grad.` and a name."""
+        name = key.split(".", 1)[1]
+        return ours_from_published(self.golden[key], name, shard, self.config["model"]["n_heads"])
+
+
 def check(graph_name: str, tensor_size: int, pipeline_size: int, context_size: int) -> None:
-    path = FIXTURES / f"model_{graph_name}.safetensors"
-    golden = load_file(path)
-    with safe_open(path, framework="pt") as file:
-        published = json.loads(file.metadata()["config"])
-    shape = published["model"]
-    options = ModelOptions(
-        num_layers=shape["n_blocks"], hidden_size=shape["hidden_size"], num_attention_heads=shape["n_heads"],
-        seq_length=shape["length"], cond_dim=shape["cond_dim"], hidden_dropout=0.0,
-    )  # fmt: skip
+    published = Published.read(graph_name)
+    golden, options = published.golden, published.options()
     parallel = ParallelOptions(
         tensor_model_parallel_size=tensor_size,
         pipeline_model_parallel_size=pipeline_size,
@@ -78,15 +107,9 @@ def check(graph_name: str, tensor_size: int, pipeline_size: int, context_size: i
         from sedd_megatron.training.build import build_model
         from sedd_megatron.training.forward_step import make_forward_step
 
-        graph = make_graph(graph_name, published["tokens"])
+        graph = make_graph(graph_name, published.config["tokens"])
         (model,) = build_model(options, parallel, PrecisionOptions(), RecomputeOptions(), graph, groups)
-        shards = model.sharded_tensors()
-        seen = set()
-        with torch.no_grad():
-            for shard in shards.values():
-                name = published_name(shard)
-                seen.add("param." + name)
-                shard.data.copy_(ours_from_published(golden["param." + name], name, shard, shape["n_heads"]))
+        seen = published.fill(model)
         if pipeline_size == 1:
             assert seen == {key for key in golden if key.startswith("param.")} - {"param.rotary_emb.inv_freq"}
         if pipeline_size * context_size == 1:
@@ -101,17 +124,17 @@ def check(graph_name: str, tensor_size: int, pipeline_size: int, context_size: i
         losses = get_forward_backward_func()(
             forward_step_func=make_forward_step(graph, groups, loss_chunk_rows=7, num_microbatches=1),
             data_iterator=iter([batch]), model=[ddp],
-            num_microbatches=1, seq_length=shape["length"], micro_batch_size=4, forward_only=False,
+            num_microbatches=1, seq_length=options.seq_length, micro_batch_size=4, forward_only=False,
         )  # fmt: skip
         if groups.is_last_stage:
-            expected = golden["loss"].double().mean() / shape["length"]
+            expected = golden["loss"].double().mean() / options.seq_length
             mean = losses[0]["loss"].double()
             torch.distributed.all_reduce(mean, group=groups.collection.cp)
             assert abs(mean / context_size - expected) < 1e-5 * expected.abs()
         parameters = dict(model.named_parameters())
-        for key, shard in shards.items():
+        for key, shard in model.sharded_tensors().items():
             name = published_name(shard)
-            expected = ours_from_published(golden["grad." + name], name, shard, shape["n_heads"])
+            expected = published.ours("grad." + name, shard)
             actual = parameters[key].main_grad
             error = (actual - expected).norm() / golden["grad." + name].norm().clamp_min(1e-12)
             assert error < 1e-4, f"gradient of {name} is off by {error:.1e}"

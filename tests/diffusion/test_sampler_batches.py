@@ -1,0 +1,147 @@
+"""A sample is a function of its seed and number; the network is asked about nothing that cannot change."""
+
+import pytest
+import torch
+
+from sedd_megatron.diffusion import AbsorbingGraph, LogLinearSchedule, SamplingSettings, sample
+from sedd_megatron.diffusion.draws import Stream, philox_uniforms
+from sedd_megatron.diffusion.sampling import Draws, run_sampler
+from sedd_megatron.diffusion.score_reader import Scores, score_fn_of
+from tests.diffusion.toy import CASES, GRAPHS, LENGTH, SCHEDULES, ExactScores, independent_scores
+
+WIDTH = 4 * LENGTH
+ABSORBING = [sampler for name, sampler in CASES if name == "absorb"]
+
+
+def run(name: str, sampler: str, draws: Draws, fixed_tokens=None, fixed_mask=None, score_fn=None):
+    graph, count = GRAPHS[name], len(draws.samples)
+    if fixed_mask is None:
+        fixed_tokens, fixed_mask = torch.zeros(count, WIDTH, dtype=torch.long), torch.zeros(count, WIDTH).bool()
+    settings = SamplingSettings(sampler, num_steps=7, corrector_strength=4.0)
+    score_fn = score_fn or score_fn_of(ExactScores(graph), graph.num_tokens)
+    return run_sampler(score_fn, graph, SCHEDULES[name], settings, draws, fixed_tokens, fixed_mask)
+
+
+@pytest.mark.parametrize(("name", "sampler"), CASES)
+def test_a_sample_depends_on_its_number_alone(name, sampler):
+    graph = GRAPHS[name]
+
+    def some(first: int, count: int) -> torch.Tensor:
+        return sample(ExactScores(graph), graph, SCHEDULES[name], num_samples=count, length=WIDTH, num_steps=7,
+                      sampler=sampler, seed=3, first_sample=first, corrector_strength=4.0)  # fmt: skip
+
+    whole = some(0, 12)
+    assert torch.equal(whole, torch.cat([some(0, 5), some(5, 1), some(6, 6)]))
+    assert len(whole.unique(dim=0)) == 12
+
+
+@pytest.mark.parametrize(("name", "sampler"), CASES)
+def test_sequences_of_different_seeds_and_given_tokens_do_not_touch_each_other(name, sampler):
+    generator = torch.Generator().manual_seed(1)
+    seeds, numbers = [4, 4, 9, 2**60, 4, 9], [0, 1, 0, 5, 10**10, 1]
+    masks = torch.rand(6, WIDTH, generator=generator) < torch.linspace(0, 1, 6)[:, None]
+    tokens = torch.randint(0, 3, (6, WIDTH), generator=generator)
+    together = run(name, sampler, Draws(seeds, numbers), tokens, masks)
+    for order in ([3, 5, 1, 0, 4, 2], [2], [4, 2, 0]):
+        part = run(name, sampler, Draws([seeds[i] for i in order], [numbers[i] for i in order]), tokens[order],
+                   masks[order])  # fmt: skip
+        assert torch.equal(part.states, together.states[order])
+        assert torch.equal(part.calls, together.calls[order])
+    other = run(name, sampler, Draws([seed + 1 for seed in seeds], numbers), tokens, masks)
+    assert not torch.equal(other.states[0], together.states[0])
+
+
+def test_draws_of_a_later_block_are_those_of_its_absolute_positions():
+    seeds, samples, steps = [3, 8], [0, 7], [2, 5]
+    whole = Draws(seeds, samples).at(Stream.SAMPLING, steps, 20)
+    assert torch.equal(Draws(seeds, samples, 12).at(Stream.SAMPLING, steps, 8), whole[:, 12:])
+    for row in range(2):
+        alone = philox_uniforms(seeds[row], Stream.SAMPLING, samples[row], 20, steps[row])
+        assert torch.equal(whole[row : row + 1], alone)
+
+
+@pytest.mark.parametrize(("name", "sampler"), CASES)
+def test_a_later_block_gives_what_the_whole_gives_there(name, sampler):
+    # Copies of the toy do not know of each other: a block of some of them is a text of its own.
+    whole = run(name, sampler, Draws([6] * 5, range(5))).states
+    first = 2 * LENGTH
+    nothing = torch.zeros(5, WIDTH - first, dtype=torch.long)
+    block = run(name, sampler, Draws([6] * 5, range(5), first), nothing, nothing.bool()).states
+    assert torch.equal(block, whole[:, first:])
+
+
+@pytest.mark.parametrize(("name", "sampler"), CASES)
+def test_a_network_that_answers_in_chunks_changes_nothing(name, sampler):
+    graph = GRAPHS[name]
+    scores = ExactScores(graph)
+
+    def in_chunks(x_t, sigma, index, law):
+        values = scores(x_t, sigma).flatten(0, 1)[index].exp().scatter(-1, x_t.flatten()[index, None], 0.0)
+        parts = [slice(start, start + 5) for start in range(0, len(index), 5)]
+        return torch.cat([law(Scores(values[part, : graph.num_tokens]), part) for part in parts])
+
+    draws = Draws([2] * 9, range(9))
+    assert torch.equal(run(name, sampler, draws, score_fn=in_chunks).states, run(name, sampler, draws).states)
+
+
+class Recorder:
+    """A ScoreFn that notes which positions of which sequences were asked for. Token 0 names the sequence."""
+
+    def __init__(self, score_fn) -> None:
+        self.score_fn, self.calls = score_fn, []
+
+    def __call__(self, x_t, sigma, index, law):
+        rows, columns = index // x_t.shape[1], index % x_t.shape[1]
+        self.calls.append((x_t[:, 0].tolist(), x_t, rows, columns))
+        return self.score_fn(x_t, sigma, index, law)
+
+
+@pytest.mark.parametrize("sampler", ABSORBING)
+def test_the_network_is_asked_about_free_masks_and_sequences_that_have_some(sampler):
+    count, length, num_tokens = 30, 40, 50
+    graph = AbsorbingGraph(num_tokens)
+    generator = torch.Generator().manual_seed(0)
+    given = torch.rand(count, length, generator=generator) < torch.linspace(0, 1, count)[:, None]
+    given[:, 0] = True
+    given[-1] = True
+    tokens = torch.randint(0, num_tokens, (count, length), generator=generator)
+    tokens[:, 0] = torch.arange(count)
+    recorder = Recorder(independent_scores(torch.full((num_tokens,), 1 / num_tokens)))
+    settings = SamplingSettings(sampler, num_steps=10, corrector_strength=2.0)
+    result = run_sampler(recorder, graph, LogLinearSchedule(), settings, Draws([1] * count, range(count)), tokens, given)
+    counted = torch.zeros(count, dtype=torch.long)
+    for names, x_t, rows, columns in recorder.calls:
+        assert set(rows.tolist()) == set(range(len(names))), "a sequence without a position to ask for"
+        assert (x_t[rows, columns] == graph.mask_token_id).all()
+        assert not given[torch.tensor(names)][rows, columns].any()
+        counted[names] += 1
+    assert torch.equal(result.calls, counted)
+    assert result.calls[-1] == 0, "nothing is free there"
+    assert torch.equal(result.calls > 0, ~given.all(1))
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "event-driven"])
+def test_exact_samplers_ask_about_each_position_once_and_euler_again_and_again(sampler):
+    def asked(name: str) -> int:
+        graph, nothing = AbsorbingGraph(4), torch.zeros(6, 50, dtype=torch.long)
+        recorder = Recorder(independent_scores(torch.full((4,), 0.25)))
+        run_sampler(recorder, graph, LogLinearSchedule(), SamplingSettings(name, num_steps=10), Draws([1] * 6, range(6)),
+                    nothing, nothing.bool())  # fmt: skip
+        return sum(len(rows) for *_, rows, _ in recorder.calls)
+
+    assert asked(sampler) == 6 * 50
+    assert asked("euler") > 4 * 6 * 50
+
+
+def test_a_finished_sequence_is_in_no_later_batch_of_the_event_driven_sampler():
+    graph = AbsorbingGraph(50)
+    given = torch.ones(2, 40).bool()
+    given[0, 5] = given[1, 1:] = False
+    tokens = torch.zeros(2, 40, dtype=torch.long)
+    tokens[1] = 1
+    recorder = Recorder(independent_scores(torch.full((50,), 0.02)))
+    run_sampler(recorder, graph, LogLinearSchedule(), SamplingSettings("event-driven", 64), Draws([1] * 2, range(2)),
+                tokens, given)  # fmt: skip
+    assert recorder.calls[0][0] == [0, 1], "both begin at once, each at its own step"
+    assert len(recorder.calls) > 15
+    assert all(names == [1] for names, *_ in recorder.calls[1:])

@@ -1,0 +1,124 @@
+"""Published weights in this layout's model: what every rank draws with each sampler, and the scores that it draws from."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from sedd_megatron.config import ParallelOptions, PrecisionOptions, RecomputeOptions
+from sedd_megatron.data.tokenizers import CharTokenizer
+from sedd_megatron.diffusion import (
+    SAMPLERS,
+    GeometricSchedule,
+    LogLinearSchedule,
+    SamplingSettings,
+    TokenChoice,
+)
+from sedd_megatron.parallel.groups import parallel_groups
+from tests.distributed.launch import own_jobs
+from tests.distributed.run_published_parity import Published
+
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCD"
+SCHEDULES = {"absorb": LogLinearSchedule(), "uniform": GeometricSchedule(1e-3, 20.0)}
+
+
+def settings_for(graph) -> dict[str, SamplingSettings]:
+    """Every sampler of the graph, and one whose tokens need whole rows in order."""
+    fitting = [name for name, sampler in SAMPLERS.items() if isinstance(graph, sampler.graphs)]
+    settings = {name: SamplingSettings(sampler=name, num_steps=6, corrector_strength=3.0) for name in fitting}
+    sharpened = SamplingSettings("analytic", 6, time_grid="cosine", choose=TokenChoice(0.8, top_k=7, top_p=0.9))
+    return settings | {"sharpened": sharpened}
+
+
+def frames_of_all(tokenizer: CharTokenizer) -> list:
+    """Several lengths, one of them in blocks, with given text at their edges and inside."""
+    from sedd_megatron.generation.requests import TextRequest, frames_of
+
+    frames = []
+    for request in (
+        TextRequest(infill="ab[MASK*9]c[MASK*4]", num_samples=3, seed=2),
+        TextRequest(prompt="q", suffix="xyz", length=35, num_samples=2),
+        TextRequest(length=7),
+    ):
+        frames += frames_of(request, tokenizer, 16, len(frames))
+    return frames
+
+
+def draw_all(network, graph_name: str, groups) -> dict[str, list]:
+    """Tokens, network calls and whether it ended, of every sample of every sampler."""
+    from sedd_megatron.generation.engine import TextEngine, batches_of
+
+    tokenizer, graph = CharTokenizer(LETTERS), network.model.graph
+    tokenizer.eod_id = 4
+    engine = TextEngine(network, graph, SCHEDULES[graph_name], tokenizer, 16, groups.device)
+    drawn = {}
+    for name, settings in settings_for(graph).items():
+        texts = [text for batch in batches_of(frames_of_all(tokenizer), 2) for text in engine.make(batch, settings)]
+        drawn[name] = [(text.tokens, text.network_calls, text.ended) for text in texts]
+    return drawn
+
+
+def check_scores(network, golden: dict[str, torch.Tensor]) -> None:
+    """The scores of some positions are those of the whole table of log-scores, for the trained length and a shorter."""
+    from sedd_megatron.generation.score_network import ScoreNetwork
+
+    assert isinstance(network, ScoreNetwork)
+    generator = torch.Generator().manual_seed(3)
+    for length in (16, 9):
+        x, sigma = golden["x"][:, :length], golden["sigma"]
+        # Few of one sequence and many of another.
+        chosen = torch.rand(x.shape, generator=generator) < torch.tensor([[0.1], [0.4], [0.7], [1.0]])
+        chosen[0, length // 2] = True
+        index = chosen.flatten().nonzero()[:, 0]
+        with torch.no_grad():
+            expected = network.model.log_score(x, sigma).flatten(0, 1)[index].exp()
+        own = x.flatten()[index, None]
+        expected = expected.scatter(-1, own, 0.0)[:, : network.model.graph.num_tokens]
+        rows, sums = [], []
+
+        def law(scores, part: slice, rows=rows, sums=sums) -> torch.Tensor:
+            rows.append(scores.whole_rows(scores.values).clone())
+            sums.append(scores.sum_of(scores.values))
+            return torch.arange(part.start, part.start + len(scores.values))
+
+        with torch.no_grad():
+            states = network(x, sigma, index, law)
+        assert torch.equal(states, torch.arange(len(index)))
+        actual = torch.cat(rows)
+        assert torch.equal(actual == 0, expected == 0)
+        error = ((actual - expected).abs() / expected.clamp_min(1e-30)).max().item()
+        assert error < 2e-5, f"scores are off by {error:.1e}"
+        torch.testing.assert_close(torch.cat(sums), expected.double().sum(-1), rtol=2e-5, atol=0)
+
+
+def check(folder: str, name: str, graph_name: str, tensor_size: int, pipeline_size: int, divisor: int) -> None:
+    published = Published.read(graph_name)
+    parallel = ParallelOptions(
+        tensor_model_parallel_size=tensor_size, pipeline_model_parallel_size=pipeline_size, device="cpu"
+    )
+    with parallel_groups(parallel) as groups:
+        from sedd_megatron.diffusion.graph import make_graph
+        from sedd_megatron.generation.score_network import ScoreNetwork
+        from sedd_megatron.training.build import build_model
+
+        graph, options = make_graph(graph_name, len(LETTERS)), published.options(make_vocab_size_divisible_by=divisor)
+        (model,) = build_model(options, parallel, PrecisionOptions(), RecomputeOptions(), graph, groups)
+        published.fill(model)
+        model.eval()
+        network = ScoreNetwork(model, groups)
+        drawn = draw_all(network, graph_name, groups)
+        if pipeline_size == 1:
+            check_scores(network, published.golden)
+        if model.post_process:
+            network.chunk_rows = 3
+            network.tile = torch.empty(3 * model.head.linear.weight.shape[0])
+            assert draw_all(network, graph_name, groups) == drawn if groups.collection.mp.size() == 1 else True
+            if pipeline_size == 1:
+                check_scores(network, published.golden)
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    (Path(folder) / f"{name}-{graph_name}-{rank}.json").write_text(json.dumps(drawn))
+
+
+if __name__ == "__main__":
+    for job in own_jobs():
+        check(*job)
