@@ -64,7 +64,8 @@ def main() -> None:
                 if output is not None:
                     output.write(json.dumps(text.record(), ensure_ascii=False) + "\n")
     if recorder is not None and _is_first_rank():
-        _write_trace(options, sampling, saved, recorder)
+        seed = str(request.seed) if options.requests is None else f"of each line of {options.requests}"
+        _write_trace(options, sampling, seed, saved, recorder)
 
 
 def _frames(
@@ -131,13 +132,14 @@ def _recorder(options: GenerateOptions, settings: "SamplingSettings") -> "TraceR
 
 
 def _write_trace(
-    options: GenerateOptions, sampling: SamplingOptions, saved: "SavedModel", recorder: "TraceRecorder"
+    options: GenerateOptions, sampling: SamplingOptions, seed: str, saved: "SavedModel", recorder: "TraceRecorder"
 ) -> None:
     from sedd_megatron.generation.trace import write_trace
 
     graph, tokenizer = saved.graph, saved.tokenizer
     names = ("sampler", "sampling_steps", "time_grid", "temperature", "top_k", "top_p")
-    settings = {"model": options.load} | {name.replace("_", " "): str(getattr(sampling, name)) for name in names}
+    settings = {name.replace("_", " "): str(getattr(sampling, name)) for name in names}
+    settings = {"model": options.load} | settings | {"seed": seed}
     write_trace(
         Path(options.trace), recorder.traces, lambda token: tokenizer.decode([token]), graph.mask_token_id, settings
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sedd_megatron.diffusion.draws import Stream, philox_uniforms
 from sedd_megatron.diffusion.graph import AbsorbingGraph, UniformGraph
-from sedd_megatron.diffusion.noise_schedule import GeometricSchedule, LogLinearSchedule
+from sedd_megatron.diffusion.noise_schedule import GeometricSchedule, LogLinearSchedule, NoiseLevel
 from sedd_megatron.diffusion.sampler import Step, StepFunction, denoise_step, find_sampler
 from sedd_megatron.diffusion.score_reader import LogScoreFn, ScoreFn, ScoreReader, score_fn_of
 from sedd_megatron.diffusion.time_grid import sampling_times
@@ -91,32 +91,35 @@ def run_sampler(
     """
     sampler = find_sampler(settings.sampler, graph)
     device, (num_sequences, length) = fixed_mask.device, fixed_mask.shape
-    times = sampling_times(settings.time_grid, settings.num_steps, settings.time_eps).to(device)
+    # Times, steps and draws are made on the host, which then never waits for the device to learn them.
+    times = sampling_times(settings.time_grid, settings.num_steps, settings.time_eps)
     # Draws of step 0 make the prior, or the jump times; of step k + 1 the k-th step; of T + 1 the denoising.
-    first_draws = draws.at(Stream.SAMPLING, [0] * num_sequences, length).to(device)
+    first_draws = draws.at(Stream.SAMPLING, [0] * num_sequences, length)
     x = torch.where(fixed_mask, fixed_tokens, graph.prior(first_draws).to(device))
     if sampler.draws_jumps_first:
-        free = ~fixed_mask & graph.can_change(x)
-        jump_steps = draw_jump_steps(schedule(times).sigma, first_draws).masked_fill(~free, settings.num_steps + 1)
-        rounds = list(_event_rounds(sampler.step, jump_steps, settings))
+        # Of the absorbing graph, where all that is not given starts at the mask.
+        jump_steps = draw_jump_steps(schedule(times).sigma, first_draws)
+        jump_steps = jump_steps.masked_fill(fixed_mask.cpu(), settings.num_steps + 1)
+        num_rounds, rounds = _event_rounds(sampler.step, jump_steps, settings)
     else:
-        rounds = list(_step_rounds(sampler.step, ~fixed_mask, settings))
+        num_rounds, rounds = _step_rounds(sampler.step, ~fixed_mask.cpu(), settings)
     network = ScoreReader(score_fn, num_sequences, device)
     if on_round is not None:
-        on_round(SamplingProgress(0, len(rounds), torch.zeros_like(network.calls), x, network.calls))
+        on_round(SamplingProgress(0, num_rounds, torch.zeros(num_sequences, dtype=torch.long), x, network.calls))
     for number, (step_function, steps, free) in enumerate(rounds, start=1):
         begin, end = times[steps], times[(steps + 1).clamp_max(settings.num_steps)]
-        numbers = (steps + 1).tolist()
+        now, later = (NoiseLevel(*(field.to(device) for field in schedule(t))) for t in (begin, end))
 
-        def draw(stream: Stream, numbers: list[int] = numbers) -> Tensor:
+        def draw(stream: Stream, numbers: list[int] = (steps + 1).tolist()) -> Tensor:  # noqa: B008
             return draws.at(stream, numbers, length).to(device)
 
         step = Step(
-            graph, schedule(begin), schedule(end), begin - end, free, draw, settings.choose, settings.corrector_strength
-        )
+            graph, now, later, (begin - end).to(device), free.to(device), draw, settings.choose,
+            settings.corrector_strength,
+        )  # fmt: skip
         x = step_function(network, x, step)
         if on_round is not None:
-            on_round(SamplingProgress(number, len(rounds), steps + 1, x, network.calls))
+            on_round(SamplingProgress(number, num_rounds, steps + 1, x, network.calls))
     return SamplingResult(x, network.calls)
 
 
@@ -137,28 +140,37 @@ def draw_jump_steps(sigmas: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(1 - masked[1:], uniform, right=True)
 
 
-def _step_rounds(step: StepFunction, free: Tensor, settings: SamplingSettings) -> Iterator[_Round]:
-    """All sequences step by step."""
-    for k in range(settings.num_steps + settings.denoise):
-        function = step if k < settings.num_steps else denoise_step
-        yield _Round(function, torch.full(free.shape[:1], k, device=free.device), free)
+def _step_rounds(step: StepFunction, free: Tensor, settings: SamplingSettings) -> tuple[int, Iterator[_Round]]:
+    """All sequences step by step; how many rounds, and these."""
+
+    def rounds() -> Iterator[_Round]:
+        for k in range(settings.num_steps + settings.denoise):
+            yield _Round(step if k < settings.num_steps else denoise_step, torch.full(free.shape[:1], k), free)
+
+    return settings.num_steps + settings.denoise, rounds()
 
 
-def _event_rounds(step: StepFunction, jump_steps: Tensor, settings: SamplingSettings) -> Iterator[_Round]:
+def _event_rounds(step: StepFunction, jump_steps: Tensor, settings: SamplingSettings) -> tuple[int, Iterator[_Round]]:
     """Each sequence from one of its own jumps to the next, so that every call of the network has a full batch.
 
-    jump_steps [B, S]: above T where a position never jumps. A sequence that has finished takes no part any more.
+    jump_steps [B, S]: T + 1 where a position never jumps. A sequence that has finished takes no part any more.
     """
-    last_step = settings.num_steps if settings.denoise else settings.num_steps - 1
-    waiting = jump_steps
     never = settings.num_steps + 1
-    while True:
-        steps = waiting.amin(1)
-        if bool((steps > last_step).all()):
-            return
-        free = (waiting == steps[:, None]) & (steps <= last_step)[:, None]
-        yield _Round(step, steps.clamp_max(settings.num_steps), free)
-        waiting = waiting.masked_fill(free, never)
+    last_step = settings.num_steps if settings.denoise else settings.num_steps - 1
+    ordered, _ = jump_steps.masked_fill(jump_steps > last_step, never).sort(dim=1)
+    is_new = torch.ones_like(ordered, dtype=torch.bool)
+    is_new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    num_rounds = int((is_new & (ordered < never)).sum(1).max())
+
+    def rounds() -> Iterator[_Round]:
+        waiting = jump_steps.masked_fill(jump_steps > last_step, never)
+        for _ in range(num_rounds):
+            steps = waiting.amin(1)
+            free = (waiting == steps[:, None]) & (steps < never)[:, None]
+            yield _Round(step, steps.clamp_max(settings.num_steps), free)
+            waiting = waiting.masked_fill(free, never)
+
+    return num_rounds, rounds()
 
 
 def sample(

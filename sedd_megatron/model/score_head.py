@@ -24,7 +24,7 @@ from sedd_megatron.parallel.main_grad import add_product
 from sedd_megatron.parallel.vocab_parallel import zero_at_state
 
 # What the rows of sampling's tiles are padded to in memory.
-ROW_MULTIPLE = 16
+ROW_MULTIPLE = {"cpu": 16, "cuda": 1}
 
 
 class VocabularyProjection(ColumnParallelLinear):
@@ -113,7 +113,8 @@ class ScoreHead(MegatronModule):
         columns = min(max(num_tokens - first_state, 0), self.linear.weight.shape[0])
         # Transposed and its rows padded: CPU libraries take up to five times as long for a few long rows, and up to 1.6
         # times as long where rows begin at odd places.
-        stride = len(rows) if len(rows) < ROW_MULTIPLE else -(-len(rows) // ROW_MULTIPLE) * ROW_MULTIPLE
+        multiple = ROW_MULTIPLE[out.device.type]
+        stride = len(rows) if len(rows) < multiple else -(-len(rows) // multiple) * multiple
         tile = out[: stride * columns].view(columns, stride)[:, : len(rows)]
         torch.sub(self.linear.bias[:columns, None], log_offset, out=tile)
         scores = add_product(tile, self.linear.weight[:columns], rows.t()).exp_().t()
