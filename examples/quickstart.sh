@@ -47,4 +47,4 @@ PY
 
 echo "== samples =="
 python -m sedd_megatron.generate --load "$RUN_DIR/checkpoints" --num-samples 3 --prompt "$PROMPT" \
-    --output "$RUN_DIR/samples.jsonl"
+    --output "$RUN_DIR/samples.jsonl" --trace "$RUN_DIR/samples.html"

@@ -24,4 +24,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         # Not sys.exit: a rank that holds process groups or loader threads must not wait for them on its way out.
         sys.stdout.flush()
         os._exit(2)
+    except BrokenPipeError:
+        # Whoever read the output has enough, as head does: 128 + SIGPIPE, the shell's code for that.
+        os._exit(141)
     sys.exit(code)

@@ -52,11 +52,15 @@ def main() -> None:
     parallel = ParallelOptions(**{field.name: getattr(layout, field.name) for field in fields(LayoutOptions)})
     if options.trace:
         _check_writable("--trace", options.trace)
+    writes_output = bool(options.output) and _is_first_rank()
+    if writes_output:
+        # Not emptied yet: a start that fails leaves an older file as it was.
+        _open_output(options.output, "a").close()
     with ExitStack() as stack:
-        output = stack.enter_context(_open_output(options.output)) if options.output and _is_first_rank() else None
         model = saved.load(
             parallel, PrecisionOptions(bf16=options.bf16), lambda: stack.enter_context(parallel_groups(parallel))
         )
+        output = stack.enter_context(_open_output(options.output, "w")) if writes_output else None
         recorder = _recorder(options, settings)
         for texts in _make_all(model, frames, settings, options, sampling, recorder):
             for text in texts:
@@ -66,6 +70,7 @@ def main() -> None:
     if recorder is not None and _is_first_rank():
         seed = str(request.seed) if options.requests is None else f"of each line of {options.requests}"
         _write_trace(options, sampling, seed, saved, recorder)
+        print(f"wrote {options.trace}", file=sys.stderr)
 
 
 def _frames(
@@ -94,7 +99,7 @@ def _make_all(
     if is_first and options.stream:
         observers.append(StreamPrinter(model.tokenizer, sys.stdout))
     elif is_first:
-        observers.append(ProgressBar(len(frames)))
+        observers.append(ProgressBar())
     batches = list(batches_of(frames, sampling.batch_size))
     for start in range(0, len(batches), groups.data_size):
         own = batches[start + groups.data_rank : start + groups.data_rank + 1]
@@ -145,10 +150,10 @@ def _write_trace(
     )
 
 
-def _open_output(path: str) -> IO[str]:
+def _open_output(path: str, mode: str) -> IO[str]:
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        return open(path, "w", encoding="utf-8", buffering=1)
+        return open(path, mode, encoding="utf-8", buffering=1)
     except OSError as error:
         raise UserError(f"--output {path}: cannot be written ({error.strerror}); name another file") from error
 

@@ -15,3 +15,19 @@ def byte_corpus(tmp_path_factory) -> Path:
     documents = [Path(__file__).read_text(encoding="utf-8") * 4, "the quick brown fox jumps over the lazy dog. " * 200]
     write_corpus(iter(documents), ByteTokenizer(), folder / "bytes", append_eod=False)
     return folder / "bytes_text_document"
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, byte_corpus) -> Path:
+    """The save folder of a short TP2 run with TensorBoard and a log folder of its own beside it."""
+    from tests.commands import run, train_command
+
+    folder = tmp_path_factory.mktemp("trained")
+    done = run(train_command("--data-path", str(byte_corpus), "--train-iters", "6", "--save", str(folder / "save"),
+                             "--tensor-model-parallel-size", "2", "--log-interval", "2", "--eval-interval", "3",
+                             "--log-dir", str(folder / "log"), "--tensorboard-dir", str(folder / "board")))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "iteration 6/6 | loss" in done.stdout
+    assert "tokens/s" in done.stdout
+    assert "left" in done.stdout
+    return folder / "save"

@@ -137,7 +137,7 @@ def draw_jump_steps(sigmas: Tensor, uniform: Tensor) -> Tensor:
         [B, S] int64 from 0; T where a position is still masked at the end.
     """
     masked = torch.expm1(-sigmas) / torch.expm1(-sigmas[0])
-    return torch.searchsorted(1 - masked[1:], uniform, right=True)
+    return torch.searchsorted(1 - masked[1:], uniform.contiguous(), right=True)
 
 
 def _step_rounds(step: StepFunction, free: Tensor, settings: SamplingSettings) -> tuple[int, Iterator[_Round]]:

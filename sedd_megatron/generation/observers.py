@@ -21,13 +21,13 @@ LINES_WITHOUT_TERMINAL = 10
 class ProgressBar:
     """A bar of the rounds of each batch, on a terminal only."""
 
-    def __init__(self, num_samples: int) -> None:
-        self.num_samples, self.bar = num_samples, None
+    def __init__(self) -> None:
+        self.bar = None
 
     def begin(self, frames: Sequence[Frame], num_blocks: int) -> None:
         """A bar of its own for each batch."""
         numbers = [frame.sample for frame in frames]
-        self.description = f"samples {min(numbers)} to {max(numbers)} of {self.num_samples}"
+        self.description = f"samples {min(numbers)} to {max(numbers)}"
         self.num_blocks = num_blocks
 
     def on_round(self, progress: SamplingProgress, rows: Sequence[int], block: int, start: int) -> None:

@@ -173,9 +173,11 @@ def _prompt_row(request: TextRequest, tokenizer: Tokenizer, seq_length: int, wor
     after = _encode(request.suffix, "suffix", tokenizer, wording)
     given = len(before) + len(after)
     if given > length:
-        prompt, suffix, longer = map(wording.name, ("prompt", "suffix", "length"))
+        longer = wording.name("length")
+        texts = [wording.name(name) for name, ids in (("prompt", before), ("suffix", after)) if ids]
         raise wording.error(
-            f"{prompt} and {suffix} take {given} tokens and a sample has {length}; shorten them or raise {longer}"
+            f"{' and '.join(texts)} of {given} tokens: longer than a sample of {length}; shorten the text or raise "
+            f"{longer}"
         )
     return [*before, *[None] * (length - given), *after]
 

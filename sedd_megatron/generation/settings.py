@@ -54,7 +54,7 @@ def settings_of(
     try:
         find_sampler(options.sampler, graph)
     except ValueError as error:
-        raise UserError(f"{name_of('sampler')}: {error}") from error
+        raise UserError(name_of("sampler") + str(error).removeprefix("sampler")) from error
     return SamplingSettings(
         sampler=options.sampler,
         num_steps=options.sampling_steps,

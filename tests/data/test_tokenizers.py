@@ -1,11 +1,13 @@
 """Tokenizers: text comes back as it was, a saved tokenizer gives the same ids, a damaged one is named."""
 
+import io
 import json
 import random
 import shutil
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import tokenizers as hf
 
 from sedd_megatron.data import tokenizers as module
@@ -148,6 +150,55 @@ def test_hugging_face_tokenizer_keeps_whole_documents(hugging_face_folder):
     # The file asks for 4 tokens at most and padding to 16; its vocabulary of 4 leaves ids out.
     assert tokenizer.encode("the fox " * 10) == [1, 2] * 10
     assert (tokenizer.num_tokens, tokenizer.eod_id) == (8, 7)
+
+
+def sentencepiece_without_bytes(unknown_id: int) -> SentencePieceTokenizer:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["abc cab abc", "bca abc cab"] * 20), model_writer=model, vocab_size=20, minloglevel=2,
+        hard_vocab_limit=False, byte_fallback=False, unk_id=unknown_id, bos_id=-1, eos_id=1 - unknown_id,
+    )  # fmt: skip
+    return SentencePieceTokenizer(model.getvalue())
+
+
+def hugging_face_with(model) -> HuggingFaceTokenizer:
+    return HuggingFaceTokenizer(hf.Tokenizer(model), None)
+
+
+def test_unknown_text_becomes_the_unknown_id_where_there_is_one(tokenizer, tmp_path):
+    for text in [*SOURCES, LAYOUT]:
+        if tokenizer.tokenizer_type == "HuggingFaceTokenizer":
+            assert tokenizer.unknown_id in tokenizer.encode(text)
+        else:
+            assert tokenizer.unknown_id not in tokenizer.encode(text)
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").unknown_id == tokenizer.unknown_id
+    kinds = {"SentencePieceTokenizer": 0, "HuggingFaceTokenizer": 0}
+    assert tokenizer.unknown_id == kinds.get(tokenizer.tokenizer_type)
+
+
+@pytest.mark.parametrize(
+    ("make", "unknown_id"),
+    [
+        (lambda: sentencepiece_without_bytes(0), 0),
+        (lambda: sentencepiece_without_bytes(1), 1),
+        (lambda: hugging_face_with(hf.models.WordLevel({"<unk>": 3, "abc": 0}, unk_token="<unk>")), 3),
+        (lambda: hugging_face_with(hf.models.WordPiece({"abc": 0, "?": 5}, unk_token="?")), 5),
+        (lambda: hugging_face_with(hf.models.BPE({"a": 0, "b": 1, "c": 2, "U": 4}, [], unk_token="U")), 4),
+        (lambda: hugging_face_with(hf.models.Unigram([("abc", -1.0), ("unknown", 0.0)], unk_id=1)), 1),
+    ],
+    ids=["sentencepiece 0", "sentencepiece 1", "word level", "word piece", "bpe", "unigram"],
+)
+def test_the_unknown_id_is_what_stands_for_a_character_of_no_token(make, unknown_id):
+    tokenizer = make()
+    assert tokenizer.unknown_id == unknown_id
+    assert unknown_id in tokenizer.encode("é")
+    assert unknown_id not in tokenizer.encode("abc")
+
+
+def test_a_hugging_face_model_without_an_unknown_token_has_no_unknown_id():
+    assert hugging_face_with(hf.models.BPE({"a": 0}, [])).unknown_id is None
+    assert hugging_face_with(hf.models.Unigram([("a", -1.0)])).unknown_id is None
 
 
 def test_hugging_face_eod_is_the_configured_one_or_none(hugging_face_folder):

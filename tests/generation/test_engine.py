@@ -91,6 +91,16 @@ def test_every_position_is_drawn_once_in_all_blocks_together(sampler, denoise):
         assert sum(made_here) == frame.given.count(False) or not denoise
 
 
+@pytest.mark.parametrize(("graph", "sampler"), CASES)
+def test_blocks_have_draws_of_their_own(graph, sampler):
+    # The law is the same in every block, so that with the first block's draws the later ones would repeat it.
+    (text,) = engine_of(any_letters, graph, ends=False).make(
+        frames(TextRequest(length=40)), SamplingSettings(sampler=sampler, num_steps=4)
+    )
+    halves = [text.text[start : start + SEQ_LENGTH // 2] for start in range(4, 40, SEQ_LENGTH // 2)]
+    assert len(set(halves)) == len(halves) == 9
+
+
 @pytest.mark.parametrize("sampler", ["ancestral", "event-driven"])
 def test_the_network_is_asked_once_about_every_position(sampler):
     for frame in frames(AROUND):

@@ -127,9 +127,9 @@ NOTHING = "fills in nothing; write a number of at least 1, or leave it out"
 UNKNOWN = "is not among the 9 that this CharTokenizer knows; leave it out, or train with ByteTokenizer"
 WHOLE = "infill is the whole text; leave out prompt, suffix, length"
 MISTAKES = [
-    ({"prompt": "a" * 9}, "prompt and suffix take 9 tokens and a sample has 8; shorten them or raise length"),
+    ({"prompt": "a" * 9}, "prompt of 9 tokens: longer than a sample of 8; shorten the text or raise length"),
     ({"prompt": "ab", "suffix": "cd", "length": 3},
-     "prompt and suffix take 4 tokens and a sample has 3; shorten them or raise length"),
+     "prompt and suffix of 4 tokens: longer than a sample of 3; shorten the text or raise length"),
     ({"infill": ""}, EMPTY),
     ({"infill": "abc"}, EMPTY),
     ({"infill": "a[MASK*0]b[MASK]"}, f"infill: [MASK*0] {NOTHING}"),
@@ -216,9 +216,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 
 def test_flags_and_arguments_are_named_as_they_are_written():
     too_long = TextRequest(prompt="a" * 9)
-    with pytest.raises(UserError, match=r"^--prompt and --suffix take 9 tokens and .* or raise --length$"):
+    with pytest.raises(UserError, match=r"^--prompt of 9 tokens: .* or raise --length$"):
         frames_of(too_long, LETTERS, SEQ_LENGTH)
-    with pytest.raises(UserError, match=r"^prompt and suffix take 9 tokens and .* or raise length$"):
+    with pytest.raises(UserError, match=r"^prompt of 9 tokens: .* or raise length$"):
         frames_of(too_long, LETTERS, SEQ_LENGTH, wording=AS_ARGUMENTS)
     with pytest.raises(UserError, match=r"^--num-samples 0 must be at least 1$"):
         frames_of(TextRequest(num_samples=0), LETTERS, SEQ_LENGTH)
