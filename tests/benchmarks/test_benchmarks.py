@@ -60,6 +60,34 @@ def test_loss_writes_time_bound_and_memory(tmp_path):
         assert two < 1.2 * one
 
 
+def test_sampling_compares_with_the_published_sampler(tmp_path):
+    text = table_of("sampling", tmp_path, "--cases", "tiny", "--pairs", "1", "--published-steps", "1")
+    euler, event_driven = cells(text, "tiny")
+    assert [row[2] for row in (euler, event_driven)] == ["euler", "event-driven"]
+    assert all(float(row[5][:-1]) > 0 for row in (euler, event_driven))
+    # 32 positions in 8 steps leave hardly a step without a jump.
+    assert 7 <= float(event_driven[6].split()[0]) <= 8
+
+
+@pytest.mark.parametrize("absorbing", [True, False])
+def test_the_opponent_samples_by_the_reverse_rates(absorbing):
+    from sedd_megatron.diffusion import AbsorbingGraph, UniformGraph
+    from tests.benchmarks.published_sampling import euler_probs, gumbel_draw
+
+    graph = AbsorbingGraph(5) if absorbing else UniformGraph(5)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, graph.num_states, (2, 4), generator=generator)
+    log_score = torch.randn(2, 4, graph.num_states, generator=generator).scatter(-1, x[..., None], 0.0)
+    rate_time = torch.tensor([0.01, 0.1])
+    expected = graph.reverse_rate(log_score, x) * rate_time[:, None, None]
+    expected += torch.nn.functional.one_hot(x, graph.num_states)
+    probs = euler_probs(log_score.exp(), x, rate_time, absorbing)
+    torch.testing.assert_close(probs, expected, rtol=1e-5, atol=1e-6)
+    drawn = gumbel_draw(probs[:1, :1].expand(20_000, 1, -1).clamp_min(0))
+    found = torch.bincount(drawn[:, 0], minlength=graph.num_states) / len(drawn)
+    assert (found - probs[0, 0] / probs[0, 0].sum()).abs().max() < 0.02
+
+
 @pytest.mark.parametrize("graph", ["absorb", "uniform"])
 def test_the_opponent_is_the_published_model(graph):
     cpu_backend.install()

@@ -60,33 +60,35 @@ def draw_all(network, graph_name: str, groups) -> dict[str, list]:
 
 def check_scores(network, golden: dict[str, torch.Tensor]) -> None:
     """The scores of some positions are those of the whole table of log-scores, for the trained length and a shorter."""
-    generator = torch.Generator().manual_seed(3)
+    device, generator = network.tile.device, torch.Generator().manual_seed(3)
     for length in (16, 9):
-        x, sigma = golden["x"][:, :length], golden["sigma"]
+        x, sigma = golden["x"][:, :length].to(device), golden["sigma"].to(device)
         # Few positions of one sequence and all of another.
         chosen = torch.rand(x.shape, generator=generator) < torch.tensor([[0.1], [0.4], [0.7], [1.0]])
         chosen[0, length // 2] = True
-        index = chosen.flatten().nonzero()[:, 0]
+        index = chosen.flatten().nonzero()[:, 0].to(device)
         rows, sums = [], []
 
         def law(scores, part: slice, rows=rows, sums=sums) -> torch.Tensor:
             rows.append(scores.whole_rows(scores.values).clone())
             sums.append(scores.sum_of(scores.values))
-            return torch.arange(part.start, part.start + len(scores.values))
+            return torch.arange(part.start, part.start + len(scores.values), device=device)
 
         with torch.no_grad():
             states = network(x, sigma, index, law)
             expected = network.model.log_score(x, sigma).flatten(0, 1)[index].exp()
         expected = expected.scatter(-1, x.flatten()[index, None], 0.0)[:, : len(LETTERS)]
-        assert torch.equal(states, torch.arange(len(index)))
+        assert torch.equal(states, torch.arange(len(index), device=device))
         torch.testing.assert_close(torch.cat(rows), expected, rtol=2e-5, atol=0)
         torch.testing.assert_close(torch.cat(sums), expected.double().sum(-1), rtol=2e-5, atol=0)
 
 
-def check(folder: str, name: str, graph_name: str, tensor_size: int, pipeline_size: int, divisor: int) -> None:
+def check(
+    folder: str, name: str, graph_name: str, tensor_size: int, pipeline_size: int, divisor: int, device: str = "cpu"
+) -> None:
     published = Published.read(graph_name)
     parallel = ParallelOptions(
-        tensor_model_parallel_size=tensor_size, pipeline_model_parallel_size=pipeline_size, device="cpu"
+        tensor_model_parallel_size=tensor_size, pipeline_model_parallel_size=pipeline_size, device=device
     )
     with parallel_groups(parallel) as groups:
         from sedd_megatron.diffusion.graph import make_graph
@@ -101,7 +103,7 @@ def check(folder: str, name: str, graph_name: str, tensor_size: int, pipeline_si
         drawn = draw_all(network, graph_name, groups)
         if pipeline_size == 1:
             check_scores(network, published.golden)
-            network.chunk_rows, network.tile = 3, torch.empty(3 * model.head.linear.weight.shape[0])
+            network.chunk_rows, network.tile = 3, network.tile.new_empty(3 * model.head.linear.weight.shape[0])
             check_scores(network, published.golden)
             # With the scores the same, one layout is enough.
             assert tensor_size > 1 or draw_all(network, graph_name, groups) == drawn
