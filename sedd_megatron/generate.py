@@ -6,7 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -21,14 +21,17 @@ if TYPE_CHECKING:
     from sedd_megatron.diffusion import SamplingSettings
     from sedd_megatron.generation.engine import GeneratedText
     from sedd_megatron.generation.observers import TraceRecorder
-    from sedd_megatron.pretrained import PretrainedModel, SavedModel
+    from sedd_megatron.pretrained import PretrainedModel
+    from sedd_megatron.saved_model import SavedModel
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
     """Model, input and output"""
 
-    load: str = option(MISSING, "folder that training saved to, or one iter_* folder in it")
+    load: str = option(
+        MISSING, "folder that training saved to, one iter_* folder in it, or a published model (folder or hub name)"
+    )
     bf16: bool = option(False, "compute in bfloat16; scores and draws stay float32 and float64")
     requests: str | None = option(None, "file of requests, one JSON object a line with the keys named below, or tokens")
     output: str | None = option(None, "also write the samples to this file, one JSON object a line")
@@ -44,12 +47,12 @@ def main() -> None:
         "sedd_megatron.generate",
         "Sample text from a trained model.",
     )
-    from sedd_megatron.pretrained import find_saved_model
+    from sedd_megatron.saved_model import find_saved_model
 
     saved = find_saved_model(options.load, layout.device)
     settings = settings_of(sampling, saved.graph)
     frames = _frames(options, request, sampling, saved)
-    parallel = ParallelOptions(**{field.name: getattr(layout, field.name) for field in fields(LayoutOptions)})
+    parallel = ParallelOptions(**asdict(layout))
     if options.trace:
         _check_writable("--trace", options.trace)
     writes_output = bool(options.output) and _is_first_rank()

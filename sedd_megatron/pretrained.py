@@ -1,31 +1,24 @@
 """A trained model, for notebooks and the commands: load_pretrained."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sedd_megatron.arguments import check_model_layout
-from sedd_megatron.config import (
-    DiffusionOptions,
-    ModelOptions,
-    ParallelOptions,
-    PrecisionOptions,
-    RecomputeOptions,
-    model_options_from_dict,
-)
+from sedd_megatron.config import ParallelOptions, PrecisionOptions
 from sedd_megatron.diffusion import AbsorbingGraph, GeometricSchedule, LogLinearSchedule, UniformGraph
-from sedd_megatron.diffusion.graph import make_graph
-from sedd_megatron.parallel import cpu_backend
-from sedd_megatron.parallel.groups import ParallelGroups, choose_device, groups_of_this_process
+from sedd_megatron.parallel.groups import ParallelGroups, groups_of_this_process
 
 if TYPE_CHECKING:
     from sedd_megatron.data.tokenizers import Tokenizer
+    from sedd_megatron.diffusion.likelihood import BoundEstimator
+    from sedd_megatron.evaluation.bounds import UnitBound
     from sedd_megatron.generation.engine import GeneratedText, TextEngine
+    from sedd_megatron.model.score_network import ScoreNetwork
     from sedd_megatron.model.sedd_model import SEDDModel
 
 
@@ -59,13 +52,52 @@ class PretrainedModel:
         return self.network.log_score(x_t.to(self.device), sigma.to(self.device, torch.float32))
 
     @cached_property
-    def engine(self) -> "TextEngine":
-        """What makes texts with this network, in whatever layout it is in."""
-        from sedd_megatron.generation.engine import TextEngine
-        from sedd_megatron.generation.score_network import ScoreNetwork
+    def score_fn(self) -> "ScoreNetwork":
+        """Scores of chosen positions, in whatever layout the network is in."""
+        from sedd_megatron.model.score_network import ScoreNetwork
 
-        score_fn = ScoreNetwork(self.network, self.groups)
-        return TextEngine(score_fn, self.graph, self.schedule, self.tokenizer, self.seq_length, self.device)
+        return ScoreNetwork(self.network, self.groups)
+
+    @cached_property
+    def engine(self) -> "TextEngine":
+        """What makes texts with this network."""
+        from sedd_megatron.generation.engine import TextEngine
+
+        return TextEngine(self.score_fn, self.graph, self.schedule, self.tokenizer, self.seq_length, self.device)
+
+    def bound_estimator(self, *, seed: int, num_times: int, time_eps: float, batch_size: int) -> "BoundEstimator":
+        """The bound on the likelihood of token sequences, by Monte Carlo (diffusion/likelihood.py)."""
+        from sedd_megatron.diffusion.likelihood import BoundEstimator
+
+        return BoundEstimator(self.score_fn, self.graph, self.schedule, seed, time_eps, num_times, batch_size)
+
+    def nll(
+        self,
+        texts: Sequence[str],
+        *,
+        mc_samples: int = 1000,
+        windowing: str = "separate",
+        seed: int = 0,
+        batch_size: int = 16,
+        time_eps: float = 1e-3,
+    ) -> "list[UnitBound]":
+        """An upper bound on -log p of each text, in nats, with its Monte Carlo standard error.
+
+        Args:
+            mc_samples: random times for each window of the trained length; even.
+            windowing: separate (windows without context), strided (with the half before as context), or concatenate
+                (texts in a row: one bound for each window).
+
+        Raises:
+            UserError: a windowing that the graph does not allow, or no text.
+        """
+        from sedd_megatron.evaluation.bounds import bound_windows, unit_bounds
+        from sedd_megatron.evaluation.windows import windows_of
+
+        may_give = self.graph.mask_token_id is not None
+        windows = windows_of(texts, self.tokenizer, self.seq_length, windowing, may_give)
+        estimator = self.bound_estimator(seed=seed, num_times=mc_samples, time_eps=time_eps, batch_size=batch_size)
+        return unit_bounds(windows, bound_windows(estimator, windows, self.device))
 
     def generate(
         self,
@@ -125,74 +157,20 @@ class PretrainedModel:
         return sorted(texts, key=lambda text: text.sample)
 
 
-@dataclass(frozen=True)
-class SavedModel:
-    """A checkpoint whose description has been read, and none of its weights."""
-
-    path: Path
-    body: dict[str, Any]
-    model_options: ModelOptions
-    diffusion: DiffusionOptions
-    tokenizer: "Tokenizer"
-
-    @property
-    def graph(self) -> AbsorbingGraph | UniformGraph:
-        """Its noising graph."""
-        return make_graph(self.diffusion.graph, self.body["state"]["num_tokens"])
-
-    def load(
-        self, parallel: ParallelOptions, precision: PrecisionOptions, make_groups: Callable[[], ParallelGroups]
-    ) -> PretrainedModel:
-        """This rank's part of the EMA weights in the layout of `parallel`; groups are made once the layout fits.
-
-        Raises:
-            UserError: the layout does not fit the model, or a file is damaged.
-        """
-        from sedd_megatron.training.build import build_model, build_schedule
-        from sedd_megatron.training.checkpoint_format import Shard, read_shards, verify_files
-        from sedd_megatron.training.ema import KEY_PREFIX
-
-        check_model_layout(self.model_options, parallel)
-        groups = make_groups()
-        verify_files(self.path, self.body)
-        graph = self.graph
-        (network,) = build_model(self.model_options, parallel, precision, RecomputeOptions(), graph, groups)
-        # One call: it opens each shard file once, not once per parameter.
-        averages = [Shard.of(sharded, KEY_PREFIX + sharded.key) for sharded in network.sharded_tensors().values()]
-        read_shards(self.path, self.body, averages)
-        network.eval()
-        return PretrainedModel(
-            network, graph, build_schedule(self.diffusion), self.tokenizer, self.model_options.seq_length, groups
-        )
-
-
-def find_saved_model(directory: str | Path, device: str = "auto") -> SavedModel:
-    """Read what a training run's checkpoint says of itself.
-
-    Raises:
-        UserError: no checkpoint there, or a damaged one.
-    """
-    if choose_device(device).type == "cpu":
-        cpu_backend.install()
-    from sedd_megatron.training.checkpoint import latest_checkpoint, load_saved_tokenizer
-    from sedd_megatron.training.checkpoint_format import read_manifest
-
-    checkpoint = latest_checkpoint(Path(directory))
-    body = read_manifest(checkpoint)
-    model_options, diffusion = model_options_from_dict(body["state"]["options"], str(checkpoint))
-    return SavedModel(checkpoint, body, model_options, diffusion, load_saved_tokenizer(checkpoint, body))
-
-
 def load_pretrained(directory: str | Path, device: str = "auto") -> PretrainedModel:
-    """Load the EMA weights of a training run's checkpoint, saved in any layout, into this process.
+    """Load a trained model into this process.
 
     Args:
-        directory: the folder that training saved to, or one iter_* folder in it.
+        directory: the folder that training saved to, or one iter_* folder in it, in any layout: its EMA weights. Or a
+            folder in the published format (config.json and model.safetensors), or a hub name of one (owner/name), where
+            there is a network.
         device: auto, cpu or cuda.
 
     Raises:
-        UserError: no checkpoint there, or a damaged one.
+        UserError: no model there, or a damaged one.
     """
+    from sedd_megatron.saved_model import find_saved_model
+
     parallel = ParallelOptions(device=device)
     saved = find_saved_model(directory, device)
     return saved.load(parallel, PrecisionOptions(), lambda: groups_of_this_process(parallel))

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import sentencepiece
 import tokenizers as hf_tokenizers
 
+from sedd_megatron.data.null_tokenizer import NullTokenizer
 from sedd_megatron.errors import UserError
 
 DESCRIPTION = "description.json"
@@ -319,6 +320,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         tokenizer_type = description["tokenizer_type"]
         if tokenizer_type == CharTokenizer.tokenizer_type:
             return CharTokenizer(description["characters"])
+        if tokenizer_type == NullTokenizer.tokenizer_type:
+            return NullTokenizer(int(description["num_tokens"]))
         if tokenizer_type == HuggingFaceTokenizer.tokenizer_type:
             tokenizer = HuggingFaceTokenizer.from_name(str(directory))
             return HuggingFaceTokenizer(tokenizer._tokenizer, description["eod_token"])

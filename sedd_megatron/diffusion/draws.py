@@ -19,6 +19,9 @@ class Stream(enum.IntEnum):
     SAMPLE_ORDER = 3
     TIME_OFFSET = 4
     CORRECTOR = 5
+    EVALUATION_TIME = 6
+    EVALUATION_NOISE = 7
+    EVALUATION_LAST = 8
 
 
 def philox_generator(seed: int, stream: int, index: int, step: int = 0) -> np.random.Generator:

@@ -1,9 +1,10 @@
 """How samplers read the network: only the positions that are asked for, only of sequences that have any."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # (x_t [B, S] int64, sigma [B] float32) -> log_score [B, S, num_states]
@@ -14,12 +15,16 @@ class Scores(NamedTuple):
     """Scores of C positions for the tokens other than their own.
 
     On a tensor-parallel rank `values` has this rank's columns, and the functions are collectives (as in
-    generation/score_network.py).
+    model/score_network.py).
     """
 
     values: Tensor  # [C, num_tokens] floating, 0 at the position's own token
     add_shards: Callable[[Tensor], Tensor] = lambda sums: sums  # [C] of this rank's columns -> [C] of all
     whole_rows: Callable[[Tensor], Tensor] = lambda values: values  # [R, columns] -> [R, num_tokens]
+    # For likelihoods; samplers do without. Token of each position [C] -> its log-score [C] float64, and the sum of
+    # log-scores over the tokens but the position's own, [C] float64.
+    log_score_at: Callable[[Tensor], Tensor] | None = None
+    log_score_sum: Callable[[], Tensor] | None = None
 
     def sum_of(self, values: Tensor) -> Tensor:
         """Sum over the tokens of something [C, columns] made from `values`; [C] float64."""
@@ -34,21 +39,40 @@ class Positions(NamedTuple):
     uniform: Tensor  # [C] float64, what is left of the position's uniform number
 
 
-# Called with a chunk of the positions, and with which part of them it is; gives their new states [C] int64.
+# Called with a chunk of the positions, and with which part of them it is; gives a number for each [C].
 ChunkLaw = Callable[[Scores, slice], Tensor]
-# (x_t [B, S], sigma [B] float32, index [R] into the flattened [B, S], law) -> new states [R] int64. It may cut the
-# positions into chunks, and it alone decides on which rank the law is called: all ranks get the states.
-ScoreFn = Callable[[Tensor, Tensor, Tensor, ChunkLaw], Tensor]
+
+
+class ScoreFn(Protocol):
+    """A network that is asked about some positions."""
+
+    def __call__(
+        self, x_t: Tensor, sigma: Tensor, index: Tensor, law: ChunkLaw, dtype: torch.dtype = torch.long
+    ) -> Tensor:
+        """What the law gives for the positions index [R] into the flattened x_t [B, S], at noise sigma [B] float32.
+
+        It may cut the positions into chunks, and it alone decides on which rank the law is called: all ranks get what
+        it gave, [R] of the dtype.
+        """
+
+
 PositionLaw = Callable[[Scores, Positions], Tensor]
 
 
 def score_fn_of(log_score_fn: LogScoreFn, num_tokens: int) -> ScoreFn:
     """A ScoreFn from a function that gives all log-scores of all positions."""
 
-    def score_fn(x_t: Tensor, sigma: Tensor, index: Tensor, law: ChunkLaw) -> Tensor:
-        score = log_score_fn(x_t, sigma).flatten(0, 1)[index].exp()
-        score = score.scatter(-1, x_t.flatten()[index, None], 0.0)
-        return law(Scores(score[:, :num_tokens]), slice(None))
+    def score_fn(x_t: Tensor, sigma: Tensor, index: Tensor, law: ChunkLaw, dtype: torch.dtype = torch.long) -> Tensor:
+        own = x_t.flatten()[index, None]
+        # The log-score at a position's own state is 0, and so adds nothing to the sum.
+        log_score = log_score_fn(x_t, sigma).flatten(0, 1)[index].scatter(-1, own, 0.0)[:, :num_tokens]
+        all_states = F.pad(log_score.exp(), (0, 1)).scatter(-1, own, 0.0)
+        scores = Scores(
+            all_states[:, :num_tokens],
+            log_score_at=lambda tokens: log_score.gather(-1, tokens[:, None])[:, 0].double(),
+            log_score_sum=lambda: log_score.sum(-1).double(),
+        )
+        return law(scores, slice(None)).to(dtype)
 
     return score_fn
 

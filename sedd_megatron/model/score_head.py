@@ -21,6 +21,7 @@ from sedd_megatron.model.fused_operations import modulated_norm
 from sedd_megatron.model.model_config import start_at_zero
 from sedd_megatron.parallel.fused_head import FusedHeadSettings, ScoreEntropyRows, fused_head_score_entropy
 from sedd_megatron.parallel.main_grad import add_product
+from sedd_megatron.parallel.score_tile import logit_at
 from sedd_megatron.parallel.vocab_parallel import zero_at_state
 
 # What the rows of sampling's tiles are padded to in memory.
@@ -109,8 +110,7 @@ class ScoreHead(MegatronModule):
         Returns:
             [C, columns] float32, a transposed view of `out`.
         """
-        first_state = self.tp_group.rank() * self.linear.weight.shape[0]
-        columns = min(max(num_tokens - first_state, 0), self.linear.weight.shape[0])
+        first_state, columns = self._own_tokens(num_tokens)
         # Transposed and its rows padded: CPU libraries take up to five times as long for a few long rows, and up to 1.6
         # times as long where rows begin at odd places.
         multiple = ROW_MULTIPLE[out.device.type]
@@ -121,6 +121,25 @@ class ScoreHead(MegatronModule):
         if columns > 0:
             zero_at_state(scores, states, first_state)
         return scores
+
+    def logits_at(self, rows: Tensor, tokens: Tensor, num_tokens: int) -> Tensor:
+        """Logits of one token for each of the rows [C, H]: [C] float32, 0 where another rank has the token."""
+        first_state, columns = self._own_tokens(num_tokens)
+        if columns == 0:
+            return torch.zeros(len(rows), device=rows.device)
+        return logit_at(tokens - first_state, rows, self.linear.weight[:columns], self.linear.bias[:columns])
+
+    def logit_sums(self, rows: Tensor, num_tokens: int) -> Tensor:
+        """Sums of the rows' [C, H] logits over this rank's tokens: [C] float32, linear in the rows."""
+        _, columns = self._own_tokens(num_tokens)
+        weight, bias = self.linear.weight[:columns], self.linear.bias[:columns]
+        return rows.float() @ weight.sum(0, dtype=torch.float32) + bias.sum(dtype=torch.float32)
+
+    def _own_tokens(self, num_tokens: int) -> tuple[int, int]:
+        """The state of this rank's first column, and how many of its columns are tokens."""
+        shard_columns = self.linear.weight.shape[0]
+        first_state = self.tp_group.rank() * shard_columns
+        return first_state, min(max(num_tokens - first_state, 0), shard_columns)
 
     def _modulation(self, conditioning: Tensor) -> tuple[Tensor, Tensor]:
         shift, scale = self.modulation(conditioning)

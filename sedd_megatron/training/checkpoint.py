@@ -8,7 +8,7 @@ A checkpoint is written under a hidden name, brought to the disk, and renamed; o
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +102,27 @@ class CheckpointWriter:
             print(f"saved {pending.final}", flush=True)
 
         _on_first_rank(publish, f"cannot finish {pending.final}")
+
+
+def save_checkpoint(
+    root: Path, shards: Iterable[Shard], state: dict[str, Any], tokenizer: Tokenizer, iteration: int = 0
+) -> Path:
+    """Write a checkpoint of one process's whole tensors, as CheckpointWriter does that of a run; returns its folder.
+
+    Raises:
+        UserError: it cannot be written; nothing is left of it then that could be taken for a checkpoint.
+    """
+    final = root / f"iter_{iteration:07d}"
+    partial = root / f".{final.name}.partial"
+    try:
+        tokenizer_files = _begin(partial, tokenizer)
+        own = copy_own_shards(shards)
+        files = write_own_shards(partial, own)
+        write_manifest(partial, own.entries, files, state | {"tokenizer_files": tokenizer_files})
+        _publish(partial, final, root, iteration)
+    except OSError as error:
+        raise UserError(f"cannot write {final}: {error}; make room, or name another folder") from error
+    return final
 
 
 def _on_first_rank(action: Callable[[], Any], fault: str) -> Any:

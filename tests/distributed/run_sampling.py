@@ -92,7 +92,7 @@ def check(
     )
     with parallel_groups(parallel) as groups:
         from sedd_megatron.diffusion.graph import make_graph
-        from sedd_megatron.generation.score_network import ScoreNetwork
+        from sedd_megatron.model.score_network import ScoreNetwork
         from sedd_megatron.training.build import build_model
 
         graph, options = make_graph(graph_name, len(LETTERS)), published.options(make_vocab_size_divisible_by=divisor)

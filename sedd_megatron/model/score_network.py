@@ -20,8 +20,8 @@ CHUNK_ROWS = 64
 class ScoreNetwork:
     """A ScoreFn (diffusion/score_reader.py) on this rank's part of the network.
 
-    Every rank of a replica calls it with the same arguments and gets the same states. Hidden states go from stage to
-    stage; the last stage draws, and tells the others a number per position.
+    Every rank of a replica calls it with the same arguments and gets the same numbers. Hidden states go from stage to
+    stage; the last stage asks the law, and tells the others its number for each position.
     """
 
     def __init__(self, model: SEDDModel, groups: ParallelGroups) -> None:
@@ -34,43 +34,58 @@ class ScoreNetwork:
             self.chunk_rows = max(rows - rows % CHUNK_ROWS, CHUNK_ROWS)
         self.tile = torch.empty(self.chunk_rows * columns, dtype=torch.float32, device=groups.device)
 
-    def __call__(self, x_t: Tensor, sigma: Tensor, index: Tensor, law: ChunkLaw) -> Tensor:
-        """New states [R] int64 of the positions index [R] into the flattened x_t [B, S], at noise sigma [B] float32."""
+    @torch.no_grad()
+    def __call__(
+        self, x_t: Tensor, sigma: Tensor, index: Tensor, law: ChunkLaw, dtype: torch.dtype = torch.long
+    ) -> Tensor:
+        """What the law gives, [R] of the dtype, for the positions index [R] into the flattened x_t [B, S]."""
         shape = (x_t.shape[1], x_t.shape[0], self.model.config.hidden_size)
         self.model.set_input_tensor(self.stages.recv_forward(shape, self.model.pre_process))
-        states = torch.empty_like(index)
+        given = torch.empty(len(index), dtype=dtype, device=index.device)
         if self.model.post_process:
-            self._draw(states, x_t, sigma, index, law)
+            self._ask(law, x_t, sigma, index, given)
         else:
             self.stages.send_forward(self.model.trunk(x_t, sigma)[0], is_last_stage=False)
-        return self._from_last_stage(states)
+        return self._from_last_stage(given)
 
-    def _draw(self, states: Tensor, x_t: Tensor, sigma: Tensor, index: Tensor, law: ChunkLaw) -> None:
+    def _ask(self, law: ChunkLaw, x_t: Tensor, sigma: Tensor, index: Tensor, out: Tensor) -> None:
         model, sequence = self.model, index // x_t.shape[1]
         rows, conditioning = model.rows(x_t, sigma, index)
         rows = model.head.modulated_rows(rows, conditioning, sequence)
         log_offset, own = log_score_offset(model.graph, sigma)[sequence], x_t.flatten()[index]
         for start in range(0, len(index), self.chunk_rows):
             part = slice(start, start + self.chunk_rows)
-            values = model.head.scores(rows[part], log_offset[part], own[part], model.graph.num_tokens, self.tile)
-            states[part] = law(self._scores(values), part)
+            out[part] = law(self._scores(rows[part], log_offset[part], own[part]), part)
 
-    def _scores(self, values: Tensor) -> Scores:
-        tp_group, shard_columns = self.model.tp_group, self.model.head.linear.weight.shape[0]
+    def _scores(self, rows: Tensor, log_offset: Tensor, own: Tensor) -> Scores:
+        head, num_tokens = self.model.head, self.model.graph.num_tokens
+        tp_group, shard_columns = self.model.tp_group, head.linear.weight.shape[0]
+
+        def log_score_at(tokens: Tensor) -> Tensor:
+            log_score = add_over_shards(head.logits_at(rows, tokens, num_tokens).double(), tp_group) - log_offset
+            return torch.where(tokens == own, 0.0, log_score)
+
+        def log_score_sum() -> Tensor:
+            sums = add_over_shards(head.logit_sums(rows, num_tokens).double(), tp_group) - num_tokens * log_offset
+            own_logits = add_over_shards(head.logits_at(rows, own, num_tokens).double(), tp_group)
+            return sums - torch.where(own < num_tokens, own_logits - log_offset, 0.0)
+
         return Scores(
-            values,
+            head.scores(rows, log_offset, own, num_tokens, self.tile),
             partial(add_over_shards, tp_group=tp_group),
             partial(
                 gather_columns,
                 shard_columns=shard_columns,
-                num_columns=self.model.graph.num_tokens,
+                num_columns=num_tokens,
                 tp_group=tp_group,
             ),
+            log_score_at,
+            log_score_sum,
         )
 
-    def _from_last_stage(self, states: Tensor) -> Tensor:
+    def _from_last_stage(self, given: Tensor) -> Tensor:
         pp_group = self.groups.collection.pp
         if pp_group.size() > 1:
             source = torch.distributed.get_global_rank(pp_group, pp_group.size() - 1)
-            torch.distributed.broadcast(states, source, group=pp_group)
-        return states
+            torch.distributed.broadcast(given, source, group=pp_group)
+        return given

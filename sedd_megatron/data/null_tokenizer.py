@@ -1,0 +1,42 @@
+"""A tokenizer for models that came without one."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from sedd_megatron.errors import UserError
+
+
+class NullTokenizer:
+    """Text is token ids in decimal, with blanks between them; Megatron-LM's name for such a tokenizer."""
+
+    tokenizer_type = "NullTokenizer"
+    eod_id = None
+    unknown_id = None
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens = num_tokens
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of numbers.
+
+        Raises:
+            UserError: naming what is not an id.
+        """
+        for word in text.split():
+            if not (word.isascii() and word.isdigit() and int(word) < self.num_tokens):
+                raise UserError(
+                    f"{word!r} is not a token id from 0 to {self.num_tokens - 1}, which is all that this model knows "
+                    "without its tokenizer; give ids, or put the tokenizer's files beside the model"
+                )
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Numbers with blanks between them."""
+        return " ".join(map(str, ids))
+
+    def save(self, directory: Path) -> None:
+        """Write the description into a new folder."""
+        directory.mkdir(parents=True)
+        description = {"tokenizer_type": self.tokenizer_type, "num_tokens": self.num_tokens}
+        (directory / "description.json").write_text(json.dumps(description) + "\n", encoding="utf-8")

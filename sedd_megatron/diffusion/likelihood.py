@@ -1,0 +1,183 @@
+"""The bound on the negative log-likelihood (arXiv 2310.16834, theorem 3.6), by Monte Carlo, with its standard error.
+
+    -log p(x_0) <= prior + diffusion + reconstruction
+    prior           KL(p_1|0(. | x_0) || law that sampling starts from), in closed form
+    diffusion       integral over t from time_eps to 1 of sigma_rate(t) E[score entropy], by random times and noise
+    reconstruction  -E[log p(x_0 | x_t)] at t = time_eps, by the last step of sampling
+
+The published evaluation has the diffusion term alone, as a mean over [time_eps, 1] and not an integral.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sedd_megatron.diffusion.draws import Stream, philox_uniforms
+from sedd_megatron.diffusion.graph import AbsorbingGraph, UniformGraph
+from sedd_megatron.diffusion.noise_schedule import GeometricSchedule, LogLinearSchedule
+from sedd_megatron.diffusion.score_entropy import ScoreEntropyCoefficients, ScoreSums
+from sedd_megatron.diffusion.score_reader import ScoreFn, Scores
+
+# (graph, scores, sigma [C], x_t [C], x_0 [C]) -> [C]
+Term = Callable[[AbsorbingGraph | UniformGraph, Scores, Tensor, Tensor, Tensor], Tensor]
+
+
+class Bound(NamedTuple):
+    """Terms of the bound of B sequences, in nats; each [B] float64."""
+
+    prior: Tensor
+    diffusion: Tensor
+    reconstruction: Tensor
+    standard_error: Tensor  # of the two random terms together
+
+    @property
+    def total(self) -> Tensor:
+        """[B], the bound itself."""
+        return self.prior + self.diffusion + self.reconstruction
+
+
+def stratified_times(uniform: Tensor, time_eps: float) -> Tensor:
+    """One time in each of K equal parts of [time_eps, 1] from uniform [..., K] float64; [..., K]."""
+    count = uniform.shape[-1]
+    return time_eps + (1 - time_eps) * (torch.arange(count, dtype=torch.float64) + uniform) / count
+
+
+def prior_divergence(graph: AbsorbingGraph | UniformGraph, sigma: Tensor) -> Tensor:
+    """KL of one position's law after noise sigma from the law that sampling starts from; in sigma's shape.
+
+    Under the absorbing graph a token survives with probability exp(-sigma), and a start at the mask alone would give
+    it probability 0. Counted is the start that has a uniform token with that probability, and else the mask: a
+    reverse process from there is as valid, and costs exp(-sigma) log(num_tokens).
+    """
+    survival = torch.exp(-sigma)
+    if graph.mask_token_id is not None:
+        return survival * math.log(graph.num_tokens)
+    moved = -torch.expm1(-sigma) / graph.num_states
+    stayed = survival + moved
+    return stayed * torch.log(stayed * graph.num_states) + (graph.num_states - 1) * moved * torch.log(
+        moved * graph.num_states
+    )
+
+
+def mean_of_strata(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over the last axis of values [..., K], one draw of each of K strata, and its standard error; K even.
+
+    The variance within a stratum is taken from its neighbour: (f_1 - f_2)^2 estimates the sum of both, and also has the
+    difference of their means in it, so that the error is over- and not underestimated (Cochran, Sampling Techniques,
+    section 5A.12: collapsed strata).
+    """
+    count = values.shape[-1]
+    pairs = values.unflatten(-1, (count // 2, 2))
+    return values.mean(-1), (pairs[..., 0] - pairs[..., 1]).square().sum(-1).sqrt() / count
+
+
+def score_entropy_of(
+    graph: AbsorbingGraph | UniformGraph, scores: Scores, sigma: Tensor, x_t: Tensor, x_0: Tensor
+) -> Tensor:
+    """Score entropy of positions [C] from their scores; sigma [C] float64, x_t and x_0 [C] int64; [C] float64."""
+    uses_log_sum = graph.mask_token_id is None
+    sums = ScoreSums(
+        exp_sum=scores.sum_of(scores.values),
+        log_sum=scores.log_score_sum() if uses_log_sum else torch.zeros_like(sigma),
+        target=scores.log_score_at(x_0),
+    )
+    # Each position as a sequence of one.
+    coefficients = ScoreEntropyCoefficients(*(c[:, 0] for c in graph.coefficients(sigma, x_t[:, None], x_0[:, None])))
+    return coefficients.apply(sums)
+
+
+def reconstruction_of(
+    graph: AbsorbingGraph | UniformGraph, scores: Scores, sigma: Tensor, x_t: Tensor, x_0: Tensor
+) -> Tensor:
+    """-log p(x_0 | x_t) of positions [C] when all noise goes in one step; arguments as for score_entropy_of.
+
+    Under the absorbing graph a mask becomes y in proportion to score_y. Under the uniform graph x_t stays with weight
+    1 and becomes y with weight expm1(sigma) / N score_y, which for little noise is the analytic step without its cut
+    at 0: any law will do for a bound, and this one is nowhere 0.
+    """
+    log_score = scores.log_score_at(x_0)
+    total = scores.sum_of(scores.values)
+    if graph.mask_token_id is not None:
+        return torch.log(total) - log_score
+    rate = torch.expm1(sigma) / graph.num_states
+    return torch.log1p(rate * total) - torch.where(x_t == x_0, 0.0, torch.log(rate) + log_score)
+
+
+# What is drawn with which random numbers.
+TERMS: dict[Stream, Term] = {
+    Stream.EVALUATION_NOISE: score_entropy_of,
+    Stream.EVALUATION_LAST: reconstruction_of,
+}
+
+
+@dataclass(frozen=True)
+class BoundEstimator:
+    """What the Monte Carlo estimate of the bound depends on, beside the sequences."""
+
+    score_fn: ScoreFn
+    graph: AbsorbingGraph | UniformGraph
+    schedule: LogLinearSchedule | GeometricSchedule
+    seed: int
+    time_eps: float
+    num_times: int  # even
+    batch_size: int  # of corrupted sequences that go through the network at once; does not change the draws
+
+    @torch.no_grad()
+    def __call__(self, x_0: Tensor, given: Tensor, numbers: Sequence[int], first_time: int = 0) -> Bound:
+        """The bound of sequences x_0 [B, S] int64, or of their positions that are not `given` [B, S] bool.
+
+        Given positions are never corrupted: under the absorbing graph this bounds the conditional likelihood of the
+        others. Draws depend on (seed, number of the sequence, number of the time) alone: `first_time` numbers them on,
+        for further draws of the same sequences.
+        """
+        uniform = philox_uniforms(self.seed, Stream.EVALUATION_TIME, numbers, self.num_times, first_time)
+        noise = self.schedule(stratified_times(uniform, self.time_eps))
+        weight = (1 - self.time_eps) * noise.sigma_rate
+        diffusion = weight * self._draws(x_0, given, numbers, first_time, noise.sigma, Stream.EVALUATION_NOISE)
+        # Hardly noise and a small term: an eighth of the draws leaves its error below that of the other.
+        least = self.schedule(torch.full((len(x_0), max(self.num_times // 8, 2)), self.time_eps, dtype=torch.float64))
+        reconstruction = self._draws(x_0, given, numbers, first_time, least.sigma, Stream.EVALUATION_LAST)
+        most = self.schedule(torch.ones((), dtype=torch.float64))
+        prior = prior_divergence(self.graph, most.sigma) * (~given).sum(1).cpu()
+        mean, error = mean_of_strata(diffusion)
+        variance = error**2 + reconstruction.var(1) / reconstruction.shape[1]
+        return Bound(prior, mean, reconstruction.mean(1), variance.sqrt())
+
+    def _draws(
+        self, x_0: Tensor, given: Tensor, numbers: Sequence[int], first_time: int, sigma: Tensor, stream: Stream
+    ) -> Tensor:
+        """One draw of the stream's term, summed over positions, for each of sigma [B, K]; [B, K] float64."""
+        pairs = [(row, k) for row in range(len(x_0)) for k in range(sigma.shape[1])]
+        values = torch.empty_like(sigma)
+        for start in range(0, len(pairs), self.batch_size):
+            rows, k = map(list, zip(*pairs[start : start + self.batch_size], strict=True))
+            keys = [numbers[row] for row in rows], [first_time + one for one in k]
+            values[rows, k] = self._sum_over_positions(x_0[rows], given[rows], *keys, sigma[rows, k], stream)
+        return values
+
+    def _sum_over_positions(
+        self, x_0: Tensor, given: Tensor, numbers: list[int], steps: list[int], sigma: Tensor, stream: Stream
+    ) -> Tensor:
+        """The stream's term summed over the positions that count, of x_0 [B, S] after noise sigma [B]; [B] float64."""
+        (batch, length), device = x_0.shape, x_0.device
+        uniforms = philox_uniforms(self.seed, stream, numbers, 2 * length, steps).view(batch, 2, length)
+        x_t = torch.where(given.cpu(), x_0.cpu(), self.graph.corrupt_tokens(x_0.cpu(), sigma, uniforms)).to(device)
+        counts = self.graph.can_change(x_t) & ~given
+        active = counts.any(1).nonzero()[:, 0]
+        total = torch.zeros(batch, dtype=torch.float64)
+        if len(active) == 0:
+            return total
+        x_t, x_0, sigma = x_t[active], x_0[active], sigma[active.cpu()].to(device)
+        index = counts[active].flatten().nonzero()[:, 0]
+        sequence, own, clean = index // length, x_t.flatten()[index], x_0.flatten()[index]
+
+        def law(scores: Scores, part: slice) -> Tensor:
+            return TERMS[stream](self.graph, scores, sigma[sequence[part]], own[part], clean[part])
+
+        values = self.score_fn(x_t, sigma.float(), index, law, torch.float64)
+        total[active.cpu()] = torch.zeros_like(sigma).index_add(0, sequence, values).cpu()
+        return total

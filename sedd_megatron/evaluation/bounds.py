@@ -1,0 +1,94 @@
+"""The bound of every unit of a corpus, and what it says of the corpus."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sedd_megatron.diffusion.likelihood import Bound, BoundEstimator
+from sedd_megatron.evaluation.intervals import Interval, monte_carlo_interval, ratio_interval
+from sedd_megatron.evaluation.windows import Window, batches_of_windows
+
+
+@dataclass(frozen=True)
+class UnitBound:
+    """The bound on -log p of one document, or of one window of the concatenation, in nats."""
+
+    unit: int
+    num_tokens: int
+    prior: float
+    diffusion: float
+    reconstruction: float
+    standard_error: float  # of Monte Carlo
+
+    @property
+    def bound(self) -> float:
+        """The three terms together."""
+        return self.prior + self.diffusion + self.reconstruction
+
+    def record(self) -> dict[str, Any]:
+        """As written to --output."""
+        names = ("unit", "num_tokens", "bound", "prior", "diffusion", "reconstruction", "standard_error")
+        return {name: getattr(self, name) for name in names}
+
+
+def bound_windows(
+    estimator: BoundEstimator,
+    windows: Sequence[Window],
+    device: torch.device,
+    first_time: int = 0,
+    on_batch: Callable[[int], None] | None = None,
+) -> dict[int, Bound]:
+    """The bound of each window by its number, as tensors of one element; on_batch gets how many are done."""
+    found: dict[int, Bound] = {}
+    for batch in batches_of_windows(windows, max(estimator.batch_size, 1)):
+        x_0 = torch.tensor([window.tokens for window in batch], device=device)
+        position = torch.arange(x_0.shape[1], device=device)
+        given = position < torch.tensor([[window.num_given] for window in batch], device=device)
+        bound = estimator(x_0, given, [window.number for window in batch], first_time)
+        for row, window in enumerate(batch):
+            found[window.number] = Bound(*(field[row] for field in bound))
+        if on_batch is not None:
+            on_batch(len(batch))
+    return found
+
+
+def mean_of_rounds(rounds: Sequence[dict[int, Bound]]) -> dict[int, Bound]:
+    """Independent estimates of the same windows, averaged."""
+    count = len(rounds)
+    return {
+        number: Bound(
+            *(sum(one[number][field] for one in rounds) / count for field in range(3)),
+            sum(one[number].standard_error ** 2 for one in rounds).sqrt() / count,
+        )
+        for number in rounds[0]
+    }
+
+
+def unit_bounds(windows: Sequence[Window], bounds: dict[int, Bound]) -> list[UnitBound]:
+    """Windows added up to units, in their order: sums in a fixed order are the same in every layout."""
+    by_unit: dict[int, list[Window]] = {}
+    for window in windows:
+        by_unit.setdefault(window.unit, []).append(window)
+    found = []
+    for unit, parts in by_unit.items():
+        terms = [bounds[window.number] for window in parts]
+        sums = [math.fsum(float(term[field]) for term in terms) for field in range(3)]
+        error = math.sqrt(math.fsum(float(term.standard_error) ** 2 for term in terms))
+        found.append(UnitBound(unit, sum(window.num_counted for window in parts), *sums, error))
+    return found
+
+
+def corpus_interval(units: Sequence[UnitBound]) -> Interval:
+    """Nats per token of the corpus that the units were drawn from, with its 95 % interval."""
+    return ratio_interval([unit.bound for unit in units], [unit.num_tokens for unit in units])
+
+
+def sample_interval(units: Sequence[UnitBound]) -> Interval:
+    """Nats per token of these units alone: Monte Carlo error and no other."""
+    total = math.fsum(unit.bound for unit in units)
+    return monte_carlo_interval(
+        total, [unit.standard_error**2 for unit in units], sum(unit.num_tokens for unit in units)
+    )

@@ -1,0 +1,82 @@
+"""From documents to the windows of at most the trained length whose likelihood is bounded."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from sedd_megatron.data.tokenizers import Tokenizer
+from sedd_megatron.errors import UserError
+
+WINDOWINGS = ("concatenate", "strided", "separate")
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens of one unit, a document or a piece of the concatenation; how many of the first are given as context."""
+
+    number: int  # of the window: the key of its draws
+    unit: int
+    tokens: tuple[int, ...]
+    num_given: int = 0
+
+    @property
+    def num_counted(self) -> int:
+        """Tokens whose likelihood counts."""
+        return len(self.tokens) - self.num_given
+
+
+def windows_of(
+    documents: Sequence[str], tokenizer: Tokenizer, seq_length: int, windowing: str, may_give: bool
+) -> list[Window]:
+    """All windows, numbered in order.
+
+    concatenate, as published: all documents in a row, each ended by the tokenizer's end of document where it has one,
+    in windows without overlap, which are the units. strided: each document by itself, a unit; where it is longer than a
+    window, each next one moves by half and has its first half given. separate: as strided, without overlap.
+
+    Args:
+        may_give: whether the model's graph can be given tokens (the absorbing graph).
+
+    Raises:
+        UserError: no tokens at all, or strided windows that the graph does not allow.
+    """
+    encoded = [tokenizer.encode(document) for document in documents]
+    if windowing == "concatenate":
+        end = [] if tokenizer.eod_id is None else [tokenizer.eod_id]
+        joined = [token for ids in encoded for token in [*ids, *end]]
+        pieces = [(unit, piece, 0) for unit, piece in enumerate(_cut(joined, seq_length))]
+    elif windowing == "separate":
+        pieces = [(unit, piece, 0) for unit, ids in enumerate(encoded) for piece in _cut(ids, seq_length)]
+    else:
+        if not may_give:
+            raise UserError(
+                "--windowing strided: the uniform graph has no exact likelihood given a context; choose separate or "
+                "concatenate"
+            )
+        pieces = [(unit, *piece) for unit, ids in enumerate(encoded) for piece in _strided(ids, seq_length)]
+    if not pieces:
+        raise UserError("there is no token to evaluate; give documents with text")
+    return [Window(n, unit, tuple(tokens), given) for n, (unit, tokens, given) in enumerate(pieces)]
+
+
+def batches_of_windows(windows: Sequence[Window], size: int) -> Iterator[list[Window]]:
+    """Windows of one length together, at most `size` at a time."""
+    by_length: dict[int, list[Window]] = {}
+    for window in windows:
+        by_length.setdefault(len(window.tokens), []).append(window)
+    for same in by_length.values():
+        for start in range(0, len(same), size):
+            yield same[start : start + size]
+
+
+def _cut(tokens: Sequence[int], length: int) -> Iterator[Sequence[int]]:
+    return (tokens[start : start + length] for start in range(0, len(tokens), length))
+
+
+def _strided(tokens: Sequence[int], length: int) -> Iterator[tuple[Sequence[int], int]]:
+    """Windows and how many of their first tokens an earlier one has counted."""
+    counted = 0
+    while counted < len(tokens):
+        start = 0 if counted == 0 else min(counted - length // 2, len(tokens) - length)
+        end = min(start + length, len(tokens))
+        yield tokens[start:end], counted - start
+        counted = end

@@ -1,0 +1,161 @@
+"""What lies in a folder: a checkpoint of ours or a published model; its description before its weights."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sedd_megatron.arguments import check_model_layout
+from sedd_megatron.config import (
+    DiffusionOptions,
+    ModelOptions,
+    ParallelOptions,
+    PrecisionOptions,
+    RecomputeOptions,
+    model_options_from_dict,
+)
+from sedd_megatron.data.null_tokenizer import NullTokenizer
+from sedd_megatron.data.tokenizers import (
+    DESCRIPTION,
+    GPT2BPETokenizer,
+    HuggingFaceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
+from sedd_megatron.diffusion import AbsorbingGraph, UniformGraph
+from sedd_megatron.diffusion.graph import make_graph
+from sedd_megatron.errors import UserError
+from sedd_megatron.parallel import cpu_backend
+from sedd_megatron.parallel.groups import ParallelGroups, choose_device
+from sedd_megatron.pretrained import PretrainedModel
+
+if TYPE_CHECKING:
+    from sedd_megatron.model.sedd_model import SEDDModel
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A model whose description has been read, and none of its weights."""
+
+    path: Path
+    model_options: ModelOptions
+    diffusion: DiffusionOptions
+    num_tokens: int
+    tokenizer: Tokenizer
+    # Checks the files of weights, on every rank at once; what it returns fills this rank's part of a network.
+    open_weights: Callable[[], Callable[["SEDDModel"], None]]
+
+    @property
+    def graph(self) -> AbsorbingGraph | UniformGraph:
+        """Its noising graph."""
+        return make_graph(self.diffusion.graph, self.num_tokens)
+
+    def load(
+        self, parallel: ParallelOptions, precision: PrecisionOptions, make_groups: Callable[[], ParallelGroups]
+    ) -> PretrainedModel:
+        """This rank's part of the weights in the layout of `parallel`; groups are made once the layout fits.
+
+        Raises:
+            UserError: the layout does not fit the model, or a file is damaged.
+        """
+        from sedd_megatron.training.build import build_model, build_schedule
+
+        check_model_layout(self.model_options, parallel)
+        groups = make_groups()
+        fill = self.open_weights()
+        graph = self.graph
+        (network,) = build_model(self.model_options, parallel, precision, RecomputeOptions(), graph, groups)
+        fill(network)
+        network.eval()
+        return PretrainedModel(
+            network, graph, build_schedule(self.diffusion), self.tokenizer, self.model_options.seq_length, groups
+        )
+
+
+def find_saved_model(directory: str | Path, device: str = "auto") -> SavedModel:
+    """Read what a folder says of the model in it; a hub name is fetched first.
+
+    Raises:
+        UserError: no model there, or a damaged one.
+    """
+    if choose_device(device).type == "cpu":
+        cpu_backend.install()
+    from sedd_megatron.training.published_format import is_published_folder
+
+    path = Path(directory)
+    if not path.exists() and HUB_NAME.fullmatch(str(directory)):
+        path = _fetched(str(directory))
+    return _published_model(path) if is_published_folder(path) else _checkpoint(path)
+
+
+def _checkpoint(path: Path) -> SavedModel:
+    from sedd_megatron.training.checkpoint import latest_checkpoint, load_saved_tokenizer
+    from sedd_megatron.training.checkpoint_format import read_manifest
+
+    checkpoint = latest_checkpoint(path)
+    body = read_manifest(checkpoint)
+    model_options, diffusion = model_options_from_dict(body["state"]["options"], str(checkpoint))
+    tokenizer = load_saved_tokenizer(checkpoint, body)
+    open_weights = partial(_open_averages, checkpoint, body)
+    return SavedModel(checkpoint, model_options, diffusion, body["state"]["num_tokens"], tokenizer, open_weights)
+
+
+def _open_averages(checkpoint: Path, body: dict[str, Any]) -> Callable[["SEDDModel"], None]:
+    from sedd_megatron.training.checkpoint_format import Shard, read_shards, verify_files
+    from sedd_megatron.training.ema import KEY_PREFIX
+
+    verify_files(checkpoint, body)
+
+    def fill(network: "SEDDModel") -> None:
+        # One call: it opens each shard file once, not once per parameter.
+        averages = [Shard.of(sharded, KEY_PREFIX + sharded.key) for sharded in network.sharded_tensors().values()]
+        read_shards(checkpoint, body, averages)
+
+    return fill
+
+
+def _published_model(path: Path) -> SavedModel:
+    from sedd_megatron.training.published_format import read_published_folder
+
+    folder = read_published_folder(path)
+    tokenizer = _tokenizer_beside(path, folder.num_tokens)
+    return SavedModel(path, folder.model_options, folder.diffusion, folder.num_tokens, tokenizer, folder.open_weights)
+
+
+def _tokenizer_beside(path: Path, num_tokens: int) -> Tokenizer:
+    """The tokenizer whose files lie in a published folder; without any, text is token ids."""
+    vocabulary, merges = path / "vocab.json", path / "merges.txt"
+    if (path / "tokenizer" / DESCRIPTION).is_file():
+        tokenizer: Tokenizer = load_tokenizer(path / "tokenizer")
+    elif (path / "tokenizer.json").is_file():
+        tokenizer = HuggingFaceTokenizer.from_name(str(path))
+    elif vocabulary.is_file() and merges.is_file():
+        tokenizer = GPT2BPETokenizer(vocabulary, merges)
+    else:
+        tokenizer = NullTokenizer(num_tokens)
+    if tokenizer.num_tokens != num_tokens:
+        raise UserError(
+            f"{path}: its tokenizer has {tokenizer.num_tokens} tokens and its model {num_tokens}; put the model's own "
+            "tokenizer there, or none"
+        )
+    return tokenizer
+
+
+def _fetched(name: str) -> Path:
+    from sedd_megatron.training.published_format import HUB_FILES
+
+    try:
+        # Imported here: with its HTTP client it takes longer than all the rest.
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:  # the library raises its own, its client's and the system's
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--load {name}: no such folder, and it cannot be fetched from a hub ({reason}); download it and name its "
+            "folder"
+        ) from error
