@@ -27,8 +27,17 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
-        "data": ["datasets>=3"],
+        "data": ["datasets>=4"],  # from 4 on it runs no code of a dataset
         "log": ["tensorboard"],
-        "test": ["pillow", "pytest>=8", "ruff>=0.6", "tensorboard"],
+        "quality": ["transformers>=4.56", "mauve-text>=0.4"],
+        "test": [
+            "datasets>=4",
+            "mauve-text>=0.4",
+            "pillow",
+            "pytest>=8",
+            "ruff>=0.6",
+            "tensorboard",
+            "transformers>=4.56",
+        ],
     },
 )

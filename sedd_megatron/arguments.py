@@ -3,16 +3,19 @@
 import math
 import os
 from collections.abc import Sequence
+from fractions import Fraction
 
 from sedd_megatron.config import (
     GROUPS,
     ConfigFile,
+    DataOptions,
     DiffusionOptions,
     ModelOptions,
     ParallelOptions,
     PrecisionOptions,
     PretrainOptions,
     RecomputeOptions,
+    WeightedCorpus,
 )
 from sedd_megatron.errors import UserError
 from sedd_megatron.options import flag_of, parse_options
@@ -47,6 +50,7 @@ def check_options(options: PretrainOptions, world_size: int) -> None:
     check_recompute(options.recompute, options.precision)
     check_precision(options.precision, options.parallel)
     check_fp8_sizes(options)
+    weighted_corpora(options.data)
     data_parallel_size = data_parallel_size_of(options.parallel, world_size)
     training = options.training
     per_step = training.micro_batch_size * data_parallel_size
@@ -205,6 +209,30 @@ def check_precision(precision: PrecisionOptions, parallel: ParallelOptions) -> N
     for name, value in (("--transformer-impl", precision.transformer_impl == "transformer_engine"),
                         ("--fp8-format", precision.fp8_format is not None)):  # fmt: skip
         _require(not value or parallel.device != "cpu", f"{name} runs on GPUs, and --device is cpu; change one of them")
+
+
+def weighted_corpora(data: DataOptions) -> list[WeightedCorpus]:
+    """What --data-path names: one prefix, or weights and prefixes in turn.
+
+    Raises:
+        UserError: an odd number of values, or a weight that is not a number above 0.
+    """
+    values, example = data.data_path, "a blend is weights and prefixes in turn, as 0.7 data/a 0.3 data/b"
+    if len(values) == 1:
+        return [WeightedCorpus(Fraction(1), values[0])]
+    _require(
+        len(values) % 2 == 0,
+        f"--data-path {' '.join(values)}: is {len(values)} values, must be one or an even number; {example}",
+    )
+    corpora = []
+    for text, prefix in zip(values[::2], values[1::2], strict=True):
+        try:
+            weight = Fraction(text)
+        except (ValueError, ZeroDivisionError):
+            weight = Fraction(0)
+        _require(weight > 0, f"--data-path {text} {prefix}: the weight {text} must be a number above 0; {example}")
+        corpora.append(WeightedCorpus(weight, prefix))
+    return corpora
 
 
 def check_fp8_sizes(options: PretrainOptions) -> None:

@@ -6,7 +6,8 @@ Flags that Megatron-LM has keep Megatron-LM's spelling. Values default to the pu
 
 import dataclasses
 from dataclasses import MISSING, dataclass
-from typing import Any
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 from sedd_megatron.options import check_values, option
 
@@ -156,12 +157,23 @@ class TrainingOptions:
     seed: int = option(1234, "seed of initialisation, sample order, noise and dropout")
 
 
+class WeightedCorpus(NamedTuple):
+    """A prefix of --data-path and its weight in the blend."""
+
+    weight: Fraction
+    prefix: str
+
+
 @dataclass(frozen=True)
 class DataOptions:
     """Data"""
 
-    data_path: str = option(MISSING, "prefix of a .bin/.idx pair, as printed by sedd_megatron.prepare_data")
-    split: str = option("969,30,1", "weights of training, validation and test windows")
+    data_path: tuple[str, ...] = option(
+        MISSING,
+        "prefix of a .bin/.idx pair, as printed by sedd_megatron.prepare_data; or a blend of several, weights and "
+        "prefixes in turn: 0.7 data/a 0.3 data/b",
+    )
+    split: str = option("969,30,1", "weights of training, validation and test windows, for each corpus of a blend")
     num_workers: int = option(0, "loader processes per rank")
     tokenizer_type: str | None = option(None, "only for data that has no tokenizer beside it: as for prepare_data")
     tokenizer_model: str | None = option(None, "its model file or folder")

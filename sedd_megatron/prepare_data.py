@@ -1,17 +1,26 @@
-"""python -m sedd_megatron.prepare_data: text, JSONL or a folder -> Megatron's .bin/.idx pair, ready for --data-path."""
+"""python -m sedd_megatron.prepare_data: text, JSONL, folders or datasets -> Megatron's .bin/.idx, for --data-path."""
 
+import hashlib
+import json
 import sys
-import time
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
-from sedd_megatron.data.corpus import ProgressLine, corpus_path, documents, input_files, write_corpus
+from sedd_megatron.data.corpus import append_texts, corpus_path, publish_corpus
+from sedd_megatron.data.documents import TEXT8_CHARACTERS, DocumentSource, FileSource, Text8Source, input_files
+from sedd_megatron.data.encoding import token_dtype
+from sedd_megatron.data.hub_datasets import PRESETS, open_dataset
+from sedd_megatron.data.parts import PartialCorpus, kept_tokenizer, parts_folder
+from sedd_megatron.data.progress import Progress
 from sedd_megatron.data.tokenizers import (
+    DESCRIPTION,
     TOKENIZER_TYPES,
     CharTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
     build_tokenizer,
+    load_tokenizer,
 )
 from sedd_megatron.errors import UserError, run_command
 from sedd_megatron.options import option, parse_options
@@ -21,16 +30,28 @@ from sedd_megatron.options import option, parse_options
 class PrepareOptions:
     """Preparation"""
 
-    input: tuple[str, ...] = option(MISSING, "text files, .jsonl files, or folders of them")
     output_prefix: str = option(MISSING, "writes PREFIX_text_document.bin and .idx")
-    tokenizer_type: str = option(MISSING, "how text becomes tokens", choices=TOKENIZER_TYPES)
-    tokenizer_model: str | None = option(None, "SentencePiece .model file, tokenizer folder or hub name")
+    tokenizer_type: str | None = option(None, "how text becomes tokens; required", choices=TOKENIZER_TYPES)
+    input: tuple[str, ...] | None = option(None, "text files, .jsonl files, or folders of them")
+    dataset: str | None = option(None, "instead of --input: a dataset of the hub, a folder of one, or a preset's name")
+    preset: str | None = option(None, "known data; text8 may come from --input", choices=tuple(PRESETS))
+    dataset_config: str | None = option(None, "the dataset's configuration")
+    dataset_split: str | None = option(None, "the dataset's split; train if not given")
+    streaming: bool = option(False, "read the dataset while it is downloaded, and keep no copy")
+    json_keys: tuple[str, ...] = option(
+        ("text",), "keys of .jsonl lines, columns of a dataset; each becomes a corpus of its own"
+    )
+    tokenizer_model: str | None = option(
+        None, "SentencePiece .model file, tokenizer folder or hub name, or the ..._tokenizer folder of a corpus"
+    )
     vocab_file: str | None = option(None, "GPT-2's vocabulary (encoder.json)")
     merge_file: str | None = option(None, "GPT-2's merges (vocab.bpe)")
     train_tokenizer: bool = option(False, "train the SentencePiece model on the input")
     vocab_size: int = option(8192, "its number of tokens")
-    json_keys: tuple[str, ...] = option(("text",), "keys of the .jsonl lines; each becomes a corpus of its own")
     append_eod: bool = option(False, "end each document with the tokenizer's end-of-document token")
+    workers: int = option(1, "processes that tokenize; the files are the same for any number")
+    resume: bool = option(True, "go on from the last finished part of the same command if it was broken off")
+    part_megabytes: int = option(64, "text of a part: what a broken preparation loses at most")
 
 
 def main() -> None:
@@ -42,57 +63,149 @@ def main() -> None:
         prepare(options)
     except OSError as error:
         where = error.filename or f"--output-prefix {options.output_prefix}"
-        raise UserError(f"{where}: {error.strerror}; give another path, or room and permission there") from error
+        raise UserError(
+            f"{where}: {error.strerror or error}; give another path, or room and permission there: the same command "
+            "goes on from its last finished part"
+        ) from error
 
 
 def prepare(options: PrepareOptions) -> None:
-    """Write one corpus per JSON key and print what it holds.
+    """Write one corpus per key and print what it holds.
 
     Raises:
         UserError: input that is missing, damaged or does not fit the flags.
         OSError: a file or folder that cannot be read or written.
     """
-    files = input_files(options.input)
-    plain = [path for path in files if path.suffix != ".jsonl"]
-    keys = " ".join(options.json_keys)
-    if plain and keys != "text":
-        raise UserError(f"--json-keys {keys}: {plain[0]} has no keys; leave the flag out, or give .jsonl files alone")
-    tokenizer = make_tokenizer(options, files)
-    if options.append_eod and tokenizer.eod_id is None:
-        raise UserError(f"--append-eod: {options.tokenizer_type} has no end-of-document token; leave the flag out")
+    options, source = check_and_open(options)
     prefix = Path(options.output_prefix)
-    for key in options.json_keys:
-        start = time.monotonic()
-        stats = write_corpus(
-            documents(files, key),
+    with parts_folder(prefix.parent / f".{prefix.name}.parts", digest_of(options, source), options.resume) as folder:
+        tokenizer = kept_tokenizer(folder, lambda: make_tokenizer(options, source))
+        if options.append_eod and tokenizer.eod_id is None:
+            raise UserError(f"--append-eod: {options.tokenizer_type} has no end-of-document token; leave the flag out")
+        rates = [write_parts(options, source, tokenizer, folder, key) for key in options.json_keys]
+        for key, rate in zip(options.json_keys, rates, strict=True):
+            final = corpus_path(prefix, key)
+            stats = publish_corpus(folder / final.name, tokenizer, final)
+            print(
+                f"{stats.num_documents:,} documents, {stats.num_tokens:,} tokens of {tokenizer.num_tokens:,}, "
+                f"unigram entropy {stats.unigram_entropy_nats:.3f} nats per token, {rate}\n--data-path {final}"
+                + (" --split 90,5,5" if options.preset == "text8" else "")
+            )
+
+
+def write_parts(options: PrepareOptions, source: DocumentSource, tokenizer: Tokenizer, folder: Path, key: str) -> str:
+    """Tokenize what the finished parts of a key do not have yet; returns the rates."""
+    partial = folder / corpus_path(Path(options.output_prefix), key).name
+    begin = PartialCorpus.finished_extent(partial, token_dtype(tokenizer.num_tokens))
+    if begin.num_texts:
+        print(f"going on after {begin.num_documents:,} documents of an earlier run (--no-resume starts anew)")
+    progress = Progress(source, begin)
+    try:
+        end = append_texts(
+            source.texts(key, begin.num_texts),
             tokenizer,
-            prefix,
+            partial,
             append_eod=options.append_eod,
-            key=key,
-            on_progress=ProgressLine(),
+            workers=options.workers,
+            tokenizer_folder=folder / "tokenizer",
+            part_bytes=options.part_megabytes * 1_000_000,
+            on_progress=progress,
         )
-        seconds = time.monotonic() - start
-        megabytes = sum(path.stat().st_size for path in files) / 1e6
-        print(
-            f"{stats.num_documents:,} documents, {stats.num_tokens:,} tokens of {tokenizer.num_tokens:,}, "
-            f"unigram entropy {stats.unigram_entropy_nats:.3f} nats per token, {megabytes / seconds:.1f} MB/s\n"
-            f"--data-path {corpus_path(prefix, key)}"
-        )
+    finally:
+        progress.close()
+    return progress.rates(end)
 
 
-def make_tokenizer(options: PrepareOptions, files: list[Path]) -> Tokenizer:
-    """The tokenizer that the flags ask for, learnt from the files where it has to be."""
-    if options.train_tokenizer and options.tokenizer_type != SentencePieceTokenizer.tokenizer_type:
-        raise UserError(
-            f"--train-tokenizer: {options.tokenizer_type} is not trained; use it with SentencePieceTokenizer, "
-            "or leave it out"
-        )
-    texts = (text for key in options.json_keys for text in documents(files, key))
+def check_and_open(options: PrepareOptions) -> tuple[PrepareOptions, DocumentSource]:
+    """The options with what a preset means filled in, and where their texts come from.
+
+    Raises:
+        UserError: flags that do not belong together, or a source that is not there.
+    """
+    if options.dataset in PRESETS and not Path(options.dataset).exists():
+        options = replace(options, preset=options.preset or options.dataset, dataset=None)
+    is_text8 = options.preset == "text8"
+    if is_text8 and options.tokenizer_type is None:
+        options = replace(options, tokenizer_type=CharTokenizer.tokenizer_type)
+    _check_flags(options, is_text8)
+    if options.input is not None:
+        files = input_files(options.input)
+        plain = [path for path in files if path.suffix != ".jsonl"]
+        keys = " ".join(options.json_keys)
+        if plain and keys != "text":
+            raise UserError(
+                f"--json-keys {keys}: {plain[0]} has no keys; leave the flag out, or give .jsonl files alone"
+            )
+        source: DocumentSource = FileSource(files)
+    else:
+        preset = PRESETS.get(options.preset or "")
+        name = options.dataset or preset.name
+        config = options.dataset_config or (preset.config if preset and not options.dataset else None)
+        split = options.dataset_split or (preset.split if preset else "train")
+        source = open_dataset(name, config, split, options.streaming)
+    return options, Text8Source(source) if is_text8 else source
+
+
+def _check_flags(options: PrepareOptions, is_text8: bool) -> None:
+    given = [flag for flag, value in (("--input", options.input), ("--dataset", options.dataset)) if value is not None]
+    rules = [
+        (len(given) < 2, "--input and --dataset: give one of them"),
+        (given or options.preset, "missing --input, --dataset or --preset: one is required; --help explains"),
+        (not given or options.preset in (None, "text8"),
+         f"--preset {options.preset}: comes from the hub; leave {' '.join(given)} out"),
+        (options.input is None or not (options.dataset_config or options.dataset_split or options.streaming),
+         "--dataset-config, --dataset-split and --streaming belong to --dataset; leave them or --input out"),
+        (options.tokenizer_type is not None, "missing --tokenizer-type: required; --help explains"),
+        (not is_text8 or options.tokenizer_type == CharTokenizer.tokenizer_type,
+         f"--tokenizer-type {options.tokenizer_type}: text8 is a corpus of 27 characters; leave the flag out"),
+        (not is_text8 or options.json_keys == ("text",), "--json-keys: text8 has one text; leave the flag out"),
+        (len(set(options.json_keys)) == len(options.json_keys),
+         f"--json-keys {' '.join(options.json_keys)}: names a key twice; name each once"),
+        (options.workers >= 1, f"--workers {options.workers} must be at least 1"),
+        (options.part_megabytes >= 1, f"--part-megabytes {options.part_megabytes} must be at least 1"),
+        (not options.train_tokenizer or options.tokenizer_type == SentencePieceTokenizer.tokenizer_type,
+         f"--train-tokenizer: {options.tokenizer_type} is not trained; use it with SentencePieceTokenizer, or leave "
+         "it out"),
+    ]  # fmt: skip
+    for holds, message in rules:
+        if not holds:
+            raise UserError(message)
+
+
+def make_tokenizer(options: PrepareOptions, source: DocumentSource) -> Tokenizer:
+    """The tokenizer that the flags ask for, learnt from the texts where it has to be."""
+    model = options.tokenizer_model
+    if options.preset == "text8":
+        return CharTokenizer(TEXT8_CHARACTERS)
+    if model is not None and (Path(model) / DESCRIPTION).is_file():
+        tokenizer = load_tokenizer(Path(model))
+        if tokenizer.tokenizer_type != options.tokenizer_type:
+            raise UserError(
+                f"--tokenizer-type {options.tokenizer_type}: {model} holds a {tokenizer.tokenizer_type}; name that one"
+            )
+        return tokenizer
+    texts = (text for key in options.json_keys for text in source.texts(key))
     if options.train_tokenizer:
         return SentencePieceTokenizer.train(texts, options.vocab_size)
     if options.tokenizer_type == CharTokenizer.tokenizer_type:
         return CharTokenizer.from_texts(texts)
-    return build_tokenizer(options.tokenizer_type, options.tokenizer_model, options.vocab_file, options.merge_file)
+    return build_tokenizer(options.tokenizer_type, model, options.vocab_file, options.merge_file)
+
+
+def digest_of(options: PrepareOptions, source: DocumentSource) -> str:
+    """Of all that decides the bytes: parts of one digest may be joined, and no others."""
+    files = {}
+    for name in filter(None, (options.tokenizer_model, options.vocab_file, options.merge_file)):
+        paths = sorted(Path(name).iterdir()) if Path(name).is_dir() else [Path(name)]
+        files[name] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()]
+    decisive = {
+        "source": source.identity(),
+        "options": [options.json_keys, options.tokenizer_type, options.preset, options.train_tokenizer,
+                    options.vocab_size, options.append_eod],
+        "tokenizer files": files,
+        "libraries": [version("sentencepiece"), version("tokenizers")],
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -1,23 +1,21 @@
 """From documents to Megatron's indexed token files, and back to their bare numbers."""
 
-import codecs
 import json
 import os
+import shutil
 import struct
-import sys
 import tempfile
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from sedd_megatron.data.encoding import encoded_chunks, token_dtype
+from sedd_megatron.data.parts import Extent, PartialCorpus
 from sedd_megatron.data.tokenizers import Tokenizer, replace_folder
 from sedd_megatron.errors import UserError
 
-TEXT_SUFFIXES = (".txt", ".text", ".md", ".py", ".jsonl")
 # Megatron's .idx file: magic, version 1, dtype code, number of sequences, number of documents + 1 (indexed_dataset.py).
 INDEX_HEADER = struct.Struct("<9sQBQQ")
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
@@ -34,101 +32,83 @@ class CorpusStats:
     tokenizer_type: str
 
 
-def input_files(inputs: Sequence[str]) -> list[Path]:
-    """The files that --input names; a folder stands for the text files in it, in the order of their names.
-
-    Files of a folder that are not UTF-8 are left out, with one warning on stderr; the check reads each file once.
-
-    Raises:
-        UserError: a path that is not there, or a folder without text files.
-    """
-    files = []
-    for name in inputs:
-        path = Path(name)
-        if path.is_dir():
-            files += _folder_files(path)
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise UserError(f"--input {name}: no such file or folder; check the path")
-    return files
-
-
-def documents(files: Iterable[Path], json_key: str = "text") -> Iterator[str]:
-    """The texts: a .jsonl file gives one per line (the value at `json_key`), any other file is one.
-
-    Raises:
-        UserError: naming the file and line that is not UTF-8, not JSON or lacks the key.
-    """
-    for path in files:
-        if path.suffix == ".jsonl":
-            with path.open("rb") as lines:
-                for number, line in enumerate(lines, start=1):
-                    if line.strip():
-                        yield _json_text(line, json_key, f"--input {path} line {number}")
-        else:
-            # Line ends as they are: text that is read back must be the text that was written.
-            yield _utf8(path.read_bytes(), f"--input {path}")
-
-
 def corpus_path(prefix: Path, key: str = "text") -> Path:
     """What --data-path has to be for the corpus that `write_corpus` writes."""
     return prefix.parent / f"{prefix.name}_{key}_document"
 
 
 def write_corpus(
-    texts: Iterable[str],
-    tokenizer: Tokenizer,
-    prefix: Path,
-    *,
-    append_eod: bool = False,
-    key: str = "text",
-    on_progress: Callable[[int, int], None] | None = None,
+    texts: Iterable[str], tokenizer: Tokenizer, prefix: Path, *, append_eod: bool = False, key: str = "text"
 ) -> CorpusStats:
-    """Write PREFIX_KEY_document.bin and .idx, the tokenizer and the statistics beside them.
-
-    Everything is written into a hidden folder and renamed, the .idx last: a prefix either is a whole corpus or is not
-    there. A corpus of that name stays until then.
-
-    Args:
-        on_progress: called with (documents, tokens) after each document.
+    """Write PREFIX_KEY_document.bin and .idx, the tokenizer and the statistics beside them, in one go.
 
     Raises:
         UserError: no tokens at all.
     """
-    # Imported here: Megatron takes seconds to import, and a mistake in the flags should show before. It warns of what
-    # training on this machine would lack; preparing data lacks nothing.
-    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
     final = corpus_path(prefix, key)
     final.parent.mkdir(parents=True, exist_ok=True)
-    dtype = DType.optimal_dtype(tokenizer.num_tokens)
-    # In the same folder: a rename within one file system is atomic.
     with tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent) as folder:
         partial = Path(folder) / final.name
-        builder = IndexedDatasetBuilder(f"{partial}.bin", dtype=dtype)
-        num_documents = num_tokens = 0
-        for text in texts:
-            ids = tokenizer.encode(text)
-            if not ids:
-                continue
-            if append_eod:
-                ids.append(tokenizer.eod_id)
-            builder.add_document(np.array(ids, dtype=dtype), [len(ids)])
-            num_documents += 1
-            num_tokens += len(ids)
+        append_texts(texts, tokenizer, partial, append_eod=append_eod)
+        return publish_corpus(partial, tokenizer, final)
+
+
+def append_texts(
+    texts: Iterable[str],
+    tokenizer: Tokenizer,
+    partial: Path,
+    *,
+    append_eod: bool = False,
+    workers: int = 1,
+    tokenizer_folder: Path | None = None,
+    part_bytes: int | None = None,
+    on_progress: Callable[[Extent], None] | None = None,
+) -> Extent:
+    """Write tokens behind the finished parts of PARTIAL, as one more part or in parts of `part_bytes` of text.
+
+    Args:
+        texts: those that the finished parts do not have yet.
+        on_progress: called after each chunk with what there is now.
+
+    Returns:
+        What there is at the end.
+    """
+    corpus = PartialCorpus(partial, token_dtype(tokenizer.num_tokens))
+    try:
+        for chunk in encoded_chunks(texts, tokenizer, append_eod, workers, tokenizer_folder):
+            corpus.append(chunk)
+            if part_bytes is not None and corpus.extent.num_bytes - corpus.finished.num_bytes >= part_bytes:
+                corpus.finish_part()
             if on_progress is not None:
-                on_progress(num_documents, num_tokens)
-        if num_documents == 0:
-            raise UserError("--input has no text; give files with at least one character")
-        builder.finalize(f"{partial}.idx")
-        # Counted from the file: one count of the vocabulary per short document would cost more than the rest.
-        counts = _token_counts(np.memmap(f"{partial}.bin", dtype=dtype, mode="r"), tokenizer.num_tokens)
-        stats = CorpusStats(num_documents, num_tokens, unigram_entropy(counts), tokenizer.tokenizer_type)
-        Path(f"{partial}_stats.json").write_text(json.dumps(asdict(stats), indent=1) + "\n", encoding="utf-8")
-        tokenizer.save(Path(f"{partial}_tokenizer"))
-        _publish(partial, final)
+                on_progress(corpus.extent)
+        if corpus.extent.num_documents > 0:
+            corpus.finish_part()
+    finally:
+        corpus.close()
+    return corpus.extent
+
+
+def publish_corpus(partial: Path, tokenizer: Tokenizer, final: Path) -> CorpusStats:
+    """Turn the finished parts of PARTIAL into the corpus FINAL; PARTIAL is in a folder beside it.
+
+    Everything is renamed, the .idx last: a prefix either is a whole corpus or is not there. A corpus of that name
+    stays until then.
+
+    Raises:
+        UserError: there are no tokens.
+    """
+    dtype = token_dtype(tokenizer.num_tokens)
+    lengths = np.fromfile(f"{partial}.lengths", dtype=np.int32)
+    if len(lengths) == 0:
+        raise UserError("the input has no text; give files or a dataset with at least one character")
+    _write_index(Path(f"{partial}.idx"), lengths, dtype)
+    # Counted from the file: one count of the vocabulary per short document would cost more than the rest.
+    counts = _token_counts(np.memmap(f"{partial}.bin", dtype=dtype, mode="r"), tokenizer.num_tokens)
+    stats = CorpusStats(len(lengths), int(counts.sum()), unigram_entropy(counts), tokenizer.tokenizer_type)
+    Path(f"{partial}_stats.json").write_text(json.dumps(asdict(stats), indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(f"{partial}_tokenizer", ignore_errors=True)
+    tokenizer.save(Path(f"{partial}_tokenizer"))
+    _publish(partial, final)
     return stats
 
 
@@ -173,48 +153,17 @@ def open_tokens(data_path: str) -> np.memmap:
     return np.memmap(tokens, dtype=dtype, mode="r")
 
 
-class ProgressLine:
-    """Documents, tokens and rate on stderr every few seconds of a long preparation."""
-
-    def __init__(self, seconds_between: float = 5.0) -> None:
-        self.start = self.last = None
-        self.seconds_between = seconds_between
-
-    def __call__(self, num_documents: int, num_tokens: int) -> None:
-        """Print if it is time."""
-        now = time.monotonic()
-        if self.start is None:
-            # From the first document on, and not from before Megatron's import.
-            self.start = self.last = now
-        if now - self.last >= self.seconds_between:
-            self.last = now
-            rate = num_tokens / (now - self.start)
-            print(f"{num_documents:,} documents, {num_tokens:,} tokens, {rate:,.0f} tokens/s", file=sys.stderr)
-
-
-def _folder_files(folder: Path) -> list[Path]:
-    found = sorted(p for p in folder.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())
-    skipped = {path for path in found if not _is_utf8(path)}
-    readable = [path for path in found if path not in skipped]
-    if not readable:
-        raise UserError(
-            f"--input {folder}: no UTF-8 file in it ends with {', '.join(TEXT_SUFFIXES)}; name the files one by one"
-        )
-    if skipped:
-        print(f"warning: left out {len(skipped)} files that are not UTF-8, first {min(skipped)}", file=sys.stderr)
-    return readable
-
-
-def _is_utf8(path: Path) -> bool:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                decoder.decode(chunk)
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError:
-        return False
-    return True
+def _write_index(path: Path, lengths: np.ndarray, dtype: type[np.integer]) -> None:
+    """Megatron's .idx of documents that are one sequence each, as its IndexedDatasetBuilder writes it."""
+    codes = {np.dtype(known): code for code, known in INDEX_DTYPES.items()}
+    sizes = lengths.astype(np.int64) * np.dtype(dtype).itemsize
+    with path.open("wb") as file:
+        file.write(INDEX_HEADER.pack(INDEX_MAGIC, 1, codes[np.dtype(dtype)], len(lengths), len(lengths) + 1))
+        file.write(lengths.data)
+        file.write((np.cumsum(sizes) - sizes).data)
+        file.write(np.arange(len(lengths) + 1, dtype=np.int64).data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _token_counts(tokens: np.ndarray, num_tokens: int) -> np.ndarray:
@@ -231,27 +180,3 @@ def _publish(partial: Path, final: Path) -> None:
     replace_folder(Path(f"{partial}_tokenizer"), Path(f"{final}_tokenizer"))
     for suffix in ("_stats.json", ".bin", ".idx"):
         os.replace(f"{partial}{suffix}", f"{final}{suffix}")
-
-
-def _utf8(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 at byte {error.start}; convert it or leave it out") from error
-
-
-def _json_text(line: bytes, key: str, where: str) -> str:
-    try:
-        value = json.loads(_utf8(line, where))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON; each line must be an object") from error
-    if not isinstance(value, dict) or not isinstance(value.get(key), str):
-        raise UserError(f"{where}: no text at key {key!r}; name the right one with --json-keys")
-    try:
-        # JSON can write half of a surrogate pair, as \ud800; no tokenizer can.
-        value[key].encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}: character {error.start} of {key!r} is half a surrogate pair; mend the line"
-        ) from error
-    return value[key]

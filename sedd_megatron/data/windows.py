@@ -1,25 +1,42 @@
-"""Windows of a token stream in an order that is a function of (seed, n) alone."""
+"""Windows of a token stream, or of several in proportion, in an order that is a function of (seed, n) alone."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sedd_megatron.config import WeightedCorpus
+from sedd_megatron.data.blend import Assignment
 from sedd_megatron.data.corpus import open_tokens
 from sedd_megatron.diffusion.draws import Stream, philox_generator
 from sedd_megatron.errors import UserError
 
 
-@dataclass(frozen=True)
 class WindowDataset(torch.utils.data.Dataset):
-    """Windows of seq_length tokens without overlap, addressed by their position n in the training order, without end.
+    """Windows of seq_length tokens, addressed by their position n in the training order, without end.
 
-    Each epoch is a permutation of its own. The order does not depend on how long the run is: a run that is made
-    longer goes on as it would have.
+    The order does not depend on how long the run is: a run that is made longer goes on as it would have.
+    """
+
+    def __len__(self) -> int:
+        """Number of different windows."""
+        raise NotImplementedError
+
+    def __getitem__(self, n: int) -> tuple[int, Tensor]:
+        """(n, x_0 [S] int64)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class CorpusWindows(WindowDataset):
+    """A corpus' windows, without overlap; each epoch is a permutation of its own.
+
+    `number` is the corpus' place in a blend: two corpora of one length have different orders.
     """
 
     tokens: np.memmap
@@ -28,6 +45,7 @@ class WindowDataset(torch.utils.data.Dataset):
     num_windows: int
     seed: int
     shuffle: bool
+    number: int = 0
 
     def __len__(self) -> int:
         """Number of different windows."""
@@ -36,51 +54,95 @@ class WindowDataset(torch.utils.data.Dataset):
     def __getitem__(self, n: int) -> tuple[int, Tensor]:
         """(n, x_0 [S] int64)."""
         epoch, position = divmod(n, self.num_windows)
-        window = self.first_window + (
-            int(_permutation(self.seed, epoch, self.num_windows)[position]) if self.shuffle else position
-        )
+        window = self.first_window + (int(self._permutation(epoch)[position]) if self.shuffle else position)
         tokens = self.tokens[window * self.seq_length : (window + 1) * self.seq_length]
         return n, torch.from_numpy(tokens.astype(np.int64))
+
+    @cached_property
+    def _permutation(self) -> Any:
+        def permutation(epoch: int) -> np.ndarray:
+            return philox_generator(self.seed, Stream.SAMPLE_ORDER, epoch, self.number).permutation(self.num_windows)
+
+        # Two: a batch may straddle two epochs.
+        return lru_cache(maxsize=2)(permutation)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Loader processes that are not forked get the dataset by pickle, which would copy the whole corpus to each.
         where = (self.tokens.filename, self.tokens.dtype)
-        return _reopen, (*where, self.seq_length, self.first_window, self.num_windows, self.seed, self.shuffle)
+        own = (self.seq_length, self.first_window, self.num_windows, self.seed, self.shuffle, self.number)
+        return _reopen, (*where, *own)
+
+
+@dataclass(frozen=True)
+class BlendedWindows(WindowDataset):
+    """Windows of several corpora in the proportion of their weights, each corpus in its own epochs."""
+
+    corpora: tuple[CorpusWindows, ...]
+    assignment: Assignment
+
+    def __len__(self) -> int:
+        """Number of different windows."""
+        return sum(map(len, self.corpora))
+
+    def __getitem__(self, n: int) -> tuple[int, Tensor]:
+        """(n, x_0 [S] int64)."""
+        corpus, own_n = self.assignment.locate(n)
+        return n, self.corpora[corpus][own_n][1]
 
 
 class Windows(NamedTuple):
-    """The three parts of a split corpus."""
+    """The three parts of a split corpus or blend."""
 
     train: WindowDataset
     valid: WindowDataset
     test: WindowDataset
 
 
-def open_windows(data_path: str, *, seq_length: int, split: str, num_tokens: int, seed: int) -> Windows:
-    """Open PREFIX.bin/.idx, check every token, and split its windows.
+def open_windows(
+    corpora: Sequence[WeightedCorpus], *, seq_length: int, split: str, num_tokens: int, seed: int
+) -> Windows:
+    """Open PREFIX.bin/.idx of each corpus, check every token, and split its windows.
+
+    A corpus without a window in the validation or test part is left out of that part.
 
     Args:
+        corpora: one, or a blend; arguments.weighted_corpora reads them from --data-path.
         split: three weights like 969,30,1.
-        num_tokens: of the tokenizer; reads the file once, at about a gigabyte per second.
+        num_tokens: of the tokenizer; reads the files once, at about a gigabyte per second.
 
     Raises:
         UserError: missing or damaged files, tokens outside the vocabulary, fewer tokens than a window, a bad split.
     """
-    tokens = open_tokens(data_path)
-    _check_tokens(tokens, num_tokens, data_path)
+    opened = [
+        _open_corpus(prefix, seq_length, split, num_tokens, seed, number) for number, (_, prefix) in enumerate(corpora)
+    ]
+    parts = []
+    for datasets in zip(*opened, strict=True):
+        there = [i for i, dataset in enumerate(datasets) if len(dataset) > 0]
+        if len(there) <= 1:
+            parts.append(datasets[there[0] if there else 0])
+        else:
+            assignment = Assignment.of([corpora[i].weight for i in there])
+            parts.append(BlendedWindows(tuple(datasets[i] for i in there), assignment))
+    return Windows(*parts)
+
+
+def _open_corpus(prefix: str, seq_length: int, split: str, num_tokens: int, seed: int, number: int) -> Windows:
+    tokens = open_tokens(prefix)
+    _check_tokens(tokens, num_tokens, prefix)
     num_windows = len(tokens) // seq_length
     if num_windows == 0:
         raise UserError(
-            f"--data-path {data_path}: {len(tokens)} tokens are fewer than one window of --seq-length {seq_length}; "
+            f"--data-path {prefix}: {len(tokens)} tokens are fewer than one window of --seq-length {seq_length}; "
             "prepare more text or lower it"
         )
     parts = []
     for (first, last), shuffle in zip(split_ranges(split, num_windows), (True, False, False), strict=True):
-        parts.append(WindowDataset(tokens, seq_length, first, last - first, seed, shuffle))
+        parts.append(CorpusWindows(tokens, seq_length, first, last - first, seed, shuffle, number))
     if len(parts[0]) == 0:
         raise UserError(
-            f"--split {split}: leaves no training window of the {num_windows} there are; give the first part more, or "
-            "prepare more text"
+            f"--split {split}: leaves no training window of the {num_windows} of {prefix}; give the first part more, "
+            "or prepare more text"
         )
     return Windows(*parts)
 
@@ -115,11 +177,5 @@ def _check_tokens(tokens: np.ndarray, num_tokens: int, data_path: str) -> None:
         )
 
 
-def _reopen(filename: str, dtype: np.dtype, *fields: Any) -> WindowDataset:
-    return WindowDataset(np.memmap(filename, dtype=dtype, mode="r"), *fields)
-
-
-# Three: a batch may straddle two epochs, and validation never asks.
-@lru_cache(maxsize=3)
-def _permutation(seed: int, epoch: int, num_windows: int) -> np.ndarray:
-    return philox_generator(seed, Stream.SAMPLE_ORDER, epoch).permutation(num_windows)
+def _reopen(filename: str, dtype: np.dtype, *fields: Any) -> CorpusWindows:
+    return CorpusWindows(np.memmap(filename, dtype=dtype, mode="r"), *fields)

@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from sedd_megatron.arguments import weighted_corpora
 from sedd_megatron.config import PretrainOptions
-from sedd_megatron.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
+from sedd_megatron.data.blend import common_tokenizer
+from sedd_megatron.data.tokenizers import Tokenizer, build_tokenizer
 from sedd_megatron.data.windows import open_windows
 from sedd_megatron.errors import UserError
 from sedd_megatron.parallel import cpu_backend
@@ -29,7 +31,7 @@ def pretrain(options: PretrainOptions) -> int:
     check_transformer_engine(options.precision, device)
     tokenizer = data_tokenizer(options)
     windows = open_windows(
-        options.data.data_path,
+        weighted_corpora(options.data),
         seq_length=options.model.seq_length,
         split=options.data.split,
         num_tokens=tokenizer.num_tokens,
@@ -49,7 +51,7 @@ def data_tokenizer(options: PretrainOptions) -> Tokenizer:
     """The tokenizer kept beside the data, or for data that has none the one that the flags describe."""
     data = options.data
     if data.tokenizer_type is None:
-        return load_tokenizer(Path(f"{data.data_path}_tokenizer"))
+        return common_tokenizer([prefix for _, prefix in weighted_corpora(data)])
     return build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file)
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sedd_megatron.data.corpus import corpus_path, documents, input_files, open_tokens, unigram_entropy, write_corpus
+from sedd_megatron.data.corpus import corpus_path, open_tokens, unigram_entropy, write_corpus
+from sedd_megatron.data.documents import FileSource, input_files
 from sedd_megatron.data.tokenizers import ByteTokenizer, load_tokenizer
 from sedd_megatron.errors import UserError
 from tests.data.test_tokenizers import SOURCES
@@ -61,8 +62,8 @@ def test_folders_and_jsonl(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "first", "title": "t"}\n\n{"text": "1b", "title": "u"}\n')
     (tmp_path / "image.png").write_bytes(b"\xff\xd8")
     files = input_files([str(tmp_path)])
-    assert list(documents(files, "text")) == ["first", "1b", "second"]
-    assert list(documents(files[:1], "title")) == ["t", "u"]
+    assert list(FileSource(files).texts("text")) == ["first", "1b", "second"]
+    assert list(FileSource(files[:1]).texts("title")) == ["t", "u"]
 
 
 def test_files_of_a_folder_that_are_not_utf8_are_left_out_and_counted(tmp_path, capsys):
@@ -91,7 +92,7 @@ def test_bad_lines_of_jsonl_are_named(tmp_path, line, text):
     path = tmp_path / "in.jsonl"
     path.write_bytes(b'{"text": "good"}\n' + line + b"\n")
     with pytest.raises(UserError, match=rf"in.jsonl line 2: .*{text}"):
-        list(documents([path]))
+        list(FileSource([path]).texts("text"))
 
 
 def refusal(tmp_path, change) -> str:
@@ -214,3 +215,4 @@ def test_command_mistakes_get_one_line_and_code_2(tmp_path, monkeypatch, argumen
     assert lines[0].startswith("error: ")
     assert text in lines[0]
     assert not list(tmp_path.glob("p_*"))
+    assert not list(tmp_path.glob(".*")), "nothing was finished, so nothing is kept"

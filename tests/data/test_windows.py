@@ -2,11 +2,13 @@
 
 import itertools
 import pickle
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 
+from sedd_megatron.config import WeightedCorpus
 from sedd_megatron.data.collator import NoisingCollator
 from sedd_megatron.data.corpus import write_corpus
 from sedd_megatron.data.loader import training_batches, validation_batches
@@ -29,7 +31,8 @@ def data_path(tmp_path_factory) -> str:
 
 
 def windows(data_path: str, **change):
-    return open_windows(data_path, **{"seq_length": LENGTH, "split": "80,15,5", "num_tokens": 256, "seed": 3, **change})
+    corpora = [WeightedCorpus(Fraction(1), data_path)]
+    return open_windows(corpora, **{"seq_length": LENGTH, "split": "80,15,5", "num_tokens": 256, "seed": 3, **change})
 
 
 def rows(dataset, indices) -> list[tuple]:

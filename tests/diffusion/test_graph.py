@@ -50,6 +50,79 @@ def test_analytic_step_is_the_matrix_exponential_on_both_sides(graph):
     torch.testing.assert_close(graph.analytic_step_probs(log_score, x_t, delta), expected, rtol=1e-12, atol=1e-14)
 
 
+def random_rows(graph, spread: float, rows: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
+    """States [R] that can change and their log-scores [R, N], exp of normal numbers of this standard deviation."""
+    generator = torch.Generator().manual_seed(4)
+    x_t = torch.randint(0, graph.num_tokens, (rows,), generator=generator)
+    if graph.mask_token_id is not None:
+        x_t.fill_(graph.mask_token_id)
+    log_score = spread * torch.randn(rows, graph.num_states, dtype=torch.float64, generator=generator)
+    return x_t, log_score.scatter(-1, x_t[:, None], 0.0)
+
+
+def check_step_law(graph, law, log_score: torch.Tensor, x_t: torch.Tensor, dense: torch.Tensor) -> None:
+    """The weights that law describes are `dense` [R, N], cut at 0."""
+    weights = log_score.exp() - (0 if law.floor is None else law.floor[:, None])
+    weights = law.scale.expand(len(x_t))[:, None] * weights.clamp_min(0)
+    weights = weights.scatter(-1, x_t[:, None], law.stay[:, None])
+    largest = dense.abs().amax(-1, keepdim=True)
+    torch.testing.assert_close(weights / largest, dense.clamp_min(0) / largest, rtol=1e-9, atol=1e-13)
+
+
+def score_sum(log_score: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
+    return log_score.exp().scatter(-1, x_t[:, None], 0.0).sum(-1)
+
+
+DELTAS = [1e-6, 1e-3, 0.1, 0.7, 2.0, 7.0]
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize("delta_sigma", DELTAS)
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_the_analytic_law_is_the_dense_formula_cut_at_0(graph, delta_sigma, spread):
+    x_t, log_score = random_rows(graph, spread)
+    delta = torch.full((len(x_t),), delta_sigma, dtype=torch.float64)
+    dense = graph.analytic_step_probs(log_score[:, None], x_t[:, None], delta)[:, 0]
+    check_step_law(graph, graph.analytic_law(score_sum(log_score, x_t), delta), log_score, x_t, dense)
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize("rate_time", DELTAS)
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_the_euler_law_is_the_dense_formula_cut_at_0(graph, rate_time, spread):
+    x_t, log_score = random_rows(graph, spread)
+    rates = torch.full((len(x_t),), rate_time, dtype=torch.float64)
+    dense = rate_time * graph.reverse_rate(log_score[:, None], x_t[:, None])[:, 0]
+    dense = dense.scatter_add(-1, x_t[:, None], torch.ones_like(dense))
+    check_step_law(graph, graph.euler_law(score_sum(log_score, x_t), rates), log_score, x_t, dense)
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_the_cases_above_cut_both_tokens_and_stays(graph):
+    cut_stay, cut_token = False, False
+    for delta_sigma in DELTAS:
+        x_t, log_score = random_rows(graph, 3.0)
+        delta = torch.full((len(x_t),), delta_sigma, dtype=torch.float64)
+        dense = graph.analytic_step_probs(log_score[:, None], x_t[:, None], delta)[:, 0]
+        negative = dense < 0
+        at_x_t = torch.zeros_like(negative).scatter(-1, x_t[:, None], True)
+        cut_stay |= bool((negative & at_x_t).any())
+        cut_token |= bool((negative & ~at_x_t).any())
+    assert cut_stay
+    assert cut_token == (graph.mask_token_id is None), "only the uniform graph has a floor"
+
+
+def test_laws_of_rows_with_noise_of_their_own():
+    for graph in GRAPHS:
+        x_t, log_score = random_rows(graph, 1.0, rows=len(DELTAS))
+        delta = torch.tensor(DELTAS, dtype=torch.float64)
+        together = graph.analytic_law(score_sum(log_score, x_t), delta)
+        for row in range(len(DELTAS)):
+            one = slice(row, row + 1)
+            alone = graph.analytic_law(score_sum(log_score, x_t)[one], delta[one])
+            assert all(a is None or torch.equal(a[one], b) for a, b in zip(together, alone, strict=True))
+
+
 def true_log_score(graph, x_0: torch.Tensor, x_t: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """log p_t(y | x_0) / p_t(x_t | x_0) for every y."""
     probs = graph.transition_probs(x_0, sigma)

@@ -3,10 +3,19 @@
 import pytest
 import torch
 
-from sedd_megatron.diffusion import AbsorbingGraph, LogLinearSchedule, SamplingSettings, sample
+from sedd_megatron.diffusion import (
+    SAMPLERS,
+    AbsorbingGraph,
+    LogLinearSchedule,
+    SamplingSettings,
+    TokenChoice,
+    sample,
+)
 from sedd_megatron.diffusion.draws import Stream, philox_uniforms
+from sedd_megatron.diffusion.sampler import Step
 from sedd_megatron.diffusion.sampling import Draws, run_sampler
-from sedd_megatron.diffusion.score_reader import Scores, score_fn_of
+from sedd_megatron.diffusion.score_reader import ScoreReader, Scores, score_fn_of
+from sedd_megatron.diffusion.time_grid import sampling_times
 from tests.diffusion.toy import CASES, GRAPHS, LENGTH, SCHEDULES, ExactScores, independent_scores
 
 WIDTH = 4 * LENGTH
@@ -84,15 +93,38 @@ def test_a_network_that_answers_in_chunks_changes_nothing(name, sampler):
     assert torch.equal(run(name, sampler, draws, score_fn=in_chunks).states, run(name, sampler, draws).states)
 
 
+@pytest.mark.parametrize(("name", "sampler"), CASES)
+def test_sequences_at_steps_of_their_own_move_as_if_alone(name, sampler):
+    graph, schedule = GRAPHS[name], SCHEDULES[name]
+    now, later = torch.tensor([[0.9, 0.5, 0.2, 0.05], [0.6, 0.45, 0.1, 0.01]], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randint(0, graph.num_states, (4, 50 * LENGTH), generator=generator)
+    free = torch.rand(x.shape, generator=generator) < 0.8
+    free[1] = False
+    uniform = {stream: torch.rand(x.shape, dtype=torch.float64, generator=generator) for stream in Stream}
+    score_fn = score_fn_of(ExactScores(graph), graph.num_tokens)
+
+    def move(rows: slice) -> torch.Tensor:
+        begin, end = now[rows], later[rows]
+        step = Step(graph, schedule(begin), schedule(end), begin - end, free[rows],
+                    lambda stream: uniform[stream][rows], TokenChoice(), 2.0)  # fmt: skip
+        return SAMPLERS[sampler].step(ScoreReader(score_fn, len(begin), "cpu"), x[rows], step)
+
+    together = move(slice(None))
+    assert torch.equal(together, torch.cat([move(slice(row, row + 1)) for row in range(4)]))
+    assert not torch.equal(together, x)
+
+
 class Recorder:
     """A ScoreFn that notes which positions of which sequences were asked for. Token 0 names the sequence."""
 
     def __init__(self, score_fn) -> None:
-        self.score_fn, self.calls = score_fn, []
+        self.score_fn, self.calls, self.sigmas = score_fn, [], []
 
     def __call__(self, x_t, sigma, index, law):
         rows, columns = index // x_t.shape[1], index % x_t.shape[1]
         self.calls.append((x_t[:, 0].tolist(), x_t, rows, columns))
+        self.sigmas.append(sigma)
         return self.score_fn(x_t, sigma, index, law)
 
 
@@ -108,7 +140,9 @@ def test_the_network_is_asked_about_free_masks_and_sequences_that_have_some(samp
     tokens[:, 0] = torch.arange(count)
     recorder = Recorder(independent_scores(torch.full((num_tokens,), 1 / num_tokens)))
     settings = SamplingSettings(sampler, num_steps=10, corrector_strength=2.0)
-    result = run_sampler(recorder, graph, LogLinearSchedule(), settings, Draws([1] * count, range(count)), tokens, given)
+    result = run_sampler(
+        recorder, graph, LogLinearSchedule(), settings, Draws([1] * count, range(count)), tokens, given
+    )
     counted = torch.zeros(count, dtype=torch.long)
     for names, x_t, rows, columns in recorder.calls:
         assert set(rows.tolist()) == set(range(len(names))), "a sequence without a position to ask for"
@@ -120,13 +154,37 @@ def test_the_network_is_asked_about_free_masks_and_sequences_that_have_some(samp
     assert torch.equal(result.calls > 0, ~given.all(1))
 
 
+@pytest.mark.parametrize("sampler", ABSORBING)
+def test_the_network_is_told_the_noise_where_the_step_begins_and_the_corrector_where_it_ends(sampler):
+    count, graph, schedule = 20, AbsorbingGraph(50), LogLinearSchedule()
+    tokens = torch.arange(count)[:, None].repeat(1, 9)
+    given = torch.zeros(count, 9).bool()
+    given[:, 0] = True
+    recorder, settings = Recorder(independent_scores(torch.full((50,), 0.02))), SamplingSettings(sampler, num_steps=12)
+    times = torch.cat([sampling_times("uniform", 12, settings.time_eps), torch.tensor([settings.time_eps])])
+    levels, seen = schedule(times).sigma.float(), {"begins": 0, "ends": 0}
+
+    def check(progress) -> None:
+        for (names, *_), sigma in zip(recorder.calls, recorder.sigmas, strict=True):
+            steps = progress.steps[names]
+            begins = torch.equal(sigma, levels[steps - 1])
+            assert begins or torch.equal(sigma, levels[steps])
+            seen["begins" if begins else "ends"] += 1
+        recorder.calls.clear()
+        recorder.sigmas.clear()
+
+    run_sampler(recorder, graph, schedule, settings, Draws([1] * count, range(count)), tokens, given, check)
+    assert seen["begins"] > 5
+    assert (seen["ends"] > 0) == (sampler == "predictor-corrector")
+
+
 @pytest.mark.parametrize("sampler", ["ancestral", "event-driven"])
 def test_exact_samplers_ask_about_each_position_once_and_euler_again_and_again(sampler):
     def asked(name: str) -> int:
         graph, nothing = AbsorbingGraph(4), torch.zeros(6, 50, dtype=torch.long)
         recorder = Recorder(independent_scores(torch.full((4,), 0.25)))
-        run_sampler(recorder, graph, LogLinearSchedule(), SamplingSettings(name, num_steps=10), Draws([1] * 6, range(6)),
-                    nothing, nothing.bool())  # fmt: skip
+        settings, draws = SamplingSettings(name, num_steps=10), Draws([1] * 6, range(6))
+        run_sampler(recorder, graph, LogLinearSchedule(), settings, draws, nothing, nothing.bool())
         return sum(len(rows) for *_, rows, _ in recorder.calls)
 
     assert asked(sampler) == 6 * 50

@@ -164,7 +164,7 @@ def _analytic(steps: Steps) -> Tensor:
 
 
 def _ancestral(steps: Steps) -> Tensor:
-    """A mask stays with probability p(masked later) / p(masked now); one jump's token is in the scores' proportion."""
+    """A mask stays with probability p(masked later) / p(masked now); its token is in the scores' proportion."""
     masked_now, masked_later = 1 - torch.exp(-steps.now.sigma), 1 - torch.exp(-steps.later.sigma)
     stay = (masked_later / masked_now)[:, None, None]
     mask = steps.graph.mask_token_id
@@ -212,7 +212,7 @@ def _absorbing_corrections(steps: Steps, resampled: Tensor, free: Tensor) -> Ten
     num_states = len(states)
     masked_probability = (1 - torch.exp(-steps.later.sigma)).view(-1, num_states)[:, 0]
     resampled = resampled.view(-1, num_states)[:, 0]
-    to_mask, to_token = (resampled * masked_probability), (resampled * (1 - masked_probability))
+    to_mask, to_token = resampled * masked_probability, resampled * (1 - masked_probability)
     token_law = steps.later_log_score[..., :mask].softmax(-1).view(-1, num_states, LENGTH, TOKENS)
     token_law = F.pad(token_law, (0, 1))
     before, after = states[:, None], states[None]
@@ -222,7 +222,6 @@ def _absorbing_corrections(steps: Steps, resampled: Tensor, free: Tensor) -> Ten
     for i in range(LENGTH):
         old, new = before[..., i].expand(num_states, -1), after[..., i].expand(num_states, -1)
         stays = (old == new).double()
-        # Columns of weights: a token that stays or goes, a mask that stays or takes the new token.
         from_token = torch.where(new == mask, to_mask[:, None, None], (1 - to_mask)[:, None, None] * stays)
         from_mask = torch.where(
             new == mask, (1 - to_token)[:, None, None], to_token[:, None, None] * token_law[:, seen, i, new]

@@ -1,10 +1,8 @@
 """The micro-batches that this rank trains on, against the same drawn here for their places in the training order."""
 
-from pathlib import Path
-
 import torch
 
-from sedd_megatron.arguments import parse_pretrain_options
+from sedd_megatron.arguments import parse_pretrain_options, weighted_corpora
 from sedd_megatron.data.windows import open_windows
 from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.parallel.groups import parallel_groups
@@ -16,17 +14,18 @@ FIRST_SAMPLE = 40
 
 def check(arguments: list[str]) -> None:
     cpu_backend.install()
-    from sedd_megatron.data.tokenizers import load_tokenizer
     from sedd_megatron.diffusion.corruption import corrupt
     from sedd_megatron.diffusion.draws import Stream
     from sedd_megatron.training.build import build_run
     from sedd_megatron.training.forward_step import own_part_of_sequence
     from sedd_megatron.training.loop import training_iterators
+    from sedd_megatron.training.pretrain import data_tokenizer
 
     options = parse_pretrain_options(arguments)
-    tokenizer = load_tokenizer(Path(f"{options.data.data_path}_tokenizer"))
+    tokenizer = data_tokenizer(options)
     training = options.training
-    windows = open_windows(options.data.data_path, seq_length=options.model.seq_length, split=options.data.split,
+    corpora = weighted_corpora(options.data)
+    windows = open_windows(corpora, seq_length=options.model.seq_length, split=options.data.split,
                            num_tokens=tokenizer.num_tokens, seed=training.seed)  # fmt: skip
     with parallel_groups(options.parallel, options.parallel.num_model_chunks(options.model.num_layers)) as groups:
         run = build_run(options, tokenizer, groups)

@@ -1,0 +1,224 @@
+"""python -m sedd_megatron.evaluate: a bound on the negative log-likelihood of text, with its confidence interval."""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import MISSING, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sedd_megatron.config import LayoutOptions, ParallelOptions, PrecisionOptions
+from sedd_megatron.data.documents import FileSource, input_files
+from sedd_megatron.errors import UserError, run_command
+from sedd_megatron.evaluation.corpora import CORPORA, documents_of
+from sedd_megatron.evaluation.intervals import METHOD, Interval
+from sedd_megatron.evaluation.published_table import PUBLISHED, published_table
+from sedd_megatron.evaluation.windows import WINDOWINGS, Window, windows_of
+from sedd_megatron.options import flag_of, option, parse_options
+from sedd_megatron.parallel.groups import ParallelGroups, parallel_groups
+
+if TYPE_CHECKING:
+    from sedd_megatron.diffusion.likelihood import Bound, BoundEstimator
+    from sedd_megatron.evaluation.bounds import UnitBound
+    from sedd_megatron.pretrained import PretrainedModel
+
+GPT2_TOKENS = 50257
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Evaluation"""
+
+    load: str = option(MISSING, "folder that training saved to, one iter_* folder in it, or a published model")
+    data: tuple[str, ...] | None = option(
+        None, "text files (a document each), .jsonl files (one a line), or folders of them"
+    )
+    corpora: tuple[str, ...] | None = option(
+        None,
+        "or benchmark corpora by name, detokenized as published; a table with published figures follows",
+        choices=tuple(CORPORA),
+    )
+    data_dir: str | None = option(None, "folder with the corpora's files; without it they are fetched")
+    json_key: str = option("text", "key of the .jsonl lines")
+    max_documents: int | None = option(None, "only this many, from the first on")
+    windowing: str = option("concatenate", "how documents become windows of the trained length", choices=WINDOWINGS)
+    mc_samples: int = option(1000, "random times per window, stratified")
+    until_half_width: float | None = option(
+        None, "go on with further times until Monte Carlo's 95 % half-width of the perplexity is at most this"
+    )
+    batch_size: int = option(16, "corrupted sequences that go through the network at once; does not change the result")
+    seed: int = option(0, "seed of times and noise")
+    bf16: bool = option(False, "compute in bfloat16; the sums stay float32 and float64")
+    output: str | None = option(None, "also write each unit's bound to this file, one JSON object a line")
+
+
+def main() -> None:
+    """Parse the flags, load model and text, print the bound."""
+    options, layout = parse_options(
+        (EvaluateOptions, LayoutOptions), sys.argv[1:], "sedd_megatron.evaluate", "Bound the likelihood of text."
+    )
+    _check(options)
+    from sedd_megatron.saved_model import find_saved_model
+
+    saved = find_saved_model(options.load, layout.device)
+    texts_of = _texts(options)
+    may_give = saved.graph.mask_token_id is not None
+    length = saved.model_options.seq_length
+    windows_by_name = {name: windows_of(texts, saved.tokenizer, length, options.windowing, may_give)
+                       for name, texts in texts_of.items()}  # fmt: skip
+    parallel = ParallelOptions(**dataclasses.asdict(layout))
+    found = {}
+    with ExitStack() as stack:
+        model = saved.load(
+            parallel, PrecisionOptions(bf16=options.bf16), lambda: stack.enter_context(parallel_groups(parallel))
+        )
+        for name, windows in windows_by_name.items():
+            found[name] = _bound_units(model, windows, options, saved.diffusion.time_eps)
+            if _is_first_rank():
+                print(report(name, found[name], texts_of[name], options), flush=True)
+    if _is_first_rank():
+        if options.output:
+            _write(Path(options.output), found)
+        if options.corpora:
+            print(_beside_published(found, saved.num_tokens, options.load))
+
+
+def _beside_published(found: "dict[str, list[UnitBound]]", num_tokens: int, name: str) -> str:
+    from sedd_megatron.evaluation.bounds import corpus_interval
+
+    if num_tokens != GPT2_TOKENS:
+        published = f"published perplexities are per token of GPT-2's {GPT2_TOKENS:,}"
+        return f"no table: {published}, and this model has {num_tokens:,}"
+    perplexities = {corpus: corpus_interval(units).map(_exp) for corpus, units in found.items()}
+    columns = PUBLISHED["zero-shot"].columns
+    measured = {corpus: interval for corpus, interval in perplexities.items() if corpus in columns}
+    return "\n" + published_table(measured, "zero-shot", name) if measured else "no published perplexity of these"
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _texts(options: EvaluateOptions) -> dict[str, list[str]]:
+    """The documents of each corpus, or those of --data under the name of its first file."""
+    if options.corpora is not None:
+        folder = None if options.data_dir is None else Path(options.data_dir)
+        return {name: documents_of(name, folder)[: options.max_documents] for name in options.corpora}
+    return {options.data[0]: _texts_of_files(options)}
+
+
+def _texts_of_files(options: EvaluateOptions) -> list[str]:
+    try:
+        return list(islice(FileSource(input_files(options.data)).texts(options.json_key), options.max_documents))
+    except UserError as error:
+        # Files are named as prepare_data's flag names them.
+        raise UserError(str(error).replace("--input", "--data", 1)) from error
+
+
+def report(name: str, units: "Sequence[UnitBound]", texts: Sequence[str], options: EvaluateOptions) -> str:
+    """What the command prints of one corpus."""
+    from sedd_megatron.evaluation.bounds import corpus_interval, sample_interval
+
+    corpus, here = corpus_interval(units), sample_interval(units)
+    num_tokens, num_characters = sum(unit.num_tokens for unit in units), sum(map(len, texts))
+    terms = {name: math.fsum(getattr(unit, name) for unit in units) / num_tokens
+             for name in ("prior", "diffusion", "reconstruction")}  # fmt: skip
+    kind = "windows" if options.windowing == "concatenate" else "documents"
+    bits = here.map(lambda nats: nats * num_tokens / num_characters / math.log(2))
+    return "\n".join(
+        (
+            f"{name}: {len(texts):,} documents, {num_characters:,} characters, {num_tokens:,} tokens in "
+            f"{len(units):,} {kind} ({options.windowing})",
+            f"perplexity at most        {_text(corpus.map(_exp))}, {kind} as units ({METHOD})",
+            f"  on this text alone      {_text(here.map(_exp))}, Monte Carlo error only",
+            f"nats per token            {_text(corpus)}",
+            f"  prior {terms['prior']:.4f}, diffusion {terms['diffusion']:.4f}, reconstruction "
+            f"{terms['reconstruction']:.4f}",
+            f"bits per character        {_text(bits)}, Monte Carlo error only",
+        )
+    )
+
+
+def _bound_units(
+    model: "PretrainedModel", windows: list[Window], options: EvaluateOptions, time_eps: float
+) -> "list[UnitBound]":
+    """Rounds of --mc-samples times until they are enough."""
+    from sedd_megatron.evaluation.bounds import mean_of_rounds, sample_interval, unit_bounds
+
+    estimator = model.bound_estimator(
+        seed=options.seed, num_times=options.mc_samples, time_eps=time_eps, batch_size=options.batch_size
+    )
+    rounds: list[dict[int, Bound]] = []
+    while True:
+        rounds.append(_bound_round(model, estimator, windows, len(rounds) * options.mc_samples))
+        units = unit_bounds(windows, mean_of_rounds(rounds))
+        wanted = options.until_half_width
+        # Every rank has all bounds and stops at the same round.
+        if wanted is None or sample_interval(units).map(_exp).half_width <= wanted:
+            return units
+
+
+def _bound_round(
+    model: "PretrainedModel", estimator: "BoundEstimator", windows: list[Window], first_time: int
+) -> "dict[int, Bound]":
+    """All windows once; the replicas share them."""
+    from tqdm import tqdm
+
+    from sedd_megatron.evaluation.bounds import bound_windows
+
+    groups = model.groups
+    own = windows[groups.data_rank :: groups.data_size]
+    with tqdm(total=len(own), unit="window", leave=False, disable=None if _is_first_rank() else True) as bar:
+        found = bound_windows(estimator, own, model.device, first_time, bar.update)
+    return _gathered(found, groups)
+
+
+def _gathered(found: "dict[int, Bound]", groups: ParallelGroups) -> "dict[int, Bound]":
+    import torch
+
+    if groups.data_size == 1:
+        return found
+    parts = [None] * groups.data_size
+    torch.distributed.all_gather_object(parts, found, group=groups.collection.dp)
+    return {number: bound for part in parts for number, bound in part.items()}
+
+
+def _check(options: EvaluateOptions) -> None:
+    if (options.data is None) == (options.corpora is None):
+        raise UserError("give --data FILES or --corpora NAMES, one of the two")
+    rules = (
+        ("mc_samples", options.mc_samples >= 2 and options.mc_samples % 2 == 0, "must be even and at least 2"),
+        ("batch_size", options.batch_size >= 1, "must be at least 1"),
+        ("max_documents", options.max_documents is None or options.max_documents >= 1, "must be at least 1"),
+        ("until_half_width", options.until_half_width is None or options.until_half_width > 0, "must be above 0"),
+        ("seed", options.seed >= 0, "must be at least 0"),
+    )
+    for name, holds, rule in rules:
+        if not holds:
+            raise UserError(f"{flag_of(name)} {getattr(options, name)} {rule}")
+
+
+def _write(path: Path, found: "dict[str, list[UnitBound]]") -> None:
+    lines = [json.dumps({"corpus": name} | unit.record()) for name, units in found.items() for unit in units]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output {path}: cannot be written ({error.strerror}); name another file") from error
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+def _text(interval: Interval) -> str:
+    return f"{interval.value:.4f} [{interval.low:.4f}, {interval.high:.4f}]"
+
+
+if __name__ == "__main__":
+    run_command(main)

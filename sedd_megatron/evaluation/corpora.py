@@ -1,0 +1,213 @@
+"""The texts of the zero-shot tables, as the documents that the published figures were measured on.
+
+Local files are named CORPUS-SPLIT, as wikitext2-train.parquet, or CORPUS-SPLIT-PART where there are several parts:
+
+| corpus | split | a line of a .txt is | column of .parquet and .jsonl |
+|---|---|---|---|
+| lambada | test | a passage (use .jsonl: passages have line feeds) | text |
+| wikitext2 | train | a line of wiki.train.raw, blank lines included | text |
+| wikitext103 | test | a line of wiki.test.raw, blank lines included | text |
+| ptb | test | a line of ptb.test.txt | sentence or text |
+| lm1b | test | a line of the held-out news.en files | text |
+| text8 | test | (the whole file is one document) the last 5,000,000 characters of text8 | text |
+| ag_news | test | an article | text |
+| pubmed, arxiv | validation | an article | article or text |
+
+Splits are those of arXiv 2310.16834 (table 1) and, for the corpora that it does not have, of arXiv 2406.07524. There,
+every document is detokenized alone and followed by an end-of-document token; so is a blank line of WikiText.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sedd_megatron.errors import UserError
+from sedd_megatron.evaluation import detokenizers
+from sedd_megatron.evaluation.detokenizers import Detokenizer
+
+SUFFIXES = (".parquet", ".jsonl", ".txt")
+# The library's first version that cannot run a data set's own code.
+FIRST_WITHOUT_SCRIPTS = 4
+# Where the hub keeps its own Parquet copy of a data set whose repository has only a script.
+PARQUET_COPY = "hf://datasets/{name}@refs%2Fconvert%2Fparquet/{config}/{split}/*.parquet"
+
+
+def _stripped(line: str) -> str:
+    return line.strip()
+
+
+def _with_line_end(line: str) -> str:
+    """A row as the published data set has it: blank lines are empty, the others keep their line feed."""
+    return line + "\n" if line.strip() else ""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One corpus, the split of its published figures and where it is to be had."""
+
+    title: str
+    split: str
+    detokenize: Detokenizer
+    hub_name: str
+    hub_config: str | None = None
+    hub_has_script: bool = False  # which is never run: the hub's Parquet copy is read
+    column: str = "text"
+    line_to_document: Callable[[str], str] = _stripped
+    is_one_document: bool = False
+
+
+CORPORA = {
+    "lambada": Corpus("LAMBADA", "test", detokenizers.lambada, "EleutherAI/lambada_openai", "default"),
+    "wikitext2": Corpus(
+        "WikiText2", "train", detokenizers.wikitext, "Salesforce/wikitext", "wikitext-2-raw-v1",
+        line_to_document=_with_line_end,
+    ),
+    "wikitext103": Corpus(
+        "WikiText103", "test", detokenizers.wikitext, "Salesforce/wikitext", "wikitext-103-raw-v1",
+        line_to_document=_with_line_end,
+    ),
+    "ptb": Corpus(
+        "PTB", "test", detokenizers.penn_treebank, "ptb-text-only/ptb_text_only", "penn_treebank",
+        hub_has_script=True, column="sentence",
+    ),
+    "lm1b": Corpus(
+        "One Billion Words", "test", detokenizers.billion_words, "billion-word-benchmark/lm1b", "plain_text",
+        hub_has_script=True,
+    ),
+    "text8": Corpus("text8", "test", detokenizers.unchanged, "afmck/text8", is_one_document=True),
+    "ag_news": Corpus("AG News", "test", detokenizers.unchanged, "fancyzhx/ag_news"),
+    "pubmed": Corpus(
+        "PubMed", "validation", detokenizers.scientific_papers, "armanc/scientific_papers", "pubmed",
+        hub_has_script=True, column="article",
+    ),
+    "arxiv": Corpus(
+        "arXiv", "validation", detokenizers.scientific_papers, "armanc/scientific_papers", "arxiv",
+        hub_has_script=True, column="article",
+    ),
+}  # fmt: skip
+
+
+def documents_of(name: str, data_dir: Path | None) -> list[str]:
+    """The documents of a corpus, detokenized, in the order of the data set.
+
+    Args:
+        name: a key of CORPORA.
+        data_dir: folder with the file that this module's table names; None fetches the corpus from the hub.
+
+    Raises:
+        UserError: an unknown corpus, no file of it, a damaged one, no package `datasets`, or no network.
+    """
+    corpus = CORPORA.get(name)
+    if corpus is None:
+        raise UserError(f"corpus {name} does not exist; choose one of {', '.join(CORPORA)}")
+    raw = _fetched(name, corpus) if data_dir is None else _read(name, corpus, data_dir)
+    documents = [corpus.detokenize(text) for text in raw]
+    if not any(documents):
+        raise UserError(f"corpus {name}: no text there; {_way_out(name, corpus)}")
+    return documents
+
+
+def _read(name: str, corpus: Corpus, data_dir: Path) -> Iterator[str]:
+    stem = f"{name}-{corpus.split}"
+    for suffix in SUFFIXES:
+        whole = data_dir / f"{stem}{suffix}"
+        paths = [whole] if whole.is_file() else sorted(data_dir.glob(f"{stem}-*{suffix}"))
+        if paths:
+            read = {".parquet": _parquet_rows, ".jsonl": _json_rows, ".txt": _text_rows}[suffix]
+            return (text for path in paths for text in read(path, corpus))
+    raise UserError(
+        f"corpus {name}: {data_dir} has no {_file_names(name, corpus)}; put its {corpus.split} split there under "
+        "one of these names, or name no folder where there is a network"
+    )
+
+
+def _text_rows(path: Path, corpus: Corpus) -> Iterator[str]:
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({_one_line(error)}); use another copy") from error
+    if corpus.is_one_document:
+        yield text.rstrip("\n")
+        return
+    # Not splitlines: articles have separators of other kinds in the middle of a line.
+    for line in text.removesuffix("\n").split("\n"):
+        yield corpus.line_to_document(line)
+
+
+def _json_rows(path: Path, corpus: Corpus) -> Iterator[str]:
+    try:
+        lines = path.read_bytes().decode("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({_one_line(error)}); use another copy") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error}); use another copy") from error
+        names = [column for column in (corpus.column, "text") if isinstance(values, dict) and column in values]
+        if not names or not isinstance(values[names[0]], str):
+            raise UserError(
+                f"{path}, line {number}: no text at {corpus.column!r}; write one JSON object a line with it"
+            )
+        yield values[names[0]]
+
+
+def _parquet_rows(path: Path, corpus: Corpus) -> Iterator[str]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise UserError(
+            f"{path}: reading Parquet needs the package pyarrow; pip install 'sedd_megatron[data]', or give the corpus "
+            "as .jsonl or .txt"
+        ) from error
+    try:
+        file = parquet.ParquetFile(path)
+        names = [column for column in (corpus.column, "text") if column in file.schema_arrow.names]
+        if not names:
+            raise UserError(f"{path}: no column {corpus.column!r}; it has {', '.join(file.schema_arrow.names)}")
+        for batch in file.iter_batches(columns=names[:1]):
+            yield from batch.column(0).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a Parquet file ({_one_line(error)}); use another copy") from error
+
+
+def _fetched(name: str, corpus: Corpus) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            f"corpus {name}: fetching it needs the package datasets; pip install 'datasets>={FIRST_WITHOUT_SCRIPTS}', "
+            f"or {_way_out(name, corpus)}"
+        ) from error
+    if int(datasets.__version__.split(".")[0]) < FIRST_WITHOUT_SCRIPTS:
+        raise UserError(
+            f"corpus {name}: the package datasets is {datasets.__version__}, which can run scripts of datasets; pip "
+            f"install 'datasets>={FIRST_WITHOUT_SCRIPTS}', or {_way_out(name, corpus)}"
+        )
+    try:
+        if corpus.hub_has_script:
+            files = PARQUET_COPY.format(name=corpus.hub_name, config=corpus.hub_config, split=corpus.split)
+            rows = datasets.load_dataset("parquet", data_files={corpus.split: files}, split=corpus.split)
+        else:
+            rows = datasets.load_dataset(corpus.hub_name, corpus.hub_config, split=corpus.split)
+        texts = list(rows[corpus.column])
+    except Exception as error:  # the library and its HTTP client raise what they like
+        raise UserError(
+            f"corpus {name}: {corpus.hub_name} cannot be fetched ({_one_line(error)}); {_way_out(name, corpus)}"
+        ) from error
+    yield from ["".join(texts)] if corpus.is_one_document else texts
+
+
+def _file_names(name: str, corpus: Corpus) -> str:
+    return " or ".join(f"{name}-{corpus.split}{suffix}" for suffix in SUFFIXES)
+
+
+def _way_out(name: str, corpus: Corpus) -> str:
+    return f"put its {corpus.split} split into a folder as {_file_names(name, corpus)} and name that folder"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]

@@ -1,0 +1,92 @@
+"""The likelihood command: the same number every time and in every layout, as many times as it takes, mistakes."""
+
+import json
+import math
+import re
+import sys
+
+import pytest
+
+from sedd_megatron.errors import UserError
+from sedd_megatron.parallel import cpu_backend
+from tests.commands import run
+from tests.distributed.launch import free_ports
+
+cpu_backend.install()
+
+from sedd_megatron import evaluate  # noqa: E402
+
+NUMBER = r"([\d.]+) \[([\d.]+|-?inf), ([\d.]+|inf)\]"
+
+
+def evaluate_here(monkeypatch, capsys, *arguments) -> str:
+    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments), "--device", "cpu"])
+    evaluate.main()
+    return capsys.readouterr().out
+
+
+def interval(text: str, label: str) -> tuple[float, float, float]:
+    return tuple(map(float, re.search(rf"^ *{label} +{NUMBER}", text, re.MULTILINE).groups()))
+
+
+@pytest.fixture
+def texts(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": "a line of text, number " + str(n)}) + "\n" for n in range(6)))
+    return path
+
+
+def test_the_same_number_twice_with_any_batch_and_on_two_ranks(trained, texts, tmp_path, monkeypatch, capsys):
+    arguments = ["--load", trained, "--data", texts, "--mc-samples", "4"]
+    one = evaluate_here(monkeypatch, capsys, *arguments, "--output", tmp_path / "one.jsonl")
+    again = evaluate_here(monkeypatch, capsys, *arguments, "--output", tmp_path / "again.jsonl", "--batch-size", "3")
+    units, others = (
+        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("one.jsonl", "again.jsonl")
+    )
+    for unit, other in zip(units, others, strict=True):
+        assert math.isclose(unit["bound"], other["bound"], rel_tol=1e-6)
+        assert math.isclose(unit["bound"], unit["prior"] + unit["diffusion"] + unit["reconstruction"])
+    assert one == again
+    value, low, high = interval(one, "nats per token")
+    total, tokens = sum(unit["bound"] for unit in units), sum(unit["num_tokens"] for unit in units)
+    assert math.isclose(value, total / tokens, abs_tol=6e-5)
+    assert low < value < high
+    assert math.isclose(interval(one, "perplexity at most")[0], math.exp(total / tokens), rel_tol=1e-4)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_ports(1)[0])]
+    command = ["-m", "sedd_megatron.evaluate", *map(str, arguments), "--device", "cpu"]
+    done = run([sys.executable, *launcher, *command])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == one
+
+
+def test_further_times_until_the_interval_is_narrow(trained, texts, monkeypatch, capsys):
+    arguments = ["--load", trained, "--data", texts, "--mc-samples", "4", "--windowing", "separate"]
+    _, low, high = interval(evaluate_here(monkeypatch, capsys, *arguments), "on this text alone")
+    wanted = (high - low) / 3
+    said = evaluate_here(monkeypatch, capsys, *arguments, "--until-half-width", wanted)
+    _, low, high = interval(said, "on this text alone")
+    assert (high - low) / 2 <= wanted
+
+
+def test_corpora_by_name(trained, tmp_path, monkeypatch, capsys):
+    (tmp_path / "ptb-test.txt").write_text(" the company said it is <unk> \n it is n't so \n")
+    arguments = ["--load", trained, "--corpora", "ptb", "--data-dir", tmp_path, "--mc-samples", "2"]
+    said = evaluate_here(monkeypatch, capsys, *arguments)
+    assert said.startswith("ptb: 2 documents, ")
+    assert said.endswith("published perplexities are per token of GPT-2's 50,257, and this model has 256\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([], "give --data FILES or --corpora NAMES, one of the two"),
+        (["--data", "x", "--mc-samples", "3"], "--mc-samples 3 must be even and at least 2"),
+        (["--data", "x", "--until-half-width", "0"], "--until-half-width 0.0 must be above 0"),
+        (["--data", "nowhere.txt"], "--data nowhere.txt: no such file or folder; check the path"),
+    ],
+)
+def test_mistakes(trained, monkeypatch, capsys, arguments, text):
+    with pytest.raises(UserError) as error:
+        evaluate_here(monkeypatch, capsys, "--load", trained, *arguments)
+    assert str(error.value) == text
