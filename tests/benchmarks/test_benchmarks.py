@@ -69,6 +69,12 @@ def test_sampling_compares_with_the_published_sampler(tmp_path):
     assert 7 <= float(event_driven[6].split()[0]) <= 8
 
 
+def test_sampler_law_writes_its_table(tmp_path):
+    text = table_of("sampler_law", tmp_path, "--draws", "3000", "--steps", "8", "--samplers", "euler", "event-driven")
+    assert [row[1] for row in cells(text, "euler")] == ["absorb", "uniform"]
+    assert len(cells(text, "event-driven")) == 1
+
+
 @pytest.mark.parametrize("absorbing", [True, False])
 def test_the_opponent_samples_by_the_reverse_rates(absorbing):
     from sedd_megatron.diffusion import AbsorbingGraph, UniformGraph
