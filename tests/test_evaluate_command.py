@@ -19,10 +19,11 @@ from sedd_megatron import evaluate  # noqa: E402
 NUMBER = r"([\d.]+) \[([\d.]+|-?inf), ([\d.]+|inf)\]"
 
 
-def evaluate_here(monkeypatch, capsys, *arguments) -> str:
-    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments), "--device", "cpu"])
-    evaluate.main()
-    return capsys.readouterr().out
+def evaluated(*arguments) -> str:
+    """What the command prints."""
+    done = run([sys.executable, "-m", "sedd_megatron.evaluate", *map(str, arguments), "--device", "cpu"])
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def interval(text: str, label: str) -> tuple[float, float, float]:
@@ -36,10 +37,10 @@ def texts(tmp_path):
     return path
 
 
-def test_the_same_number_twice_with_any_batch_and_on_two_ranks(trained, texts, tmp_path, monkeypatch, capsys):
+def test_the_same_number_twice_with_any_batch_and_on_two_ranks(trained, texts, tmp_path):
     arguments = ["--load", trained, "--data", texts, "--mc-samples", "4"]
-    one = evaluate_here(monkeypatch, capsys, *arguments, "--output", tmp_path / "one.jsonl")
-    again = evaluate_here(monkeypatch, capsys, *arguments, "--output", tmp_path / "again.jsonl", "--batch-size", "3")
+    one = evaluated(*arguments, "--output", tmp_path / "one.jsonl")
+    again = evaluated(*arguments, "--output", tmp_path / "again.jsonl", "--batch-size", "3")
     units, others = (
         [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
         for name in ("one.jsonl", "again.jsonl")
@@ -60,19 +61,19 @@ def test_the_same_number_twice_with_any_batch_and_on_two_ranks(trained, texts, t
     assert done.stdout == one
 
 
-def test_further_times_until_the_interval_is_narrow(trained, texts, monkeypatch, capsys):
+def test_further_times_until_the_interval_is_narrow(trained, texts):
     arguments = ["--load", trained, "--data", texts, "--mc-samples", "4", "--windowing", "separate"]
-    _, low, high = interval(evaluate_here(monkeypatch, capsys, *arguments), "on this text alone")
+    _, low, high = interval(evaluated(*arguments), "on this text alone")
     wanted = (high - low) / 3
-    said = evaluate_here(monkeypatch, capsys, *arguments, "--until-half-width", wanted)
+    said = evaluated(*arguments, "--until-half-width", wanted)
     _, low, high = interval(said, "on this text alone")
     assert (high - low) / 2 <= wanted
 
 
-def test_corpora_by_name(trained, tmp_path, monkeypatch, capsys):
+def test_corpora_by_name(trained, tmp_path):
     (tmp_path / "ptb-test.txt").write_text(" the company said it is <unk> \n it is n't so \n")
     arguments = ["--load", trained, "--corpora", "ptb", "--data-dir", tmp_path, "--mc-samples", "2"]
-    said = evaluate_here(monkeypatch, capsys, *arguments)
+    said = evaluated(*arguments)
     assert said.startswith("ptb: 2 documents, ")
     assert said.endswith("published perplexities are per token of GPT-2's 50,257, and this model has 256\n")
 
@@ -86,7 +87,9 @@ def test_corpora_by_name(trained, tmp_path, monkeypatch, capsys):
         (["--data", "nowhere.txt"], "--data nowhere.txt: no such file or folder; check the path"),
     ],
 )
-def test_mistakes(trained, monkeypatch, capsys, arguments, text):
+def test_mistakes(trained, monkeypatch, arguments, text):
+    # Found before the model is loaded, so that they need no process of their own.
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--load", str(trained), "--device", "cpu", *arguments])
     with pytest.raises(UserError) as error:
-        evaluate_here(monkeypatch, capsys, "--load", trained, *arguments)
+        evaluate.main()
     assert str(error.value) == text

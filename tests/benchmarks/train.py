@@ -194,7 +194,7 @@ def build_ours(case: Case, options, groups):
 
 def build_published(case: Case, run) -> PublishedModel:
     """The published model, whose random weights ours takes."""
-    from tests.distributed.run_published_parity import ours_from_published, published_name
+    from sedd_megatron.model.published_weights import own_part, published_name
 
     absorbing = run.graph.mask_token_id is not None
     model = PublishedModel(case.layers, case.width, case.heads, run.graph.num_states, absorbing)
@@ -203,7 +203,7 @@ def build_published(case: Case, run) -> PublishedModel:
     with torch.no_grad():
         for shard in run.model_chunks[0].sharded_tensors().values():
             name = published_name(shard)
-            shard.data.copy_(ours_from_published(weights[name], name, shard, case.heads))
+            shard.data.copy_(own_part(weights[name], name, shard, case.heads))
     return model
 
 

@@ -15,39 +15,6 @@ from sedd_megatron.parallel.groups import parallel_groups
 from tests.distributed.launch import own_jobs
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
-# Names at the end of ours -> the published name.
-NAMES = {
-    "embedding.weight": "vocab_embed.embedding",
-    "sigma_embedding.input": "sigma_map.mlp.0",
-    "sigma_embedding.output": "sigma_map.mlp.2",
-    "input_layernorm": "blocks.{layer}.norm1",
-    "pre_mlp_layernorm": "blocks.{layer}.norm2",
-    "self_attention.linear_qkv": "blocks.{layer}.attn_qkv",
-    "self_attention.linear_proj": "blocks.{layer}.attn_out",
-    "mlp.linear_fc1": "blocks.{layer}.mlp.0",
-    "mlp.linear_fc2": "blocks.{layer}.mlp.2",
-    "modulation.linear": "blocks.{layer}.adaLN_modulation",
-    "head.norm": "output_layer.norm_final",
-    "head.modulation.linear": "output_layer.adaLN_modulation",
-    "head.linear": "output_layer.linear",
-}
-
-
-def published_name(shard) -> str:
-    name, kind = (shard.key, "") if shard.key == "embedding.weight" else shard.key.rsplit(".", 1)
-    ending = max((ending for ending in NAMES if name.endswith(ending)), key=len)
-    published = NAMES[ending].format(layer=shard.global_offset[0])
-    return f"{published}.{kind}" if kind else published
-
-
-def ours_from_published(tensor: torch.Tensor, name: str, shard, heads: int) -> torch.Tensor:
-    """This rank's part of a published tensor: q, k, v per head instead of all q, all k, all v; vocabulary padded."""
-    if name.endswith("attn_qkv.weight"):
-        tensor = tensor.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
-    shape = shard.global_shape[shard.prepend_axis_num :]
-    padded = torch.zeros(shape)
-    padded[: tensor.shape[0]] = tensor
-    return padded[tuple(shard.global_slice()[shard.prepend_axis_num :])]
 
 
 class Published(NamedTuple):
@@ -71,6 +38,8 @@ class Published(NamedTuple):
 
     def fill(self, model) -> set[str]:
         """Put the published weights into this rank's part of our model; the names of those that were put."""
+        from sedd_megatron.model.published_weights import published_name
+
         seen = set()
         with torch.no_grad():
             for shard in model.sharded_tensors().values():
@@ -81,8 +50,10 @@ class Published(NamedTuple):
 
     def ours(self, key: str, shard) -> torch.Tensor:
         """This rank's part of `param.` or `grad.` and a name."""
+        from sedd_megatron.model.published_weights import own_part
+
         name = key.split(".", 1)[1]
-        return ours_from_published(self.golden[key], name, shard, self.config["model"]["n_heads"])
+        return own_part(self.golden[key], name, shard, self.config["model"]["n_heads"])
 
 
 def check(graph_name: str, tensor_size: int, pipeline_size: int, context_size: int) -> None:
@@ -104,6 +75,7 @@ def check(graph_name: str, tensor_size: int, pipeline_size: int, context_size: i
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         from sedd_megatron.diffusion.graph import make_graph
+        from sedd_megatron.model.published_weights import published_name
         from sedd_megatron.training.build import build_model
         from sedd_megatron.training.forward_step import make_forward_step
 
