@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -20,7 +19,7 @@ from sedd_megatron.evaluation.intervals import METHOD, Interval
 from sedd_megatron.evaluation.published_table import PUBLISHED, published_table
 from sedd_megatron.evaluation.windows import WINDOWINGS, Window, windows_of
 from sedd_megatron.options import flag_of, option, parse_options
-from sedd_megatron.parallel.groups import ParallelGroups, parallel_groups
+from sedd_megatron.parallel.groups import ParallelGroups, is_first_rank, parallel_groups
 
 if TYPE_CHECKING:
     from sedd_megatron.diffusion.likelihood import Bound, BoundEstimator
@@ -79,9 +78,9 @@ def main() -> None:
         )
         for name, windows in windows_by_name.items():
             found[name] = _bound_units(model, windows, options, saved.diffusion.time_eps)
-            if _is_first_rank():
+            if is_first_rank():
                 print(report(name, found[name], texts_of[name], options), flush=True)
-    if _is_first_rank():
+    if is_first_rank():
         if options.output:
             _write(Path(options.output), found)
         if options.corpora:
@@ -98,10 +97,6 @@ def _beside_published(found: "dict[str, list[UnitBound]]", num_tokens: int, name
     columns = PUBLISHED["zero-shot"].columns
     measured = {corpus: interval for corpus, interval in perplexities.items() if corpus in columns}
     return "\n" + published_table(measured, "zero-shot", name) if measured else "no published perplexity of these"
-
-
-def _is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _texts(options: EvaluateOptions) -> dict[str, list[str]]:
@@ -173,7 +168,7 @@ def _bound_round(
 
     groups = model.groups
     own = windows[groups.data_rank :: groups.data_size]
-    with tqdm(total=len(own), unit="window", leave=False, disable=None if _is_first_rank() else True) as bar:
+    with tqdm(total=len(own), unit="window", leave=False, disable=None if is_first_rank() else True) as bar:
         found = bound_windows(estimator, own, model.device, first_time, bar.update)
     return _gathered(found, groups)
 

@@ -1,7 +1,6 @@
 """python -m sedd_megatron.generate: samples from a trained model, around text of a person's choice."""
 
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -11,11 +10,12 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from sedd_megatron.config import LayoutOptions, ParallelOptions, PrecisionOptions
+from sedd_megatron.data.batches import batches_of
 from sedd_megatron.errors import UserError, run_command
 from sedd_megatron.generation.requests import Frame, TextRequest, frames_of, read_requests
 from sedd_megatron.generation.settings import SamplingOptions, settings_of
 from sedd_megatron.options import option, parse_options
-from sedd_megatron.parallel.groups import parallel_groups
+from sedd_megatron.parallel.groups import is_first_rank, parallel_groups
 
 if TYPE_CHECKING:
     from sedd_megatron.diffusion import SamplingSettings
@@ -55,7 +55,7 @@ def main() -> None:
     parallel = ParallelOptions(**asdict(layout))
     if options.trace:
         _check_writable("--trace", options.trace)
-    writes_output = bool(options.output) and _is_first_rank()
+    writes_output = bool(options.output) and is_first_rank()
     if writes_output:
         # Not emptied yet: a start that fails leaves an older file as it was.
         _open_output(options.output, "a").close()
@@ -70,7 +70,7 @@ def main() -> None:
                 print(f"--- sample {text.sample} ---\n{text.text}", flush=True)
                 if output is not None:
                     output.write(json.dumps(text.record(), ensure_ascii=False) + "\n")
-    if recorder is not None and _is_first_rank():
+    if recorder is not None and is_first_rank():
         seed = str(request.seed) if options.requests is None else f"of each line of {options.requests}"
         _write_trace(options, sampling, seed, saved, recorder)
         print(f"wrote {options.trace}", file=sys.stderr)
@@ -94,10 +94,9 @@ def _make_all(
     recorder: "TraceRecorder | None",
 ) -> Iterator[list["GeneratedText"]]:
     """The finished texts, as many batches at a time as there are replicas; on the first rank those of all."""
-    from sedd_megatron.generation.engine import batches_of
     from sedd_megatron.generation.observers import ProgressBar, StreamPrinter
 
-    groups, is_first = model.groups, _is_first_rank()
+    groups, is_first = model.groups, is_first_rank()
     observers = [recorder] if recorder is not None else []
     if is_first and options.stream:
         observers.append(StreamPrinter(model.tokenizer, sys.stdout))
@@ -126,11 +125,7 @@ def _gathered_from_replicas(
             texts = [text for part, _ in gathered for text in part]
         if recorder is not None:
             recorder.traces = [trace for _, part in gathered or [] for trace in part]
-    return texts if _is_first_rank() else []
-
-
-def _is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    return texts if is_first_rank() else []
 
 
 def _recorder(options: GenerateOptions, settings: "SamplingSettings") -> "TraceRecorder | None":

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sedd_megatron.config import ParallelOptions, PrecisionOptions
+from sedd_megatron.data.batches import batches_of
 from sedd_megatron.diffusion import AbsorbingGraph, GeometricSchedule, LogLinearSchedule, UniformGraph
 from sedd_megatron.parallel.groups import ParallelGroups, groups_of_this_process
 
@@ -129,7 +130,6 @@ class PretrainedModel:
             UserError: an argument outside its range, a prompt longer than the length, text that the tokenizer does not
                 know, a sampler that the graph does not have.
         """
-        from sedd_megatron.generation.engine import batches_of
         from sedd_megatron.generation.requests import AS_ARGUMENTS, TextRequest, frames_of
         from sedd_megatron.generation.settings import SamplingOptions, settings_of
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sedd_megatron.config import ParallelOptions, PrecisionOptions
+from sedd_megatron.data.batches import batches_of
+from sedd_megatron.data.documents import json_lines, text_lines
 from sedd_megatron.errors import UserError, run_command
 from sedd_megatron.evaluation.sample_quality import (
     Judge,
@@ -122,7 +124,6 @@ def _check(options: QualityOptions, request: TextRequest, sampling: SamplingOpti
 
 
 def _draw(options: QualityOptions, request: TextRequest, sampling: SamplingOptions) -> SampleSet:
-    from sedd_megatron.generation.engine import batches_of
     from sedd_megatron.generation.observers import ProgressBar
     from sedd_megatron.parallel.groups import groups_of_this_process
     from sedd_megatron.saved_model import find_saved_model
@@ -145,7 +146,7 @@ def _draw(options: QualityOptions, request: TextRequest, sampling: SamplingOptio
 def _read_references(path: Path) -> list[str]:
     if path.suffix == ".jsonl":
         return [record["text"] for record in _json_lines("--reference", path)]
-    texts = [line.strip() for line in _lines("--reference", path) if line.strip()]
+    texts = [line.strip() for line in text_lines("--reference", path) if line.strip()]
     if not texts:
         raise UserError(f"--reference {path}: no text there; write one text a line")
     return texts
@@ -153,26 +154,13 @@ def _read_references(path: Path) -> list[str]:
 
 def _json_lines(flag: str, path: Path) -> list[dict[str, Any]]:
     records = []
-    for number, line in enumerate(_lines(flag, path), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{flag} {path}, line {number}: not JSON ({error}); write one object a line") from error
+    for number, record in json_lines(flag, path, "write one object a line"):
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise UserError(f'{flag} {path}, line {number}: no text; write it as {{"text": "Once upon a time"}}')
         records.append(record)
     if not records:
         raise UserError(f"{flag} {path}: no line there; draw samples with sedd_megatron.generate --output")
     return records
-
-
-def _lines(flag: str, path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag} {path}: cannot be read as UTF-8 text ({error}); name another file") from error
 
 
 def _write(path: Path, flag: str, text: str, mode: str = "w") -> None:

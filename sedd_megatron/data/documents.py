@@ -129,6 +129,34 @@ def input_files(inputs: Sequence[str]) -> list[Path]:
     return files
 
 
+def text_lines(flag: str, path: Path) -> list[str]:
+    """The lines of a small text file that a flag names; a byte order mark is no part of the first.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag} {path}: cannot be read as UTF-8 text ({error}); name another file") from error
+
+
+def json_lines(flag: str, path: Path, way_out: str) -> Iterator[tuple[int, Any]]:
+    """The number and value of each line of such a file that is not blank; `way_out` ends the error of one.
+
+    Raises:
+        UserError: the file cannot be read, or naming the first line that is not JSON.
+    """
+    for number, line in enumerate(text_lines(flag, path), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{flag} {path}, line {number}: not JSON ({error}); {way_out}") from error
+        yield number, value
+
+
 def valid_text(value: Any, key: str, where: str) -> str:
     """`value`, if it is text that every tokenizer can take.
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from sedd_megatron.data.batches import batches_of
 from sedd_megatron.diffusion.likelihood import Bound, BoundEstimator
 from sedd_megatron.evaluation.intervals import Interval, monte_carlo_interval, ratio_interval
-from sedd_megatron.evaluation.windows import Window, batches_of_windows
+from sedd_megatron.evaluation.windows import Window
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def bound_windows(
 ) -> dict[int, Bound]:
     """The bound of each window by its number, as tensors of one element; on_batch gets how many are done."""
     found: dict[int, Bound] = {}
-    for batch in batches_of_windows(windows, max(estimator.batch_size, 1)):
+    for batch in batches_of(windows, estimator.batch_size):
         x_0 = torch.tensor([window.tokens for window in batch], device=device)
         position = torch.arange(x_0.shape[1], device=device)
         given = position < torch.tensor([[window.num_given] for window in batch], device=device)

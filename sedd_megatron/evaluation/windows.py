@@ -58,16 +58,6 @@ def windows_of(
     return [Window(n, unit, tuple(tokens), given) for n, (unit, tokens, given) in enumerate(pieces)]
 
 
-def batches_of_windows(windows: Sequence[Window], size: int) -> Iterator[list[Window]]:
-    """Windows of one length together, at most `size` at a time."""
-    by_length: dict[int, list[Window]] = {}
-    for window in windows:
-        by_length.setdefault(len(window.tokens), []).append(window)
-    for same in by_length.values():
-        for start in range(0, len(same), size):
-            yield same[start : start + size]
-
-
 def _cut(tokens: Sequence[int], length: int) -> Iterator[Sequence[int]]:
     return (tokens[start : start + length] for start in range(0, len(tokens), length))
 

@@ -1,7 +1,7 @@
 """From frames to texts: batches, long texts block by block, the end of a document."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -128,18 +128,6 @@ class TextEngine:
                 frames, states.tolist(), given.tolist(), ends, calls.tolist(), strict=True
             )
         ]
-
-
-def batches_of(frames: Sequence[Frame], batch_size: int) -> Iterator[list[Frame]]:
-    """Frames of one length together, batch_size at a time: shorter ones cannot be filled up, for every position sees
-    every other.
-    """
-    by_length: dict[int, list[Frame]] = {}
-    for frame in frames:
-        by_length.setdefault(len(frame.tokens), []).append(frame)
-    for same in by_length.values():
-        for start in range(0, len(same), batch_size):
-            yield same[start : start + batch_size]
 
 
 def block_windows(length: int, seq_length: int) -> list[slice]:

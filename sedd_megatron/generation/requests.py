@@ -1,13 +1,13 @@
 """What a person asks for: text that is given, and how much is to be made around it."""
 
 import dataclasses
-import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sedd_megatron.data.documents import json_lines
 from sedd_megatron.data.tokenizers import Tokenizer
 from sedd_megatron.errors import UserError
 from sedd_megatron.options import flag_of, option
@@ -103,8 +103,10 @@ def read_requests(
         UserError: naming the line.
     """
     frames: list[Frame] = []
-    for number, values in _lines(path):
+    for number, values in json_lines("--requests", path, f"write it as {EXAMPLE_LINE}"):
         wording = _Wording(f"--requests {path}, line {number}: ", str)
+        if not isinstance(values, dict):
+            raise wording.error(f"not a JSON object; write it as {EXAMPLE_LINE}")
         tokens = values.pop("tokens", None)
         request = _request_of(_checked(values, wording), tokens, defaults, wording)
         frames += frames_of(request, tokenizer, seq_length, first_sample + len(frames), wording, number, tokens)
@@ -114,25 +116,6 @@ def read_requests(
 
 
 EXAMPLE_LINE = '{"prompt": "Once upon", "num_samples": 2}'
-
-
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--requests {path}: cannot be read as UTF-8 text ({error}); name another file") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            raise UserError(
-                f"--requests {path}, line {number}: not JSON ({error}); write it as {EXAMPLE_LINE}"
-            ) from error
-        if not isinstance(values, dict):
-            raise UserError(f"--requests {path}, line {number}: not a JSON object; write it as {EXAMPLE_LINE}")
-        yield number, values
 
 
 def _checked(values: dict[str, Any], wording: _Wording) -> dict[str, Any]:

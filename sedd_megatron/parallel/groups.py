@@ -100,6 +100,11 @@ def choose_device(device: str) -> torch.device:
     raise UserError(f"--device cuda: {local_ranks} ranks on this node and {count} GPUs; start one rank per GPU")
 
 
+def is_first_rank() -> bool:
+    """Whether this process is the first of all, which speaks and writes for them; known before any group is made."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextlib.contextmanager
 def parallel_groups(
     options: ParallelOptions, num_model_chunks: int = 1, world_size: int | None = None

@@ -46,7 +46,8 @@ def frames_of_all(tokenizer: CharTokenizer) -> list:
 
 def draw_all(network, graph_name: str, groups) -> dict[str, list]:
     """Tokens, network calls and whether it ended, of every sample of every sampler."""
-    from sedd_megatron.generation.engine import TextEngine, batches_of
+    from sedd_megatron.data.batches import batches_of
+    from sedd_megatron.generation.engine import TextEngine
 
     tokenizer, graph = CharTokenizer(LETTERS), network.model.graph
     tokenizer.eod_id = 4

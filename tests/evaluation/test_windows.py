@@ -4,10 +4,11 @@ import math
 
 import pytest
 
+from sedd_megatron.data.batches import batches_of
 from sedd_megatron.data.tokenizers import ByteTokenizer
 from sedd_megatron.errors import UserError
 from sedd_megatron.evaluation.intervals import ratio_interval, student_t_quantile
-from sedd_megatron.evaluation.windows import WINDOWINGS, batches_of_windows, windows_of
+from sedd_megatron.evaluation.windows import WINDOWINGS, windows_of
 
 TEXTS = ["a", "", "bcdefgh", "ij" * 13]
 
@@ -52,7 +53,7 @@ def test_mistakes():
 
 def test_batches_hold_one_length_and_lose_nothing():
     windows = windows_of(TEXTS, ByteTokenizer(), 8, "separate", may_give=True)
-    batches = list(batches_of_windows(windows, 2))
+    batches = list(batches_of(windows, 2))
     assert sorted(window.number for batch in batches for window in batch) == list(range(len(windows)))
     assert all(len({len(window.tokens) for window in batch}) == 1 and len(batch) <= 2 for batch in batches)
 

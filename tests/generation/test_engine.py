@@ -7,9 +7,10 @@ import random
 
 import pytest
 
+from sedd_megatron.data.batches import batches_of
 from sedd_megatron.data.tokenizers import ByteTokenizer
 from sedd_megatron.diffusion import SAMPLERS, SamplingSettings
-from sedd_megatron.generation.engine import batches_of, block_windows, decode_states, end_of_document
+from sedd_megatron.generation.engine import block_windows, decode_states, end_of_document
 from sedd_megatron.generation.requests import Frame, TextRequest
 from tests.generation.toy import (
     CASES,
