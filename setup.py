@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 setup(
     name="sedd_megatron",
-    version="0.4.0",
+    version="0.5.0",
     description="Score entropy discrete diffusion language models on Megatron-Core",
     license="MIT",
     python_requires=">=3.10",
@@ -28,10 +28,12 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
         "data": ["datasets>=4"],  # from 4 on it runs no code of a dataset
+        "harness": ["lm_eval>=0.4.13"],
         "log": ["tensorboard"],
         "quality": ["transformers>=4.56", "mauve-text>=0.4"],
         "test": [
             "datasets>=4",
+            "lm_eval>=0.4.13",
             "mauve-text>=0.4",
             "pillow",
             "pytest>=8",

@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING
 
 from sedd_megatron.config import LayoutOptions, ParallelOptions, PrecisionOptions
 from sedd_megatron.data.documents import FileSource, input_files
+from sedd_megatron.diffusion.integration import INTEGRATIONS, find_integration
 from sedd_megatron.errors import UserError, run_command
 from sedd_megatron.evaluation.corpora import CORPORA, documents_of
 from sedd_megatron.evaluation.intervals import METHOD, Interval
 from sedd_megatron.evaluation.published_table import PUBLISHED, published_table
 from sedd_megatron.evaluation.windows import WINDOWINGS, Window, windows_of
 from sedd_megatron.options import flag_of, option, parse_options
-from sedd_megatron.parallel.groups import ParallelGroups, is_first_rank, parallel_groups
+from sedd_megatron.parallel.groups import is_first_rank, parallel_groups
 
 if TYPE_CHECKING:
-    from sedd_megatron.diffusion.likelihood import Bound, BoundEstimator
+    from sedd_megatron.diffusion.likelihood import Bound
     from sedd_megatron.evaluation.bounds import UnitBound
     from sedd_megatron.pretrained import PretrainedModel
 
@@ -46,9 +47,14 @@ class EvaluateOptions:
     json_key: str = option("text", "key of the .jsonl lines")
     max_documents: int | None = option(None, "only this many, from the first on")
     windowing: str = option("concatenate", "how documents become windows of the trained length", choices=WINDOWINGS)
-    mc_samples: int = option(1000, "random times per window, stratified")
+    mc_samples: int = option(1000, "random draws per window, stratified")
+    integrate_over: str = option(
+        "time",
+        "what the draws are stratified over: time as published, or mask-count (absorbing graph; a smaller error)",
+        choices=tuple(INTEGRATIONS),
+    )
     until_half_width: float | None = option(
-        None, "go on with further times until Monte Carlo's 95 % half-width of the perplexity is at most this"
+        None, "go on with further draws until Monte Carlo's 95 % half-width of the perplexity is at most this"
     )
     batch_size: int = option(16, "corrupted sequences that go through the network at once; does not change the result")
     seed: int = option(0, "seed of times and noise")
@@ -65,6 +71,10 @@ def main() -> None:
     from sedd_megatron.saved_model import find_saved_model
 
     saved = find_saved_model(options.load, layout.device)
+    try:
+        find_integration(options.integrate_over, saved.graph)
+    except ValueError as error:
+        raise UserError(f"--integrate-over {error}") from error
     texts_of = _texts(options)
     may_give = saved.graph.mask_token_id is not None
     length = saved.model_options.seq_length
@@ -143,44 +153,23 @@ def _bound_units(
     model: "PretrainedModel", windows: list[Window], options: EvaluateOptions, time_eps: float
 ) -> "list[UnitBound]":
     """Rounds of --mc-samples times until they are enough."""
-    from sedd_megatron.evaluation.bounds import mean_of_rounds, sample_interval, unit_bounds
+    from sedd_megatron.evaluation.bounds import bound_on_replicas, mean_of_rounds, sample_interval, unit_bounds
 
     estimator = model.bound_estimator(
-        seed=options.seed, num_times=options.mc_samples, time_eps=time_eps, batch_size=options.batch_size
+        seed=options.seed,
+        num_draws=options.mc_samples,
+        time_eps=time_eps,
+        batch_size=options.batch_size,
+        integrate_over=options.integrate_over,
     )
     rounds: list[dict[int, Bound]] = []
     while True:
-        rounds.append(_bound_round(model, estimator, windows, len(rounds) * options.mc_samples))
+        rounds.append(bound_on_replicas(estimator, windows, model.groups, len(rounds) * options.mc_samples))
         units = unit_bounds(windows, mean_of_rounds(rounds))
         wanted = options.until_half_width
         # Every rank has all bounds and stops at the same round.
         if wanted is None or sample_interval(units).map(_exp).half_width <= wanted:
             return units
-
-
-def _bound_round(
-    model: "PretrainedModel", estimator: "BoundEstimator", windows: list[Window], first_time: int
-) -> "dict[int, Bound]":
-    """All windows once; the replicas share them."""
-    from tqdm import tqdm
-
-    from sedd_megatron.evaluation.bounds import bound_windows
-
-    groups = model.groups
-    own = windows[groups.data_rank :: groups.data_size]
-    with tqdm(total=len(own), unit="window", leave=False, disable=None if is_first_rank() else True) as bar:
-        found = bound_windows(estimator, own, model.device, first_time, bar.update)
-    return _gathered(found, groups)
-
-
-def _gathered(found: "dict[int, Bound]", groups: ParallelGroups) -> "dict[int, Bound]":
-    import torch
-
-    if groups.data_size == 1:
-        return found
-    parts = [None] * groups.data_size
-    torch.distributed.all_gather_object(parts, found, group=groups.collection.dp)
-    return {number: bound for part in parts for number, bound in part.items()}
 
 
 def _check(options: EvaluateOptions) -> None:

@@ -50,9 +50,19 @@ def parse_options(option_classes: Sequence[type], argv: Sequence[str], prog: str
         raise UserError(_unknown("flag", unknown[0], [flag_of(name) for name in fields]))
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(namespace).items()}
     values = {**load_yaml_options(Path(given["config"]), option_classes), **given} if given.get("config") else given
-    required = [name for name, f in fields.items() if f.default is dataclasses.MISSING and name not in values]
+    required = [name for name in required_options(option_classes) if name not in values]
     if required:
         raise UserError(f"missing {', '.join(flag_of(n) for n in required)}: required; --help explains")
+    return instances_of(values, option_classes)
+
+
+def required_options(option_classes: Sequence[type]) -> list[str]:
+    """Names of the options without a default."""
+    return [name for name, f in _fields_by_name(option_classes).items() if f.default is dataclasses.MISSING]
+
+
+def instances_of(values: dict[str, Any], option_classes: Sequence[type]) -> tuple[Any, ...]:
+    """One instance of each class from checked values by option name."""
     return tuple(
         cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}) for cls in option_classes
     )

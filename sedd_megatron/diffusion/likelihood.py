@@ -2,8 +2,10 @@
 
     -log p(x_0) <= prior + diffusion + reconstruction
     prior           KL(p_1|0(. | x_0) || law that sampling starts from), in closed form
-    diffusion       integral over t from time_eps to 1 of sigma_rate(t) E[score entropy], by random times and noise
+    diffusion       integral over t from time_eps to 1 of sigma_rate(t) E[score entropy], by random noise
     reconstruction  -E[log p(x_0 | x_t)] at t = time_eps, by the last step of sampling
+
+Which noise, diffusion/integration.py says.
 
 The published evaluation has the diffusion term alone, as a mean over [time_eps, 1] and not an integral.
 """
@@ -18,12 +20,12 @@ from torch import Tensor
 
 from sedd_megatron.diffusion.draws import Stream, philox_uniforms
 from sedd_megatron.diffusion.graph import AbsorbingGraph, UniformGraph
-from sedd_megatron.diffusion.noise_schedule import GeometricSchedule, LogLinearSchedule
+from sedd_megatron.diffusion.integration import INTEGRATIONS, Draw, Integration, Process
 from sedd_megatron.diffusion.score_entropy import ScoreEntropyCoefficients, ScoreSums
 from sedd_megatron.diffusion.score_reader import ScoreFn, Scores
 
 # (graph, scores, sigma [C], x_t [C], x_0 [C]) -> [C]
-Term = Callable[[AbsorbingGraph | UniformGraph, Scores, Tensor, Tensor, Tensor], Tensor]
+Value = Callable[[AbsorbingGraph | UniformGraph, Scores, Tensor, Tensor, Tensor], Tensor]
 
 
 class Bound(NamedTuple):
@@ -40,10 +42,10 @@ class Bound(NamedTuple):
         return self.prior + self.diffusion + self.reconstruction
 
 
-def stratified_times(uniform: Tensor, time_eps: float) -> Tensor:
-    """One time in each of K equal parts of [time_eps, 1] from uniform [..., K] float64; [..., K]."""
+def stratified(uniform: Tensor) -> Tensor:
+    """One number in each of K equal parts of [0, 1) from uniform [..., K] float64; [..., K]."""
     count = uniform.shape[-1]
-    return time_eps + (1 - time_eps) * (torch.arange(count, dtype=torch.float64) + uniform) / count
+    return (torch.arange(count, dtype=torch.float64) + uniform) / count
 
 
 def prior_divergence(graph: AbsorbingGraph | UniformGraph, sigma: Tensor) -> Tensor:
@@ -107,11 +109,12 @@ def reconstruction_of(
     return torch.log1p(rate * total) - torch.where(x_t == x_0, 0.0, torch.log(rate) + log_score)
 
 
-# What is drawn with which random numbers.
-TERMS: dict[Stream, Term] = {
-    Stream.EVALUATION_NOISE: score_entropy_of,
-    Stream.EVALUATION_LAST: reconstruction_of,
-}
+class RandomTerm(NamedTuple):
+    """A term that is drawn: with which random numbers and noise, and what is summed there."""
+
+    stream: Stream
+    draw: Draw
+    value: Value
 
 
 @dataclass(frozen=True)
@@ -119,65 +122,65 @@ class BoundEstimator:
     """What the Monte Carlo estimate of the bound depends on, beside the sequences."""
 
     score_fn: ScoreFn
-    graph: AbsorbingGraph | UniformGraph
-    schedule: LogLinearSchedule | GeometricSchedule
+    process: Process
     seed: int
-    time_eps: float
-    num_times: int  # even
+    num_draws: int  # even; of the diffusion term of each sequence
     batch_size: int  # of corrupted sequences that go through the network at once; does not change the draws
+    integration: Integration = INTEGRATIONS["time"]
 
     @torch.no_grad()
-    def __call__(self, x_0: Tensor, given: Tensor, numbers: Sequence[int], first_time: int = 0) -> Bound:
+    def __call__(self, x_0: Tensor, given: Tensor, numbers: Sequence[int], first_draw: int = 0) -> Bound:
         """The bound of sequences x_0 [B, S] int64, or of their positions that are not `given` [B, S] bool.
 
         Given positions are never corrupted: under the absorbing graph this bounds the conditional likelihood of the
-        others. Draws depend on (seed, number of the sequence, number of the time) alone: `first_time` numbers them on,
+        others. Draws depend on (seed, number of the sequence, number of the draw) alone: `first_draw` numbers them on,
         for further draws of the same sequences.
         """
-        uniform = philox_uniforms(self.seed, Stream.EVALUATION_TIME, numbers, self.num_times, first_time)
-        noise = self.schedule(stratified_times(uniform, self.time_eps))
-        weight = (1 - self.time_eps) * noise.sigma_rate
-        diffusion = weight * self._draws(x_0, given, numbers, first_time, noise.sigma, Stream.EVALUATION_NOISE)
+        strata = stratified(philox_uniforms(self.seed, Stream.EVALUATION_TIME, numbers, self.num_draws, first_draw))
+        term = RandomTerm(Stream.EVALUATION_NOISE, self.integration.diffusion, score_entropy_of)
+        diffusion = self._draws(term, x_0, given, numbers, first_draw, strata)
         # Hardly noise and a small term: an eighth of the draws leaves its error below that of the other.
-        least = self.schedule(torch.full((len(x_0), max(self.num_times // 8, 2)), self.time_eps, dtype=torch.float64))
-        reconstruction = self._draws(x_0, given, numbers, first_time, least.sigma, Stream.EVALUATION_LAST)
-        most = self.schedule(torch.ones((), dtype=torch.float64))
-        prior = prior_divergence(self.graph, most.sigma) * (~given).sum(1).cpu()
+        strata = strata[:, : max(self.num_draws // 8, 2)]
+        term = RandomTerm(Stream.EVALUATION_LAST, self.integration.reconstruction, reconstruction_of)
+        reconstruction = self._draws(term, x_0, given, numbers, first_draw, strata)
+        most = self.process.schedule(torch.ones((), dtype=torch.float64))
+        prior = prior_divergence(self.process.graph, most.sigma) * (~given).sum(1).cpu()
         mean, error = mean_of_strata(diffusion)
         variance = error**2 + reconstruction.var(1) / reconstruction.shape[1]
         return Bound(prior, mean, reconstruction.mean(1), variance.sqrt())
 
     def _draws(
-        self, x_0: Tensor, given: Tensor, numbers: Sequence[int], first_time: int, sigma: Tensor, stream: Stream
+        self, term: RandomTerm, x_0: Tensor, given: Tensor, numbers: Sequence[int], first_draw: int, strata: Tensor
     ) -> Tensor:
-        """One draw of the stream's term, summed over positions, for each of sigma [B, K]; [B, K] float64."""
-        pairs = [(row, k) for row in range(len(x_0)) for k in range(sigma.shape[1])]
-        values = torch.empty_like(sigma)
+        """One draw of the term for each of strata [B, K]; [B, K] float64."""
+        pairs = [(row, k) for row in range(len(x_0)) for k in range(strata.shape[1])]
+        values = torch.empty_like(strata)
         for start in range(0, len(pairs), self.batch_size):
             rows, k = map(list, zip(*pairs[start : start + self.batch_size], strict=True))
-            keys = [numbers[row] for row in rows], [first_time + one for one in k]
-            values[rows, k] = self._sum_over_positions(x_0[rows], given[rows], *keys, sigma[rows, k], stream)
+            keys = [numbers[row] for row in rows], [first_draw + one for one in k]
+            values[rows, k] = self._sum_over_positions(term, x_0[rows], given[rows], *keys, strata[rows, k])
         return values
 
     def _sum_over_positions(
-        self, x_0: Tensor, given: Tensor, numbers: list[int], steps: list[int], sigma: Tensor, stream: Stream
+        self, term: RandomTerm, x_0: Tensor, given: Tensor, numbers: list[int], steps: list[int], stratum: Tensor
     ) -> Tensor:
-        """The stream's term summed over the positions that count, of x_0 [B, S] after noise sigma [B]; [B] float64."""
+        """One draw of the term for each of x_0 [B, S], its weight included; [B] float64."""
         (batch, length), device = x_0.shape, x_0.device
-        uniforms = philox_uniforms(self.seed, stream, numbers, 2 * length, steps).view(batch, 2, length)
-        x_t = torch.where(given.cpu(), x_0.cpu(), self.graph.corrupt_tokens(x_0.cpu(), sigma, uniforms)).to(device)
-        counts = self.graph.can_change(x_t) & ~given
-        active = counts.any(1).nonzero()[:, 0]
+        uniforms = philox_uniforms(self.seed, term.stream, numbers, 2 * length, steps).view(batch, 2, length)
+        corrupted = term.draw(self.process, x_0.cpu(), given.cpu(), stratum, uniforms)
+        active = corrupted.counts.any(1).nonzero()[:, 0]
         total = torch.zeros(batch, dtype=torch.float64)
         if len(active) == 0:
             return total
-        x_t, x_0, sigma = x_t[active], x_0[active], sigma[active.cpu()].to(device)
-        index = counts[active].flatten().nonzero()[:, 0]
-        sequence, own, clean = index // length, x_t.flatten()[index], x_0.flatten()[index]
+        x_t, clean, sigma, counts = (
+            field[active].to(device) for field in (corrupted.x_t, x_0.cpu(), corrupted.sigma, corrupted.counts)
+        )
+        index = counts.flatten().nonzero()[:, 0]
+        sequence, own, clean = index // length, x_t.flatten()[index], clean.flatten()[index]
 
         def law(scores: Scores, part: slice) -> Tensor:
-            return TERMS[stream](self.graph, scores, sigma[sequence[part]], own[part], clean[part])
+            return term.value(self.process.graph, scores, sigma[sequence[part]], own[part], clean[part])
 
         values = self.score_fn(x_t, sigma.float(), index, law, torch.float64)
-        total[active.cpu()] = torch.zeros_like(sigma).index_add(0, sequence, values).cpu()
-        return total
+        total[active] = torch.zeros_like(sigma).index_add(0, sequence, values).cpu()
+        return total * corrupted.weight

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from sedd_megatron.data.batches import batches_of
 from sedd_megatron.diffusion.likelihood import Bound, BoundEstimator
 from sedd_megatron.evaluation.intervals import Interval, monte_carlo_interval, ratio_interval
 from sedd_megatron.evaluation.windows import Window
+from sedd_megatron.parallel.groups import ParallelGroups, gathered_from_replicas, is_first_rank
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def bound_windows(
     estimator: BoundEstimator,
     windows: Sequence[Window],
     device: torch.device,
-    first_time: int = 0,
+    first_draw: int = 0,
     on_batch: Callable[[int], None] | None = None,
 ) -> dict[int, Bound]:
     """The bound of each window by its number, as tensors of one element; on_batch gets how many are done."""
@@ -48,12 +50,22 @@ def bound_windows(
         x_0 = torch.tensor([window.tokens for window in batch], device=device)
         position = torch.arange(x_0.shape[1], device=device)
         given = position < torch.tensor([[window.num_given] for window in batch], device=device)
-        bound = estimator(x_0, given, [window.number for window in batch], first_time)
+        bound = estimator(x_0, given, [window.draw_key for window in batch], first_draw)
         for row, window in enumerate(batch):
             found[window.number] = Bound(*(field[row] for field in bound))
         if on_batch is not None:
             on_batch(len(batch))
     return found
+
+
+def bound_on_replicas(
+    estimator: BoundEstimator, windows: Sequence[Window], groups: ParallelGroups, first_draw: int = 0
+) -> dict[int, Bound]:
+    """`bound_windows` with the replicas sharing the windows; every rank gets all."""
+    own = windows[groups.data_rank :: groups.data_size]
+    with tqdm(total=len(own), unit="window", leave=False, disable=None if is_first_rank() else True) as bar:
+        found = bound_windows(estimator, own, groups.device, first_draw, bar.update)
+    return gathered_from_replicas(found, groups)
 
 
 def mean_of_rounds(rounds: Sequence[dict[int, Bound]]) -> dict[int, Bound]:

@@ -13,10 +13,16 @@ WINDOWINGS = ("concatenate", "strided", "separate")
 class Window:
     """Tokens of one unit, a document or a piece of the concatenation; how many of the first are given as context."""
 
-    number: int  # of the window: the key of its draws
+    number: int  # of the window: the key of its draws, unless they have one of their own
     unit: int
     tokens: tuple[int, ...]
     num_given: int = 0
+    draws: int | None = None
+
+    @property
+    def draw_key(self) -> int:
+        """What decides its draws."""
+        return self.number if self.draws is None else self.draws
 
     @property
     def num_counted(self) -> int:
@@ -43,30 +49,32 @@ def windows_of(
     if windowing == "concatenate":
         end = [] if tokenizer.eod_id is None else [tokenizer.eod_id]
         joined = [token for ids in encoded for token in [*ids, *end]]
-        pieces = [(unit, piece, 0) for unit, piece in enumerate(_cut(joined, seq_length))]
+        pieces = [(unit, *piece) for unit, piece in enumerate(cut(joined, seq_length))]
     elif windowing == "separate":
-        pieces = [(unit, piece, 0) for unit, ids in enumerate(encoded) for piece in _cut(ids, seq_length)]
+        pieces = [(unit, *piece) for unit, ids in enumerate(encoded) for piece in cut(ids, seq_length)]
     else:
         if not may_give:
             raise UserError(
                 "--windowing strided: the uniform graph has no exact likelihood given a context; choose separate or "
                 "concatenate"
             )
-        pieces = [(unit, *piece) for unit, ids in enumerate(encoded) for piece in _strided(ids, seq_length)]
+        pieces = [(unit, *piece) for unit, ids in enumerate(encoded) for piece in strided(ids, seq_length)]
     if not pieces:
         raise UserError("there is no token to evaluate; give documents with text")
     return [Window(n, unit, tuple(tokens), given) for n, (unit, tokens, given) in enumerate(pieces)]
 
 
-def _cut(tokens: Sequence[int], length: int) -> Iterator[Sequence[int]]:
-    return (tokens[start : start + length] for start in range(0, len(tokens), length))
+def cut(tokens: Sequence[int], length: int) -> Iterator[tuple[Sequence[int], int]]:
+    """Windows without overlap, and 0: none of their tokens is given."""
+    return ((tokens[start : start + length], 0) for start in range(0, len(tokens), length))
 
 
-def _strided(tokens: Sequence[int], length: int) -> Iterator[tuple[Sequence[int], int]]:
-    """Windows and how many of their first tokens an earlier one has counted."""
-    counted = 0
+def strided(tokens: Sequence[int], length: int, counted: int = 0) -> Iterator[tuple[Sequence[int], int]]:
+    """Windows, and how many of their first tokens are given: an earlier one has counted them, or nobody is to, as the
+    first `counted` tokens.
+    """
     while counted < len(tokens):
-        start = 0 if counted == 0 else min(counted - length // 2, len(tokens) - length)
+        start = max(min(counted - length // 2, len(tokens) - length), 0)
         end = min(start + length, len(tokens))
         yield tokens[start:end], counted - start
         counted = end

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -19,6 +19,9 @@ from sedd_megatron.parallel import cpu_backend
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -148,14 +151,15 @@ def parallel_groups(
 
 
 def groups_of_this_process(options: ParallelOptions) -> ParallelGroups:
-    """Process groups of one rank that live as long as the process; a second model shares them.
+    """Process groups that live as long as the process, which is one, or a rank that torchrun started and that loads one
+    model; in one process a second model shares them.
 
     Raises:
-        UserError: the process is one rank of many.
+        UserError: a second model in one rank of many.
     """
     if torch.distributed.is_initialized():
         if torch.distributed.get_world_size() > 1:
-            raise UserError("load_pretrained works in one process; start this without torchrun")
+            raise UserError("several models need a single process; start this without torchrun")
         from megatron.core.process_groups_config import ProcessGroupCollection
 
         return ParallelGroups(ProcessGroupCollection.use_mpu_process_groups(), choose_device(options.device))
@@ -163,6 +167,15 @@ def groups_of_this_process(options: ParallelOptions) -> ParallelGroups:
     groups = stack.enter_context(parallel_groups(options))
     atexit.register(stack.close)
     return groups
+
+
+def gathered_from_replicas(found: dict[Key, Value], groups: ParallelGroups) -> dict[Key, Value]:
+    """What each replica has found, together, on every rank; the keys differ. Values travel as pickles between ranks."""
+    if groups.data_size == 1:
+        return found
+    parts = [None] * groups.data_size
+    torch.distributed.all_gather_object(parts, found, group=groups.collection.dp)
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def _join_ranks(device: torch.device, world_size: int, timeout: timedelta) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sedd_megatron.diffusion import SAMPLERS, AbsorbingGraph, LogLinearSchedule, NoiseLevel, UniformGraph
-from sedd_megatron.diffusion.score_reader import ChunkLaw, ScoreFn, Scores
+from sedd_megatron.diffusion.score_reader import ChunkLaw, LogScoreFn, ScoreFn, Scores
 from tests.diffusion.laws import chi_squared_p_value
 
 TOKENS, LENGTH = 3, 3
@@ -87,6 +87,27 @@ def exact_log_scores(graph: AbsorbingGraph | UniformGraph, sigma: Tensor) -> Ten
     # The axis of position i is y's, and x's own token there makes no difference to the numerator.
     ratios = [law.movedim(1 + i, -1).unsqueeze(1 + i) - law[..., None] for i in range(LENGTH)]
     return torch.stack(torch.broadcast_tensors(*ratios), dim=-2).flatten(1, LENGTH)
+
+
+def exact_log_score_fn(graph: AbsorbingGraph | UniformGraph) -> LogScoreFn:
+    """A log_score_fn of LAW, or of its first S positions, each row at a noise of its own, by another way than the
+    tables: log of p_t(x with y at position i) / p_t(x), both summed over the clean sequences.
+    """
+
+    def log_score(x: Tensor, sigma: Tensor) -> Tensor:
+        batch, length = x.shape
+        sequences = torch.tensor(list(itertools.product(range(TOKENS), repeat=length)))
+        probs = LAW.sum(list(range(length, LENGTH))).flatten() if length < LENGTH else LAW.flatten()
+        clean = len(sequences)
+        law = graph.transition_probs(sequences.repeat(batch, 1), sigma.double().repeat_interleave(clean))
+        law = law.view(batch, clean, length, -1)
+        at_x = law.gather(-1, x[:, None, :, None].expand(-1, clean, -1, 1))[..., 0]
+        rest = torch.stack([at_x[..., [j for j in range(length) if j != i]].prod(-1) for i in range(length)], dim=-1)
+        joint = torch.einsum("n,bni,bnis->bis", probs, rest, law)
+        marginal = (probs * at_x.prod(-1)).sum(-1)
+        return (joint / marginal[:, None, None]).log().clamp_min(-80.0)
+
+    return log_score
 
 
 class ExactScores:

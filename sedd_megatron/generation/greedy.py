@@ -1,0 +1,50 @@
+"""Greedy decoding of the absorbing graph, and whether it gives a certain text."""
+
+import torch
+from torch import Tensor
+
+from sedd_megatron.diffusion import AbsorbingGraph, GeometricSchedule, LogLinearSchedule
+from sedd_megatron.diffusion.score_reader import ScoreFn, Scores
+
+
+@torch.no_grad()
+def greedy_gives(
+    score_fn: ScoreFn,
+    graph: AbsorbingGraph,
+    schedule: LogLinearSchedule | GeometricSchedule,
+    x_0: Tensor,
+    given: Tensor,
+) -> Tensor:
+    """Whether greedy decoding around the given positions gives x_0: [B] bool.
+
+    All other positions begin masked. One step fills in one: the position whose most probable token has the largest
+    share of the scores, with that token. With m of L positions masked the noise is that of t = m / L, at which as many
+    are expected to be. A sequence leaves with its first token that is not x_0's.
+
+    Args:
+        x_0, given: [B, S] int64 and bool.
+    """
+    x_t = x_0.masked_fill(~given, graph.mask_token_id)
+    num_free = (~given).sum(1)
+    gives = torch.ones(len(x_0), dtype=torch.bool, device=x_0.device)
+    active = num_free.nonzero()[:, 0]
+    while len(active) > 0:
+        x, masked = x_t[active], x_t[active] == graph.mask_token_id
+        sigma = schedule((masked.sum(1) / num_free[active]).double()).sigma
+        index = masked.flatten().nonzero()[:, 0]
+        wanted = x_0[active].flatten()[index]
+
+        def share_if_right(scores: Scores, part: slice, wanted: Tensor = wanted) -> Tensor:
+            """The largest share of each position's scores; negative where it is not the wanted token's."""
+            largest, token = scores.whole_rows(scores.values).max(-1)
+            share = largest.double() / scores.sum_of(scores.values)
+            return torch.where(token == wanted[part], share, -share)
+
+        shares = score_fn(x, sigma.float(), index, share_if_right, torch.float64)
+        by_position = torch.zeros_like(x, dtype=torch.float64).flatten().scatter(0, index, shares).view_as(x)
+        first = by_position.abs().argmax(1, keepdim=True)
+        right = by_position.gather(1, first)[:, 0] > 0
+        gives[active] = right
+        x_t[active] = x.scatter(1, first, x_0[active].gather(1, first))
+        active = active[right & (masked.sum(1) > 1)]
+    return gives
