@@ -13,8 +13,8 @@ from sedd_megatron.data.encoding import token_dtype
 from sedd_megatron.data.hub_datasets import PRESETS, open_dataset
 from sedd_megatron.data.parts import PartialCorpus, kept_tokenizer, parts_folder
 from sedd_megatron.data.progress import Progress
+from sedd_megatron.data.tokenizer_folder import DESCRIPTION
 from sedd_megatron.data.tokenizers import (
-    DESCRIPTION,
     TOKENIZER_TYPES,
     CharTokenizer,
     SentencePieceTokenizer,

@@ -16,14 +16,10 @@ from sedd_megatron.config import (
     RecomputeOptions,
     model_options_from_dict,
 )
+from sedd_megatron.data.library_tokenizers import GPT2BPETokenizer, HuggingFaceTokenizer
 from sedd_megatron.data.null_tokenizer import NullTokenizer
-from sedd_megatron.data.tokenizers import (
-    DESCRIPTION,
-    GPT2BPETokenizer,
-    HuggingFaceTokenizer,
-    Tokenizer,
-    load_tokenizer,
-)
+from sedd_megatron.data.tokenizer_folder import DESCRIPTION
+from sedd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from sedd_megatron.diffusion import AbsorbingGraph, UniformGraph
 from sedd_megatron.diffusion.graph import make_graph
 from sedd_megatron.errors import UserError

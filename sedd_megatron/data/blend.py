@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sedd_megatron.data.tokenizers import DESCRIPTION, Tokenizer, load_tokenizer
+from sedd_megatron.data.tokenizer_folder import DESCRIPTION
+from sedd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from sedd_megatron.errors import UserError
 
 LONGEST_PERIOD = 1 << 16

@@ -13,7 +13,8 @@ import numpy as np
 
 from sedd_megatron.data.encoding import encoded_chunks, token_dtype
 from sedd_megatron.data.parts import Extent, PartialCorpus
-from sedd_megatron.data.tokenizers import Tokenizer, replace_folder
+from sedd_megatron.data.tokenizer_folder import replace_folder
+from sedd_megatron.data.tokenizers import Tokenizer
 from sedd_megatron.errors import UserError
 
 # Megatron's .idx file: magic, version 1, dtype code, number of sequences, number of documents + 1 (indexed_dataset.py).

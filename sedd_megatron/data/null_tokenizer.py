@@ -1,9 +1,9 @@
 """A tokenizer for models that came without one."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from sedd_megatron.data.tokenizer_folder import write_description
 from sedd_megatron.errors import UserError
 
 
@@ -37,6 +37,4 @@ class NullTokenizer:
 
     def save(self, directory: Path) -> None:
         """Write the description into a new folder."""
-        directory.mkdir(parents=True)
-        description = {"tokenizer_type": self.tokenizer_type, "num_tokens": self.num_tokens}
-        (directory / "description.json").write_text(json.dumps(description) + "\n", encoding="utf-8")
+        write_description(directory, self.tokenizer_type, num_tokens=self.num_tokens)

@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from sedd_megatron.data.encoding import EncodedChunk
-from sedd_megatron.data.tokenizers import DESCRIPTION, Tokenizer, load_tokenizer
+from sedd_megatron.data.tokenizer_folder import DESCRIPTION
+from sedd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from sedd_megatron.errors import UserError
 
 COMMAND = "command.json"

@@ -5,23 +5,18 @@ A description is description.json with the tokenizer's type, and the model files
 
 import io
 import json
-import re
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import sentencepiece
-import tokenizers as hf_tokenizers
 
+from sedd_megatron.data.library_tokenizers import GPT2BPETokenizer, HuggingFaceTokenizer
 from sedd_megatron.data.null_tokenizer import NullTokenizer
+from sedd_megatron.data.tokenizer_folder import DESCRIPTION, write_description
 from sedd_megatron.errors import UserError
 
-DESCRIPTION = "description.json"
-GPT2_END_OF_TEXT = "<|endoftext|>"
 TRAINING_LINE_CHARACTERS = 8192
-PIECE_CHARACTERS = 1 << 15
-PIECES_AT_ONCE = 16
 
 
 class Tokenizer(Protocol):
@@ -60,7 +55,7 @@ class ByteTokenizer:
 
     def save(self, directory: Path) -> None:
         """Write the description into a new folder."""
-        _write_description(directory, self.tokenizer_type)
+        write_description(directory, self.tokenizer_type)
 
 
 class CharTokenizer:
@@ -103,7 +98,7 @@ class CharTokenizer:
 
     def save(self, directory: Path) -> None:
         """Write the description into a new folder."""
-        _write_description(directory, self.tokenizer_type, characters=self.characters)
+        write_description(directory, self.tokenizer_type, characters=self.characters)
 
 
 class SentencePieceTokenizer:
@@ -163,107 +158,8 @@ class SentencePieceTokenizer:
 
     def save(self, directory: Path) -> None:
         """Write the description into a new folder."""
-        _write_description(directory, self.tokenizer_type)
+        write_description(directory, self.tokenizer_type)
         (directory / "tokenizer.model").write_bytes(self.model)
-
-
-class GPT2BPETokenizer:
-    """GPT-2's byte-level BPE from its vocabulary and merges files; <|endoftext|> ends a document."""
-
-    tokenizer_type = "GPT2BPETokenizer"
-    unknown_id = None
-
-    def __init__(self, vocab_file: Path, merge_file: Path) -> None:
-        self._files = {"vocab.json": vocab_file.read_bytes(), "merges.txt": merge_file.read_bytes()}
-        try:
-            self._tokenizer = hf_tokenizers.Tokenizer(
-                hf_tokenizers.models.BPE.from_file(str(vocab_file), str(merge_file))
-            )
-        except Exception as error:  # the library raises bare Exceptions
-            raise UserError(
-                f"--vocab-file {vocab_file}, --merge-file {merge_file}: not a BPE vocabulary and its merges "
-                f"({_one_line(error)}); give GPT-2's encoder.json and vocab.bpe"
-            ) from error
-        # The library drops what it has no token for, without a word.
-        missing = set(hf_tokenizers.pre_tokenizers.ByteLevel.alphabet()) - set(self._tokenizer.get_vocab())
-        if missing:
-            raise UserError(
-                f"--vocab-file {vocab_file}: no token for {len(missing)} of the 256 bytes; give GPT-2's encoder.json"
-            )
-        self._tokenizer.pre_tokenizer = hf_tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        self._tokenizer.decoder = hf_tokenizers.decoders.ByteLevel()
-        self.num_tokens = _num_ids(self._tokenizer)
-        self.eod_id = self._tokenizer.token_to_id(GPT2_END_OF_TEXT)
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text, in which <|endoftext|> is text like any other."""
-        # In pieces, because the library takes 130 bytes of memory per character.
-        pieces, ids = list(_pieces(text)), []
-        for start in range(0, len(pieces), PIECES_AT_ONCE):
-            for encoding in self._tokenizer.encode_batch_fast(pieces[start : start + PIECES_AT_ONCE]):
-                ids += encoding.ids
-        return ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
-
-    def save(self, directory: Path) -> None:
-        """Write the description into a new folder."""
-        _write_description(directory, self.tokenizer_type)
-        for name, content in self._files.items():
-            (directory / name).write_bytes(content)
-
-
-class HuggingFaceTokenizer:
-    """A tokenizer.json of the `tokenizers` library, from a local folder or a hub name."""
-
-    tokenizer_type = "HuggingFaceTokenizer"
-
-    def __init__(self, tokenizer: hf_tokenizers.Tokenizer, eod_token: str | None) -> None:
-        self._tokenizer = tokenizer
-        # A tokenizer.json may ask for documents to be cut at a model's length; a corpus wants all of them.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        self.eod_token = eod_token
-        self.num_tokens = _num_ids(tokenizer)
-        self.eod_id = tokenizer.token_to_id(eod_token) if eod_token else None
-        self.unknown_id = _unknown_id(tokenizer)
-
-    @classmethod
-    def from_name(cls, name: str) -> "HuggingFaceTokenizer":
-        """Read a folder, or fetch a hub name where there is a network; no code is fetched or run.
-
-        Raises:
-            UserError: there is no tokenizer.json, or a damaged one.
-        """
-        folder = Path(name)
-        try:
-            if not folder.is_dir():
-                # Imported here: with its HTTP client it takes longer than all the rest.
-                from huggingface_hub import snapshot_download
-
-                folder = Path(snapshot_download(name, allow_patterns=["tokenizer.json", "tokenizer_config.json"]))
-            tokenizer = hf_tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the libraries raise bare Exceptions
-            raise UserError(
-                f"--tokenizer-model {name}: neither a folder with a tokenizer.json nor a hub name that can be fetched "
-                f"({_one_line(error)}); download the tokenizer and name its folder"
-            ) from error
-        return cls(tokenizer, _configured_eod(folder / "tokenizer_config.json"))
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text, without the special tokens that a model's template would add."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens included."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
-
-    def save(self, directory: Path) -> None:
-        """Write the description into a new folder."""
-        _write_description(directory, self.tokenizer_type, eod_token=self.eod_token)
-        self._tokenizer.save(str(directory / "tokenizer.json"))
 
 
 TOKENIZER_TYPES = (
@@ -332,49 +228,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     )
 
 
-def replace_folder(new: Path, final: Path) -> None:
-    """Put a finished folder in the place of another; for a moment there is neither, so hide it from readers first."""
-    shutil.rmtree(final, ignore_errors=True)
-    new.rename(final)
-
-
-def _num_ids(tokenizer: hf_tokenizers.Tokenizer) -> int:
-    # Not the number of tokens: a vocabulary may leave ids out, and the ids index the model's rows.
-    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-
-
-def _unknown_id(tokenizer: hf_tokenizers.Tokenizer) -> int | None:
-    model = json.loads(tokenizer.to_str())["model"]
-    # Unigram models name it by its id, the others by its text.
-    unknown = model.get("unk_token")
-    return tokenizer.token_to_id(unknown) if unknown else model.get("unk_id")
-
-
-def _configured_eod(config: Path) -> str | None:
-    if not config.is_file():
-        return None
-    try:
-        eod = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-        return eod["content"] if isinstance(eod, dict) else eod
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{config}: damaged ({_one_line(error)}); use another copy, or leave it out") from error
-
-
 def _cut(line: str) -> Iterator[str]:
     return (line[i : i + TRAINING_LINE_CHARACTERS] for i in range(0, len(line), TRAINING_LINE_CHARACTERS))
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """Pieces whose ids, one after the other, are the ids of the whole.
-
-    Every word of GPT-2's pattern that ends in a character that is not blank ends before a blank, whatever follows.
-    """
-    word_end = re.compile(r"(?<=\S)(?=[ \n])")
-    start = 0
-    while (found := word_end.search(text, start + PIECE_CHARACTERS)) is not None:
-        yield text[start : found.end()]
-        start = found.end()
-    yield text[start:]
 
 
 def _one_line(error: Exception) -> str:
@@ -387,9 +242,3 @@ def _required_file(tokenizer_type: str, flag: str, value: str | None) -> Path:
     if not Path(value).is_file():
         raise UserError(f"{flag} {value}: no such file; {tokenizer_type} needs one")
     return Path(value)
-
-
-def _write_description(directory: Path, tokenizer_type: str, **extra: Any) -> None:
-    directory.mkdir(parents=True)
-    text = json.dumps({"tokenizer_type": tokenizer_type, **extra}, ensure_ascii=False, indent=1)
-    (directory / DESCRIPTION).write_text(text, encoding="utf-8")

@@ -24,14 +24,9 @@ import torch
 
 from sedd_megatron.config import WeightedCorpus
 from sedd_megatron.data.corpus import open_tokens, write_corpus
+from sedd_megatron.data.library_tokenizers import GPT2BPETokenizer
 from sedd_megatron.data.loader import training_batches
-from sedd_megatron.data.tokenizers import (
-    ByteTokenizer,
-    CharTokenizer,
-    GPT2BPETokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-)
+from sedd_megatron.data.tokenizers import ByteTokenizer, CharTokenizer, SentencePieceTokenizer, Tokenizer
 from sedd_megatron.data.windows import open_windows
 from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.parallel.groups import parallel_groups

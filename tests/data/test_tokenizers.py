@@ -10,12 +10,11 @@ import pytest
 import sentencepiece
 import tokenizers as hf
 
-from sedd_megatron.data import tokenizers as module
+from sedd_megatron.data import library_tokenizers as module
+from sedd_megatron.data.library_tokenizers import GPT2BPETokenizer, HuggingFaceTokenizer
 from sedd_megatron.data.tokenizers import (
     ByteTokenizer,
     CharTokenizer,
-    GPT2BPETokenizer,
-    HuggingFaceTokenizer,
     SentencePieceTokenizer,
     build_tokenizer,
     load_tokenizer,
@@ -199,6 +198,40 @@ def test_the_unknown_id_is_what_stands_for_a_character_of_no_token(make, unknown
 def test_a_hugging_face_model_without_an_unknown_token_has_no_unknown_id():
     assert hugging_face_with(hf.models.BPE({"a": 0}, [])).unknown_id is None
     assert hugging_face_with(hf.models.Unigram([("a", -1.0)])).unknown_id is None
+
+
+def bpe(**settings) -> hf.Tokenizer:
+    return hf.Tokenizer(hf.models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")], **settings))
+
+
+def test_text_that_a_tokenizer_would_drop_is_refused():
+    tokenizer = bpe()
+    assert tokenizer.encode("aéb").ids == tokenizer.encode("ab").ids, "the library has learned to refuse it"
+    tokenizer.pre_tokenizer = hf.pre_tokenizers.WhitespaceSplit()
+    tokenizer.normalizer = hf.normalizers.Lowercase()
+    tokenizer.add_special_tokens(["<|end|>"])
+    ours = HuggingFaceTokenizer(tokenizer, None)
+    # Blanks are between its words, and capitals and the added token have their ids.
+    assert ours.encode("AB a<|end|>b") == [2, 0, 3, 1]
+    with pytest.raises(UserError, match=r"^character 'é' has no token in this tokenizer; leave it out, or use a "):
+        ours.encode("ab aéb")
+    with pytest.raises(UserError, match=r"^character '<' has no token"):
+        ours.encode("a <b")
+    suffixed = hf.Tokenizer(hf.models.BPE({"a": 0, "b</w>": 1}, [], end_of_word_suffix="</w>"))
+    assert HuggingFaceTokenizer(suffixed, None).encode("ab") == [0, 1]
+    for model in (hf.models.Unigram([("a", -1.0)]), hf.models.WordLevel({"a": 0}), hf.models.WordPiece({"a": 0})):
+        with pytest.raises(UserError, match=r"^the text has a character that this tokenizer has no token for \(\w+ "):
+            hugging_face_with(model).encode("é")
+
+
+def test_bytes_stand_for_every_character(tmp_path):
+    alphabet = sorted(hf.pre_tokenizers.ByteLevel.alphabet())
+    by_level = hf.Tokenizer(hf.models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    by_level.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fallback = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    by_fallback = hf.Tokenizer(hf.models.BPE(fallback, [], byte_fallback=True))
+    for tokenizer in (by_level, by_fallback):
+        assert len(HuggingFaceTokenizer(tokenizer, None).encode("é\n")) == 3
 
 
 def test_hugging_face_eod_is_the_configured_one_or_none(hugging_face_folder):

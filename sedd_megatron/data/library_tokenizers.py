@@ -1,0 +1,198 @@
+"""Tokenizers of the library `tokenizers`: GPT-2's BPE from its two files, and any tokenizer.json."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import tokenizers as hf_tokenizers
+
+from sedd_megatron.data.tokenizer_folder import write_description
+from sedd_megatron.errors import UserError
+
+GPT2_END_OF_TEXT = "<|endoftext|>"
+PIECE_CHARACTERS = 1 << 15
+PIECES_AT_ONCE = 16
+
+
+class GPT2BPETokenizer:
+    """GPT-2's byte-level BPE from its vocabulary and merges files; <|endoftext|> ends a document."""
+
+    tokenizer_type = "GPT2BPETokenizer"
+    unknown_id = None
+
+    def __init__(self, vocab_file: Path, merge_file: Path) -> None:
+        self._files = {"vocab.json": vocab_file.read_bytes(), "merges.txt": merge_file.read_bytes()}
+        try:
+            self._tokenizer = hf_tokenizers.Tokenizer(
+                hf_tokenizers.models.BPE.from_file(str(vocab_file), str(merge_file))
+            )
+        except Exception as error:  # the library raises bare Exceptions
+            raise UserError(
+                f"--vocab-file {vocab_file}, --merge-file {merge_file}: not a BPE vocabulary and its merges "
+                f"({_one_line(error)}); give GPT-2's encoder.json and vocab.bpe"
+            ) from error
+        # The library drops what it has no token for, without a word.
+        missing = set(hf_tokenizers.pre_tokenizers.ByteLevel.alphabet()) - set(self._tokenizer.get_vocab())
+        if missing:
+            raise UserError(
+                f"--vocab-file {vocab_file}: no token for {len(missing)} of the 256 bytes; give GPT-2's encoder.json"
+            )
+        self._tokenizer.pre_tokenizer = hf_tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        self._tokenizer.decoder = hf_tokenizers.decoders.ByteLevel()
+        self.num_tokens = _num_ids(self._tokenizer)
+        self.eod_id = self._tokenizer.token_to_id(GPT2_END_OF_TEXT)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text, in which <|endoftext|> is text like any other."""
+        # In pieces, because the library takes 130 bytes of memory per character.
+        pieces, ids = list(_pieces(text)), []
+        for start in range(0, len(pieces), PIECES_AT_ONCE):
+            for encoding in self._tokenizer.encode_batch_fast(pieces[start : start + PIECES_AT_ONCE]):
+                ids += encoding.ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def save(self, directory: Path) -> None:
+        """Write the description into a new folder."""
+        write_description(directory, self.tokenizer_type)
+        for name, content in self._files.items():
+            (directory / name).write_bytes(content)
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer.json of the `tokenizers` library, from a local folder or a hub name."""
+
+    tokenizer_type = "HuggingFaceTokenizer"
+
+    def __init__(self, tokenizer: hf_tokenizers.Tokenizer, eod_token: str | None) -> None:
+        self._tokenizer = tokenizer
+        # A tokenizer.json may ask for documents to be cut at a model's length; a corpus wants all of them.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self.eod_token = eod_token
+        self.num_tokens = _num_ids(tokenizer)
+        self.eod_id = tokenizer.token_to_id(eod_token) if eod_token else None
+        self.unknown_id = _unknown_id(tokenizer)
+        self._alphabet = _incomplete_alphabet(tokenizer) if self.unknown_id is None else None
+        added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+        self._added = re.compile("|".join(map(re.escape, added)) or "(?!)")
+
+    @classmethod
+    def from_name(cls, name: str) -> "HuggingFaceTokenizer":
+        """Read a folder, or fetch a hub name where there is a network; no code is fetched or run.
+
+        Raises:
+            UserError: there is no tokenizer.json, or a damaged one.
+        """
+        folder = Path(name)
+        try:
+            if not folder.is_dir():
+                # Imported here: with its HTTP client it takes longer than all the rest.
+                from huggingface_hub import snapshot_download
+
+                folder = Path(snapshot_download(name, allow_patterns=["tokenizer.json", "tokenizer_config.json"]))
+            tokenizer = hf_tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the libraries raise bare Exceptions
+            raise UserError(
+                f"--tokenizer-model {name}: neither a folder with a tokenizer.json nor a hub name that can be fetched "
+                f"({_one_line(error)}); download the tokenizer and name its folder"
+            ) from error
+        return cls(tokenizer, _configured_eod(folder / "tokenizer_config.json"))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text, without the special tokens that a model's template would add.
+
+        Raises:
+            UserError: the text has a character that there is no token for, known or unknown.
+        """
+        if self._alphabet is not None:
+            self._refuse_unknown(text, self._alphabet)
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises bare Exceptions
+            raise UserError(
+                f"the text has a character that this tokenizer has no token for ({_one_line(error)}); leave it out, or "
+                "use a tokenizer with an unknown token or with bytes"
+            ) from error
+
+    def _refuse_unknown(self, text: str, alphabet: set[str]) -> None:
+        # The library drops such characters from a BPE without a word.
+        for part in self._added.split(text):
+            if self._tokenizer.normalizer is not None:
+                part = self._tokenizer.normalizer.normalize_str(part)
+            words = [part]
+            if self._tokenizer.pre_tokenizer is not None:
+                words = [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(part)]
+            missing = set().union(*words) - alphabet
+            if missing:
+                raise UserError(
+                    f"character {min(missing)!r} has no token in this tokenizer; leave it out, or use a tokenizer with "
+                    "an unknown token or with bytes"
+                )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens included."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def save(self, directory: Path) -> None:
+        """Write the description into a new folder."""
+        write_description(directory, self.tokenizer_type, eod_token=self.eod_token)
+        self._tokenizer.save(str(directory / "tokenizer.json"))
+
+
+def _num_ids(tokenizer: hf_tokenizers.Tokenizer) -> int:
+    # Not the number of tokens: a vocabulary may leave ids out, and the ids index the model's rows.
+    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+
+def _unknown_id(tokenizer: hf_tokenizers.Tokenizer) -> int | None:
+    model = json.loads(tokenizer.to_str())["model"]
+    # Unigram models name it by its id, the others by its text.
+    unknown = model.get("unk_token")
+    return tokenizer.token_to_id(unknown) if unknown else model.get("unk_id")
+
+
+def _incomplete_alphabet(tokenizer: hf_tokenizers.Tokenizer) -> set[str] | None:
+    """The characters of a BPE that has not all bytes to make others from; None where nothing can be missing unsaid."""
+    model = json.loads(tokenizer.to_str())["model"]
+    if model["type"] != "BPE":
+        return None
+    prefix, suffix = model["continuing_subword_prefix"] or "", model["end_of_word_suffix"] or ""
+    tokens = set(model["vocab"])
+    alphabet = {token.removeprefix(prefix).removesuffix(suffix) for token in tokens}
+    fallback = {f"<0x{byte:02X}>" for byte in range(256)}
+    has_bytes = set(hf_tokenizers.pre_tokenizers.ByteLevel.alphabet()) <= alphabet
+    if has_bytes or (model["byte_fallback"] and fallback <= tokens):
+        return None
+    return alphabet
+
+
+def _configured_eod(config: Path) -> str | None:
+    if not config.is_file():
+        return None
+    try:
+        eod = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+        return eod["content"] if isinstance(eod, dict) else eod
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{config}: damaged ({_one_line(error)}); use another copy, or leave it out") from error
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Pieces whose ids, one after the other, are the ids of the whole.
+
+    Every word of GPT-2's pattern that ends in a character that is not blank ends before a blank, whatever follows.
+    """
+    word_end = re.compile(r"(?<=\S)(?=[ \n])")
+    start = 0
+    while (found := word_end.search(text, start + PIECE_CHARACTERS)) is not None:
+        yield text[start : found.end()]
+        start = found.end()
+    yield text[start:]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
