@@ -139,6 +139,9 @@ def _convert(name: str, value: Any, field: dataclasses.Field, where: str) -> Any
         return None
     if is_list:
         values = value if isinstance(value, list | tuple) else [value]
+        if scalar_type is str:
+            # The weights of a blend stand among its names; bool, which is an int, stays wrong.
+            values = [str(one) if type(one) in (int, float) else one for one in values]
         return tuple(_convert_one(name, one, scalar_type, field, where) for one in values)
     return _convert_one(name, value, scalar_type, field, where)
 

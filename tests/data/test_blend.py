@@ -149,6 +149,7 @@ def test_data_path_is_a_prefix_or_weights_and_prefixes(tmp_path):
     for text, values in (
         ("data_path: data/a", ("data/a",)),
         ("data_path: ['0.7', a, '0.3', b]", ("0.7", "a", "0.3", "b")),
+        ("data_path: [0.70, a, 3, b]", ("0.7", "a", "3", "b")),
     ):
         preset.write_text(text)
         assert parse_pretrain_options(["--config", str(preset)]).data.data_path == values
