@@ -1,9 +1,11 @@
 """The benchmarks run, at a size that says nothing of speed, and their opponent is the published model."""
 
+import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,3 +121,124 @@ def test_the_opponent_is_the_published_model(graph):
     for name, parameter in model.named_parameters():
         expected = golden[f"grad.{name}"]
         assert (parameter.grad - expected).norm() < 1e-4 * expected.norm().clamp_min(1e-12), name
+
+
+def test_bits_per_character_has_a_row_for_each_model(tmp_path):
+    (tmp_path / "text.txt").write_text("The cat sat on the mat and the dog ran 7 miles.\n" * 250)
+    text = table_of("bits_per_character", tmp_path, "--baseline-gpt", "--graph", "absorb", "uniform", "--input",
+                    str(tmp_path / "text.txt"), "--train-iters", "150", "--num-layers", "1", "--hidden-size", "32",
+                    "--num-attention-heads", "2", "--seq-length", "32", "--batch-size", "8", "--lr", "0.003", "0.01",
+                    "--search-iters", "30", "--num-times", "8", "--cond-dim", "16")  # fmt: skip
+    (unigram,), (bigram,) = cells(text, "unigram"), cells(text, "bigram")
+    unigram, bigram = float(unigram[5]), float(bigram[5])
+    (gpt,) = cells(text, "causal GPT")
+    # 28 symbols in embedding and head; the matrices of a layer, with biases; weight and bias of three norms.
+    assert int(gpt[1].replace(",", "")) == 2 * 28 * 32 + 12 * 32**2 + (4 + 5) * 32 + 3 * 2 * 32
+    # The text repeats itself after more characters than one.
+    assert float(gpt[5]) < 0.5 * bigram < bigram < unigram
+    rows = cells(text, "SEDD,")
+    assert [row[0] for row in rows] == ["SEDD, absorb", "SEDD, uniform"]
+    for row in rows:
+        _, bound, low, high = row[5].replace("[", "").replace("]", "").replace(",", "").split()
+        assert float(gpt[5]) < float(low) < float(bound) < float(high) < unigram + 1
+        assert 0 < int(row[2].replace(",", "")) < int(row[1].replace(",", ""))
+    assert float(rows[0][5].split()[1]) < unigram
+    assert all(row[3] in ("0.003", "0.01") and row[4] == "38,400" for row in (gpt, *rows))
+
+
+def test_the_error_of_the_bound_by_mask_count_is_smaller(trained, tmp_path):
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 3)
+    text = table_of("likelihood", tmp_path, "--load", str(trained), "--data", str(tmp_path / "text.txt"), "--windows",
+                    "2", "--counts", "2", "8", "--mc-samples", "32")  # fmt: skip
+    rows = [cells(text, count)[0] for count in ("2", "8", "16")]
+    for row in rows:
+        by_time, by_count, time_error, count_error, more = (float(cell.removesuffix("x")) for cell in row[1:6])
+        errors = (time_error**2 + count_error**2) ** 0.5
+        assert abs(by_time - by_count) * int(row[0]) < 4 * errors
+        assert more > 2
+        assert more == pytest.approx((time_error / count_error) ** 2, rel=0.2)
+
+
+def test_text8_has_letters_and_single_blanks():
+    from tests.benchmarks.bits_per_character import text8_of
+
+    assert text8_of("It's 42 %, says\n\nÉmile.") == "it s four two says mile "
+
+
+def tiny_gpt_options(*flags: str):
+    from sedd_megatron.arguments import parse_pretrain_options
+
+    return parse_pretrain_options(
+        "--data-path unused --num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 3 --cond-dim 8 "
+        "--micro-batch-size 2 --global-batch-size 2 --train-iters 6 --lr-warmup-iters 2 --lr-decay-style cosine "
+        "--device cpu".split()
+        + [*flags]
+    )
+
+
+def test_the_gpt_is_causal_and_a_distribution_over_windows():
+    cpu_backend.install()
+    from sedd_megatron.parallel.groups import groups_of_this_process
+    from tests.benchmarks.causal_gpt import build_gpt, log_probabilities
+
+    options = tiny_gpt_options()
+    model = build_gpt(options, 3, groups_of_this_process(options.parallel)).eval()
+    # Far from the uniform law that Megatron's initialisation gives.
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.5, generator=generator)
+    windows = torch.tensor(list(itertools.product(range(3), repeat=3)))
+    with torch.no_grad():
+        log_p = log_probabilities(model, windows, 3)
+        prefixes = [log_probabilities(model, windows[:, :length], 3) for length in (1, 2)]
+    assert abs(log_p.double().sum(1).exp().sum() - 1) < 1e-5
+    first, second, third = log_p.view(3, 3, 3, 3).unbind(-1)
+    # A later character changes nothing before it; an earlier one changes what follows.
+    assert (first - first[:, :1, :1]).abs().max() < 1e-6
+    assert (second - second[..., :1]).abs().max() < 1e-6
+    assert min(second.std(0).min(), third.std((0, 1)).min()) > 0.05
+    # The chain rule: each factor is what the model says of the prefix alone.
+    for length, prefix in enumerate(prefixes, start=1):
+        torch.testing.assert_close(prefix, log_p[:, :length])
+
+
+def test_the_gpt_is_trained_as_sedd_is():
+    cpu_backend.install()
+    from sedd_megatron.data.loader import MicroBatchSampler
+    from sedd_megatron.parallel.groups import groups_of_this_process
+    from sedd_megatron.training.build import build_run
+    from tests.benchmarks.causal_gpt import build_causal_run, log_probabilities, nats_of_windows, train_gpt
+
+    options = tiny_gpt_options("--weight-decay", "0.02", "--adam-beta2", "0.99", "--min-lr", "1e-4", "--clip-grad", "2")
+    groups = groups_of_this_process(options.parallel)
+    gpt, sedd = build_causal_run(options, 3, groups), build_run(options, SimpleNamespace(num_tokens=3), groups)
+    assert gpt.optimizer.chained_optimizers[0].config == sedd.optimizer.chained_optimizers[0].config
+    assert gpt.ema.decay == sedd.ema.decay
+    first = [parameter.detach().clone() for parameter in gpt.model.parameters()]
+    seen = []
+
+    class Windows:
+        def __len__(self) -> int:
+            return 5
+
+        def __getitem__(self, n: int) -> tuple[int, torch.Tensor]:
+            seen.append((n, settings(gpt)))
+            return n, torch.tensor([n % 3, 1, 2])
+
+    def settings(run) -> set:
+        names = ("lr", "betas", "eps", "weight_decay", "fused")
+        return {tuple(group.get(name) for name in names) for group in run.optimizer.param_groups}
+
+    train_gpt(gpt, Windows())
+    expected = []
+    for numbers in itertools.islice(MicroBatchSampler(0, 2, 0, 1), 6):
+        expected += [(n, settings(sedd)) for n in numbers]
+        sedd.scheduler.step(increment=2)
+    assert seen == expected
+    # Evaluated is the moving average of the weights, on every window once.
+    nats = nats_of_windows(gpt, Windows())
+    for parameter, average, initial in zip(gpt.model.parameters(), gpt.ema.averages, first, strict=True):
+        assert min((average - other).abs().max() for other in (parameter, initial)) > 0
+        parameter.data.copy_(average)
+    x_0 = torch.stack([Windows()[n][1] for n in range(5)])
+    assert abs(nats + log_probabilities(gpt.model, x_0, 3).sum().item()) < 1e-4
