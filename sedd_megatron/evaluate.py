@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from sedd_megatron.config import LayoutOptions, ParallelOptions, PrecisionOptions
 from sedd_megatron.data.documents import FileSource, input_files
-from sedd_megatron.diffusion.integration import INTEGRATIONS, find_integration
+from sedd_megatron.diffusion.graph import find_for_graph
+from sedd_megatron.diffusion.integration import INTEGRATIONS
 from sedd_megatron.errors import UserError, run_command
 from sedd_megatron.evaluation.corpora import CORPORA, documents_of
 from sedd_megatron.evaluation.intervals import METHOD, Interval
@@ -72,9 +73,9 @@ def main() -> None:
 
     saved = find_saved_model(options.load, layout.device)
     try:
-        find_integration(options.integrate_over, saved.graph)
+        find_for_graph(INTEGRATIONS, options.integrate_over, saved.graph, "--integrate-over")
     except ValueError as error:
-        raise UserError(f"--integrate-over {error}") from error
+        raise UserError(str(error)) from error
     texts_of = _texts(options)
     may_give = saved.graph.mask_token_id is not None
     length = saved.model_options.seq_length

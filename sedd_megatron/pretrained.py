@@ -75,13 +75,14 @@ class PretrainedModel:
         Raises:
             UserError: an integration that does not exist, or is not for the graph.
         """
-        from sedd_megatron.diffusion.integration import Process, find_integration
+        from sedd_megatron.diffusion.graph import find_for_graph
+        from sedd_megatron.diffusion.integration import INTEGRATIONS, Process
         from sedd_megatron.diffusion.likelihood import BoundEstimator
 
         try:
-            integration = find_integration(integrate_over, self.graph)
+            integration = find_for_graph(INTEGRATIONS, integrate_over, self.graph, "integrate_over")
         except ValueError as error:
-            raise UserError(f"integrate_over {error}") from error
+            raise UserError(str(error)) from error
         process = Process(self.graph, self.schedule, time_eps)
         return BoundEstimator(self.score_fn, process, seed, num_draws, batch_size, integration)
 

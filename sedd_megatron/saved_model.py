@@ -142,16 +142,22 @@ def _tokenizer_beside(path: Path, num_tokens: int) -> Tokenizer:
 
 
 def _fetched(name: str) -> Path:
-    from sedd_megatron.training.published_format import HUB_FILES
+    from sedd_megatron.training.published_format import CONFIG, HUB_FILES, is_published_folder
 
     try:
         # Imported here: with its HTTP client it takes longer than all the rest.
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        path = Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:  # the library raises its own, its client's and the system's
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"--load {name}: no such folder, and it cannot be fetched from a hub ({reason}); download it and name its "
             "folder"
         ) from error
+    if not is_published_folder(path):
+        raise UserError(
+            f"--load {name}: no such folder, and the hub's repository of this name has no {CONFIG}; name a model in the "
+            "published format, or a folder"
+        )
+    return path

@@ -63,6 +63,7 @@ def test_the_same_number_twice_with_any_batch_and_on_two_ranks(trained, texts, t
 
 def test_further_times_until_the_interval_is_narrow(trained, texts):
     arguments = ["--load", trained, "--data", texts, "--mc-samples", "4", "--windowing", "separate"]
+    arguments += ["--integrate-over", "mask-count"]
     _, low, high = interval(evaluated(*arguments), "on this text alone")
     wanted = (high - low) / 3
     said = evaluated(*arguments, "--until-half-width", wanted)

@@ -5,7 +5,7 @@ batch, S sequence, N = num_states. Everything works in the dtype it is given.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -255,3 +255,24 @@ def make_graph(name: str, num_tokens: int) -> AbsorbingGraph | UniformGraph:
     if name not in graphs:
         raise ValueError(f"graph {name!r} does not exist; choose one of {', '.join(graphs)}")
     return graphs[name](num_tokens)
+
+
+class _ForGraphs(Protocol):
+    graphs: tuple[type, ...]
+
+
+Choice = TypeVar("Choice", bound=_ForGraphs)
+
+
+def find_for_graph(choices: dict[str, Choice], name: str, graph: AbsorbingGraph | UniformGraph, what: str) -> Choice:
+    """The choice of a name that is for this graph; `what` opens the message of an error.
+
+    Raises:
+        ValueError: there is none, or it is not for this graph.
+    """
+    fitting = ", ".join(known for known, choice in choices.items() if isinstance(graph, choice.graphs))
+    if name not in choices:
+        raise ValueError(f"{what} {name!r} does not exist; choose one of {fitting}")
+    if not isinstance(graph, choices[name].graphs):
+        raise ValueError(f"{what} {name!r} is not for the {type(graph).__name__}; choose one of {fitting}")
+    return choices[name]

@@ -108,17 +108,3 @@ INTEGRATIONS = {
     "time": Integration(draw_time, draw_least_noise),
     "mask-count": Integration(draw_mask_count, draw_one_mask, graphs=(AbsorbingGraph,)),
 }
-
-
-def find_integration(name: str, graph: AbsorbingGraph | UniformGraph) -> Integration:
-    """The integration of a name.
-
-    Raises:
-        ValueError: there is none, or it is not for this graph.
-    """
-    fitting = ", ".join(known for known, one in INTEGRATIONS.items() if isinstance(graph, one.graphs))
-    if name not in INTEGRATIONS:
-        raise ValueError(f"{name!r} does not exist; choose one of {fitting}")
-    if not isinstance(graph, INTEGRATIONS[name].graphs):
-        raise ValueError(f"{name!r} is not for the {type(graph).__name__}; choose one of {fitting}")
-    return INTEGRATIONS[name]

@@ -146,17 +146,3 @@ SAMPLERS = {
     "event-driven": Sampler(event_step, graphs=(AbsorbingGraph,), draws_jumps_first=True),
     "predictor-corrector": Sampler(predictor_corrector_step),
 }
-
-
-def find_sampler(name: str, graph: AbsorbingGraph | UniformGraph) -> Sampler:
-    """The sampler of a name.
-
-    Raises:
-        ValueError: there is none, or it is not for this graph.
-    """
-    fitting = ", ".join(known for known, sampler in SAMPLERS.items() if isinstance(graph, sampler.graphs))
-    if name not in SAMPLERS:
-        raise ValueError(f"sampler {name!r} does not exist; choose one of {fitting}")
-    if not isinstance(graph, SAMPLERS[name].graphs):
-        raise ValueError(f"sampler {name!r} is not for the {type(graph).__name__}; choose one of {fitting}")
-    return SAMPLERS[name]

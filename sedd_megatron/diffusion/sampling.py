@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from sedd_megatron.diffusion.draws import Stream, philox_uniforms
-from sedd_megatron.diffusion.graph import AbsorbingGraph, UniformGraph
+from sedd_megatron.diffusion.graph import AbsorbingGraph, UniformGraph, find_for_graph
 from sedd_megatron.diffusion.noise_schedule import GeometricSchedule, LogLinearSchedule, NoiseLevel
-from sedd_megatron.diffusion.sampler import Step, StepFunction, denoise_step, find_sampler
+from sedd_megatron.diffusion.sampler import SAMPLERS, Step, StepFunction, denoise_step
 from sedd_megatron.diffusion.score_reader import LogScoreFn, ScoreFn, ScoreReader, score_fn_of
 from sedd_megatron.diffusion.time_grid import sampling_times
 from sedd_megatron.diffusion.token_choice import TokenChoice
@@ -89,7 +89,7 @@ def run_sampler(
     Raises:
         ValueError: an unknown sampler or time grid, a sampler that the graph does not have, or fewer than one step.
     """
-    sampler = find_sampler(settings.sampler, graph)
+    sampler = find_for_graph(SAMPLERS, settings.sampler, graph, "sampler")
     device, (num_sequences, length) = fixed_mask.device, fixed_mask.shape
     # Times, steps and draws are made on the host, which then never waits for the device to learn them.
     times = sampling_times(settings.time_grid, settings.num_steps, settings.time_eps)

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sedd_megatron.diffusion import AbsorbingGraph, SamplingSettings, TokenChoice, UniformGraph
-from sedd_megatron.diffusion.sampler import SAMPLERS, find_sampler
+from sedd_megatron.diffusion.graph import find_for_graph
+from sedd_megatron.diffusion.sampler import SAMPLERS
 from sedd_megatron.diffusion.time_grid import TIME_GRIDS
 from sedd_megatron.errors import UserError
 from sedd_megatron.options import flag_of, option
@@ -52,9 +53,9 @@ def settings_of(
         if not holds:
             raise UserError(f"{name_of(name)} {getattr(options, name)} {rule}")
     try:
-        find_sampler(options.sampler, graph)
+        find_for_graph(SAMPLERS, options.sampler, graph, name_of("sampler"))
     except ValueError as error:
-        raise UserError(name_of("sampler") + str(error).removeprefix("sampler")) from error
+        raise UserError(str(error)) from error
     return SamplingSettings(
         sampler=options.sampler,
         num_steps=options.sampling_steps,

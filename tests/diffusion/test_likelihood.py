@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from sedd_megatron.diffusion import LogLinearSchedule
-from sedd_megatron.diffusion.integration import INTEGRATIONS, Process, find_integration
+from sedd_megatron.diffusion.graph import find_for_graph
+from sedd_megatron.diffusion.integration import INTEGRATIONS, Process
 from sedd_megatron.diffusion.likelihood import BoundEstimator, mean_of_strata, prior_divergence, stratified
 from sedd_megatron.diffusion.score_reader import score_fn_of
 from sedd_megatron.evaluation.intervals import ratio_interval
@@ -131,10 +132,10 @@ def test_mask_counts_are_stratified_and_their_weights_make_the_integral():
 
 
 def test_integrations_by_name():
-    with pytest.raises(ValueError, match=r"^'mask-count' is not for the UniformGraph; choose one of time$"):
-        find_integration("mask-count", GRAPHS["uniform"])
-    with pytest.raises(ValueError, match=r"^'masks' does not exist; choose one of time, mask-count$"):
-        find_integration("masks", GRAPHS["absorb"])
+    with pytest.raises(ValueError, match=r"^--over 'mask-count' is not for the UniformGraph; choose one of time$"):
+        find_for_graph(INTEGRATIONS, "mask-count", GRAPHS["uniform"], "--over")
+    with pytest.raises(ValueError, match=r"^--over 'masks' does not exist; choose one of time, mask-count$"):
+        find_for_graph(INTEGRATIONS, "masks", GRAPHS["absorb"], "--over")
 
 
 def test_strata():
