@@ -77,13 +77,13 @@ def draw_mask_count(process: Process, x_0: Tensor, given: Tensor, stratum: Tenso
     num_masked = 1 + (stratum * num_free).long()
     # Given positions come after all others.
     reached = uniforms[:, 0].masked_fill(given, 2.0)
-    survival = 1 - reached.sort(1).values.gather(1, num_masked[:, None] - 1)
-    masked = reached <= 1 - survival
+    share = reached.sort(1).values.gather(1, num_masked[:, None] - 1)
+    masked = reached <= share
+    share = share[:, 0]
     least, most = _masked_share(process, (process.time_eps, 1.0))
-    share = 1 - survival[:, 0]
     inside = (least <= share) & (share <= most)
-    weight = torch.where(inside, num_free / num_masked * share / survival[:, 0], 0.0)
-    return Corrupted(x_0.masked_fill(masked, process.graph.mask_token_id), -survival[:, 0].log(), weight, masked)
+    weight = torch.where(inside, num_free / num_masked * share / (1 - share), 0.0)
+    return Corrupted(x_0.masked_fill(masked, process.graph.mask_token_id), -torch.log1p(-share), weight, masked)
 
 
 def draw_one_mask(process: Process, x_0: Tensor, given: Tensor, stratum: Tensor, uniforms: Tensor) -> Corrupted:
