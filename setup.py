@@ -37,6 +37,7 @@ setup(
             "mauve-text>=0.4",
             "pillow",
             "pytest>=8",
+            "pytest-xdist>=3.5",
             "ruff>=0.6",
             "tensorboard",
             "transformers>=4.56",

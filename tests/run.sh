@@ -7,4 +7,6 @@ make_environment "[test]"
 PATH="$PWD/.venv/bin:$PATH"
 # One thread per process: the distributed tests start up to four of them.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-python -m pytest "${@:-tests}"
+# Two files of tests at a time; one on a machine with a GPU, which its benchmarks want for themselves.
+workers=$(command -v nvidia-smi >/dev/null && echo 0 || echo 2)
+python -m pytest -n "$workers" --dist loadfile "${@:-tests}"
