@@ -2,11 +2,17 @@
 
 import os
 import sys
+import textwrap
 from collections.abc import Callable
 
 
 class UserError(Exception):
     """A mistake a person can mend. The message is one line: the value, the rule, the way out."""
+
+
+def one_line(error: Exception, width: int = 200) -> str:
+    """What a library's error says, for a UserError: on one line, and the beginning where it is long."""
+    return textwrap.shorten(str(error), width, placeholder=" ...")
 
 
 def run_command(main: Callable[[], int | None]) -> None:

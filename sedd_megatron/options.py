@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from sedd_megatron.errors import UserError
+from sedd_megatron.errors import UserError, one_line
 
 
 def option(default: Any, help: str, choices: Sequence[str] = ()) -> Any:
@@ -75,7 +75,7 @@ def load_yaml_options(path: Path, option_classes: Sequence[type]) -> dict[str, A
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
-        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"--config {path}: not valid YAML: {one_line(error, 400)}") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected 'option: value' lines, found a {type(values).__name__}")
     return check_values(values, option_classes, where=f"--config {path}")

@@ -22,7 +22,7 @@ from sedd_megatron.data.tokenizer_folder import DESCRIPTION
 from sedd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from sedd_megatron.diffusion import AbsorbingGraph, UniformGraph
 from sedd_megatron.diffusion.graph import make_graph
-from sedd_megatron.errors import UserError
+from sedd_megatron.errors import UserError, one_line
 from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.parallel.groups import ParallelGroups, choose_device
 from sedd_megatron.pretrained import PretrainedModel
@@ -142,22 +142,27 @@ def _tokenizer_beside(path: Path, num_tokens: int) -> Tokenizer:
 
 
 def _fetched(name: str) -> Path:
-    from sedd_megatron.training.published_format import CONFIG, HUB_FILES, is_published_folder
+    from sedd_megatron.training.published_format import CONFIG, HUB_FILES, is_published_folder, read_published_folder
 
     try:
         # Imported here: with its HTTP client it takes longer than all the rest.
         from huggingface_hub import snapshot_download
 
-        path = Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        path = Path(snapshot_download(name, allow_patterns=[CONFIG]))
+        if is_published_folder(path):
+            # Before the weights, which may be gigabytes of another model.
+            read_published_folder(path)
+            snapshot_download(name, revision=path.name, allow_patterns=HUB_FILES)
+    except UserError:
+        raise
     except Exception as error:  # the library raises its own, its client's and the system's
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"--load {name}: no such folder, and it cannot be fetched from a hub ({reason}); download it and name its "
-            "folder"
+            f"--load {name}: no such folder, and it cannot be fetched from a hub ({one_line(error)}); download it "
+            "and name its folder"
         ) from error
     if not is_published_folder(path):
         raise UserError(
-            f"--load {name}: no such folder, and the hub's repository of this name has no {CONFIG}; name a model in the "
-            "published format, or a folder"
+            f"--load {name}: no such folder, and the hub's repository of this name has no {CONFIG}; name a model in "
+            "the published format, or a folder"
         )
     return path

@@ -21,8 +21,8 @@ class Done(NamedTuple):
     stderr: str
 
 
-def run(command: list[str]) -> Done:
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, timeout=200)
+def run(command: list[str], environment: dict[str, str] = ENVIRONMENT) -> Done:
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=200)
     return Done(done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8"))
 
 

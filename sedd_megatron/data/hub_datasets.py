@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from sedd_megatron.data.documents import valid_text
-from sedd_megatron.errors import UserError
+from sedd_megatron.errors import UserError, one_line
 
 ROWS_AT_ONCE = 1000
 # What the library reads as data; cache is what it downloaded before and finds without a network. It has readers for
@@ -77,7 +77,7 @@ class DatasetSource:
             raise
         except Exception as error:  # whatever the library's readers and the network raise
             raise UserError(
-                f"{self.name}: cannot be read after row {self.position} ({_one_line(error)}); mend that, or try the "
+                f"{self.name}: cannot be read after row {self.position} ({one_line(error)}); mend that, or try the "
                 "same command again: it goes on from its last finished part"
             ) from error
 
@@ -113,7 +113,7 @@ def open_dataset(name: str, config: str | None, split: str, streaming: bool) -> 
         raise
     except Exception as error:  # its own, the hub client's, pyarrow's and the network's
         raise UserError(
-            f"--dataset {name}: cannot be opened ({_one_line(error)}); give a hub name, or a folder of parquet or "
+            f"--dataset {name}: cannot be opened ({one_line(error)}); give a hub name, or a folder of parquet or "
             "jsonl files or of save_to_disk, with its --dataset-config and --dataset-split"
         ) from error
     return DatasetSource(name, rows, [name, config, split, builder.hash, files])
@@ -148,7 +148,3 @@ def _saved_rows(library: ModuleType, name: str, config: str | None, split: str) 
     if not set(parts) <= set(saved):
         raise UserError(f"--dataset-split {split}: {name} has {', '.join(map(str, saved))}; name one of them")
     return library.concatenate_datasets([saved[part] for part in parts])
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

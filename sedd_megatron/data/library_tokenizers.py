@@ -8,7 +8,7 @@ from pathlib import Path
 import tokenizers as hf_tokenizers
 
 from sedd_megatron.data.tokenizer_folder import write_description
-from sedd_megatron.errors import UserError
+from sedd_megatron.errors import UserError, one_line
 
 GPT2_END_OF_TEXT = "<|endoftext|>"
 PIECE_CHARACTERS = 1 << 15
@@ -30,7 +30,7 @@ class GPT2BPETokenizer:
         except Exception as error:  # the library raises bare Exceptions
             raise UserError(
                 f"--vocab-file {vocab_file}, --merge-file {merge_file}: not a BPE vocabulary and its merges "
-                f"({_one_line(error)}); give GPT-2's encoder.json and vocab.bpe"
+                f"({one_line(error)}); give GPT-2's encoder.json and vocab.bpe"
             ) from error
         # The library drops what it has no token for, without a word.
         missing = set(hf_tokenizers.pre_tokenizers.ByteLevel.alphabet()) - set(self._tokenizer.get_vocab())
@@ -99,7 +99,7 @@ class HuggingFaceTokenizer:
         except Exception as error:  # the libraries raise bare Exceptions
             raise UserError(
                 f"--tokenizer-model {name}: neither a folder with a tokenizer.json nor a hub name that can be fetched "
-                f"({_one_line(error)}); download the tokenizer and name its folder"
+                f"({one_line(error)}); download the tokenizer and name its folder"
             ) from error
         return cls(tokenizer, _configured_eod(folder / "tokenizer_config.json"))
 
@@ -115,7 +115,7 @@ class HuggingFaceTokenizer:
             return self._tokenizer.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the library raises bare Exceptions
             raise UserError(
-                f"the text has a character that this tokenizer has no token for ({_one_line(error)}); leave it out, or "
+                f"the text has a character that this tokenizer has no token for ({one_line(error)}); leave it out, or "
                 "use a tokenizer with an unknown token or with bytes"
             ) from error
 
@@ -178,7 +178,7 @@ def _configured_eod(config: Path) -> str | None:
         eod = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
         return eod["content"] if isinstance(eod, dict) else eod
     except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{config}: damaged ({_one_line(error)}); use another copy, or leave it out") from error
+        raise UserError(f"{config}: damaged ({one_line(error)}); use another copy, or leave it out") from error
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -192,7 +192,3 @@ def _pieces(text: str) -> Iterator[str]:
         yield text[start : found.end()]
         start = found.end()
     yield text[start:]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]

@@ -232,10 +232,6 @@ def _cut(line: str) -> Iterator[str]:
     return (line[i : i + TRAINING_LINE_CHARACTERS] for i in range(0, len(line), TRAINING_LINE_CHARACTERS))
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
-
-
 def _required_file(tokenizer_type: str, flag: str, value: str | None) -> Path:
     if value is None:
         raise UserError(f"--tokenizer-type {tokenizer_type} needs {flag}: the file of a trained tokenizer")

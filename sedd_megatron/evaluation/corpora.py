@@ -18,11 +18,12 @@ every document is detokenized alone and followed by an end-of-document token; so
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sedd_megatron.errors import UserError
+from sedd_megatron.errors import UserError, one_line
 from sedd_megatron.evaluation import detokenizers
 from sedd_megatron.evaluation.detokenizers import Detokenizer
 
@@ -126,7 +127,7 @@ def _text_rows(path: Path, corpus: Corpus) -> Iterator[str]:
     try:
         text = path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({_one_line(error)}); use another copy") from error
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({one_line(error)}); use another copy") from error
     if corpus.is_one_document:
         yield text.rstrip("\n")
         return
@@ -139,7 +140,7 @@ def _json_rows(path: Path, corpus: Corpus) -> Iterator[str]:
     try:
         lines = path.read_bytes().decode("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({_one_line(error)}); use another copy") from error
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({one_line(error)}); use another copy") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -171,7 +172,7 @@ def _parquet_rows(path: Path, corpus: Corpus) -> Iterator[str]:
         for batch in file.iter_batches(columns=names[:1]):
             yield from batch.column(0).to_pylist()
     except (ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a Parquet file ({_one_line(error)}); use another copy") from error
+        raise UserError(f"{path}: not a Parquet file ({one_line(error)}); use another copy") from error
 
 
 def _fetched(name: str, corpus: Corpus) -> Iterator[str]:
@@ -187,6 +188,8 @@ def _fetched(name: str, corpus: Corpus) -> Iterator[str]:
             f"corpus {name}: the package datasets is {datasets.__version__}, which can run scripts of datasets; pip "
             f"install 'datasets>={FIRST_WITHOUT_SCRIPTS}', or {_way_out(name, corpus)}"
         )
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     try:
         if corpus.hub_has_script:
             files = PARQUET_COPY.format(name=corpus.hub_name, config=corpus.hub_config, split=corpus.split)
@@ -196,7 +199,7 @@ def _fetched(name: str, corpus: Corpus) -> Iterator[str]:
         texts = list(rows[corpus.column])
     except Exception as error:  # the library and its HTTP client raise what they like
         raise UserError(
-            f"corpus {name}: {corpus.hub_name} cannot be fetched ({_one_line(error)}); {_way_out(name, corpus)}"
+            f"corpus {name}: {corpus.hub_name} cannot be fetched ({one_line(error)}); {_way_out(name, corpus)}"
         ) from error
     yield from ["".join(texts)] if corpus.is_one_document else texts
 
@@ -207,7 +210,3 @@ def _file_names(name: str, corpus: Corpus) -> str:
 
 def _way_out(name: str, corpus: Corpus) -> str:
     return f"put its {corpus.split} split into a folder as {_file_names(name, corpus)} and name that folder"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]

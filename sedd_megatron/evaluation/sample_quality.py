@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sedd_megatron.errors import UserError
+from sedd_megatron.errors import UserError, one_line
 from sedd_megatron.evaluation.intervals import Interval
 
 if TYPE_CHECKING:
@@ -199,10 +199,9 @@ def load_judge(name: str, device: str = "auto", batch_size: int = 8) -> Judge:
             name, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
         )
     except Exception as error:  # of every kind: the hub's, safetensors', the configuration's
-        reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"--judge {name}: no causal language model with safetensors weights that can be loaded ({reason}); name a "
-            "folder with its config.json, model.safetensors and tokenizer.json"
+            f"--judge {name}: no causal language model with safetensors weights that can be loaded "
+            f"({one_line(error)}); name a folder with its config.json, model.safetensors and tokenizer.json"
         ) from error
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     context = getattr(model.config, "max_position_embeddings", None) or 1024

@@ -18,7 +18,7 @@ from torch import Tensor
 from sedd_megatron.arguments import check_diffusion, check_model_layout
 from sedd_megatron.config import DiffusionOptions, ModelOptions, ParallelOptions
 from sedd_megatron.diffusion.graph import make_graph
-from sedd_megatron.errors import UserError
+from sedd_megatron.errors import UserError, one_line
 from sedd_megatron.model.published_weights import (
     ROTARY_FREQUENCIES,
     faults_of,
@@ -125,8 +125,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         else:
             raise UserError(f"{path}: neither {SAFETENSORS} nor {PICKLE} there; download the model again")
     except (SafetensorError, RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: its weights cannot be read ({reason}); use another copy") from error
+        raise UserError(f"{path}: its weights cannot be read ({one_line(error)}); use another copy") from error
     if not isinstance(weights, Mapping) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise UserError(f"{pickled}: holds something else than named tensors; use another copy")
     return {name: tensor.float() for name, tensor in weights.items()}
