@@ -121,6 +121,7 @@ class HarnessModel(LM):
         load, options, sampling, layout = instances_of(values, MODEL_ARGUMENTS)
         check_rules(options)
         saved = find_saved_model(load.load, layout.device)
+        settings_of(sampling, saved.graph, str)  # before any weight is read
         parallel = ParallelOptions(**vars(layout))
         model = saved.load(parallel, PrecisionOptions(bf16=load.bf16), lambda: groups_of_this_process(parallel))
         return cls(model, options, sampling, saved.diffusion.time_eps)
@@ -171,7 +172,7 @@ class HarnessModel(LM):
         in any case. The whole length is made before it is cut.
         """
         asked: dict[SamplingOptions, list[Frame]] = {}
-        plans, seen = [], Counter()
+        stops, seen = [], Counter()
         for number, request in enumerate(requests):
             context, arguments = request.args
             plan = normalize_gen_kwargs(arguments, self.options.max_gen_toks)
@@ -180,11 +181,11 @@ class HarnessModel(LM):
             seen[key] += 1
             frame = self._frame(number, context, plan["max_gen_toks"], f"{key}/{seen[key]}")
             asked.setdefault(self._sampling(plan), []).append(frame)
-            plans.append((plan["until"], sum(frame.given)))
+            stops.append(plan["until"])
         texts: dict[int, str] = {}
         for sampling, frames in asked.items():
             texts |= self._generated(sampling, frames)
-        answers = [postprocess_generated_text(texts[number], until, None) for number, (until, _) in enumerate(plans)]
+        answers = [postprocess_generated_text(texts[number], until, None) for number, until in enumerate(stops)]
         return self._remember("generate_until", requests, answers)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -252,7 +253,7 @@ class HarnessModel(LM):
 
     def _sampling(self, plan: dict[str, Any]) -> SamplingOptions:
         """The model's sampling options with a request's own."""
-        temperature = float(plan.get("temperature", 1.0)) if plan["do_sample"] else 0.0
+        temperature = float(plan.get("temperature", self.sampling.temperature)) if plan["do_sample"] else 0.0
         own = {name: value for name, value in plan.items() if name not in ("until", "max_gen_toks", "do_sample")}
         checked = check_values(own | {"temperature": temperature}, (SamplingOptions,), where="generation_kwargs")
         return replace(self.sampling, **checked)
