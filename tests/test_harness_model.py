@@ -123,7 +123,7 @@ def test_neither_order_nor_batch_changes_an_answer(name):
         assert nats == pytest.approx(other, rel=1e-12)
         assert is_greedy == is_other
     seeded = harness_model(name, mc_samples=8, seed=1).loglikelihood(asked)
-    assert all(nats != other for (nats, _), (other, _) in zip(whole, seeded, strict=True))
+    assert any(abs(nats - other) > 1e-3 for (nats, _), (other, _) in zip(whole, seeded, strict=True))
 
 
 def test_answers_to_one_question_share_their_draws():
