@@ -21,6 +21,7 @@ from sedd_megatron.evaluation.intervals import METHOD, Interval
 from sedd_megatron.evaluation.published_table import PUBLISHED, published_table
 from sedd_megatron.evaluation.windows import WINDOWINGS, Window, windows_of
 from sedd_megatron.options import flag_of, option, parse_options
+from sedd_megatron.output_files import check_output, write_output
 from sedd_megatron.parallel.groups import is_first_rank, parallel_groups
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ def main() -> None:
                 print(report(name, found[name], texts_of[name], options), flush=True)
     if is_first_rank():
         if options.output:
-            _write(Path(options.output), found)
+            records = ({"corpus": name} | unit.record() for name, units in found.items() for unit in units)
+            write_output("--output", options.output, (json.dumps(record) + "\n" for record in records))
         if options.corpora:
             print(_beside_published(found, saved.num_tokens, options.load))
 
@@ -186,15 +188,7 @@ def _check(options: EvaluateOptions) -> None:
     for name, holds, rule in rules:
         if not holds:
             raise UserError(f"{flag_of(name)} {getattr(options, name)} {rule}")
-
-
-def _write(path: Path, found: "dict[str, list[UnitBound]]") -> None:
-    lines = [json.dumps({"corpus": name} | unit.record()) for name, units in found.items() for unit in units]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output {path}: cannot be written ({error.strerror}); name another file") from error
+    check_output("--output", options.output)
 
 
 def _exp(nats: float) -> float:

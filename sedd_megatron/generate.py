@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from sedd_megatron.config import LayoutOptions, ParallelOptions, PrecisionOptions
 from sedd_megatron.data.batches import batches_of
@@ -15,6 +15,7 @@ from sedd_megatron.errors import UserError, run_command
 from sedd_megatron.generation.requests import Frame, TextRequest, frames_of, read_requests
 from sedd_megatron.generation.settings import SamplingOptions, settings_of
 from sedd_megatron.options import option, parse_options
+from sedd_megatron.output_files import check_output, open_output
 from sedd_megatron.parallel.groups import is_first_rank, parallel_groups
 
 if TYPE_CHECKING:
@@ -58,12 +59,12 @@ def main() -> None:
     writes_output = bool(options.output) and is_first_rank()
     if writes_output:
         # Not emptied yet: a start that fails leaves an older file as it was.
-        _open_output(options.output, "a").close()
+        check_output("--output", options.output)
     with ExitStack() as stack:
         model = saved.load(
             parallel, PrecisionOptions(bf16=options.bf16), lambda: stack.enter_context(parallel_groups(parallel))
         )
-        output = stack.enter_context(_open_output(options.output, "w")) if writes_output else None
+        output = stack.enter_context(open_output("--output", options.output)) if writes_output else None
         recorder = _recorder(options, settings)
         for texts in _make_all(model, frames, settings, options, sampling, recorder):
             for text in texts:
@@ -146,14 +147,6 @@ def _write_trace(
     write_trace(
         Path(options.trace), recorder.traces, lambda token: tokenizer.decode([token]), graph.mask_token_id, settings
     )
-
-
-def _open_output(path: str, mode: str) -> IO[str]:
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        return open(path, mode, encoding="utf-8", buffering=1)
-    except OSError as error:
-        raise UserError(f"--output {path}: cannot be written ({error.strerror}); name another file") from error
 
 
 def _check_writable(flag: str, path: str) -> None:

@@ -23,6 +23,7 @@ from sedd_megatron.evaluation.sample_quality import (
 from sedd_megatron.generation.requests import TextRequest, frames_of
 from sedd_megatron.generation.settings import SamplingOptions, settings_of
 from sedd_megatron.options import option, parse_options
+from sedd_megatron.output_files import check_output, write_output
 
 EXPLANATION = (
     "Text that repeats itself is easy to predict: compare perplexities at equal entropy and length. Published figures "
@@ -73,7 +74,7 @@ def main() -> None:
     text = f"{table}\n\n{EXPLANATION}"
     print(text)
     if options.output:
-        _write(Path(options.output), "--output", text + "\n")
+        write_output("--output", options.output, [text, "\n"])
 
 
 def measures_of(
@@ -118,9 +119,7 @@ def _check(options: QualityOptions, request: TextRequest, sampling: SamplingOpti
     if options.judge_tokens < 0 or options.judge_tokens == 1:
         raise UserError(f"--judge-tokens {options.judge_tokens} must be at least 2, or 0 for all")
     for flag, path in (("--output", options.output), ("--save-samples", options.save_samples)):
-        if path:
-            # Nothing is emptied yet; what is written at the end must not fail for want of a folder.
-            _write(Path(path), flag, "", "a")
+        check_output(flag, path)
 
 
 def _draw(options: QualityOptions, request: TextRequest, sampling: SamplingOptions) -> SampleSet:
@@ -138,8 +137,8 @@ def _draw(options: QualityOptions, request: TextRequest, sampling: SamplingOptio
     for batch in batches_of(frames, sampling.batch_size):
         records += [text.record() for text in model.engine.make(batch, settings, sampling.stop_at_eod, [bar])]
         if options.save_samples:
-            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            _write(Path(options.save_samples), "--save-samples", lines)
+            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            write_output("--save-samples", options.save_samples, lines)
     return SampleSet([record["text"] for record in records], [record["tokens"] for record in records])
 
 
@@ -161,15 +160,6 @@ def _json_lines(flag: str, path: Path) -> list[dict[str, Any]]:
     if not records:
         raise UserError(f"{flag} {path}: no line there; draw samples with sedd_megatron.generate --output")
     return records
-
-
-def _write(path: Path, flag: str, text: str, mode: str = "w") -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open(mode, encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise UserError(f"{flag} {path}: cannot be written ({error.strerror}); name another file") from error
 
 
 if __name__ == "__main__":

@@ -85,6 +85,10 @@ def test_corpora_by_name(trained, tmp_path):
         ([], "give --data FILES or --corpora NAMES, one of the two"),
         (["--data", "x", "--mc-samples", "3"], "--mc-samples 3 must be even and at least 2"),
         (["--data", "x", "--until-half-width", "0"], "--until-half-width 0.0 must be above 0"),
+        (
+            ["--data", "x", "--output", "/dev/null/x"],
+            "--output /dev/null/x: cannot be written (File exists); name another file",
+        ),
         (["--data", "nowhere.txt"], "--data nowhere.txt: no such file or folder; check the path"),
     ],
 )
