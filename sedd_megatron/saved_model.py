@@ -157,12 +157,12 @@ def _fetched(name: str) -> Path:
         raise
     except Exception as error:  # the library raises its own, its client's and the system's
         raise UserError(
-            f"--load {name}: no such folder, and it cannot be fetched from a hub ({one_line(error)}); download it "
+            f"{name}: no such folder, and it cannot be fetched from a hub ({one_line(error)}); download it "
             "and name its folder"
         ) from error
     if not is_published_folder(path):
         raise UserError(
-            f"--load {name}: no such folder, and the hub's repository of this name has no {CONFIG}; name a model in "
+            f"{name}: no such folder, and the hub's repository of this name has no {CONFIG}; name a model in "
             "the published format, or a folder"
         )
     return path

@@ -190,7 +190,7 @@ def test_two_ranks_that_fetch_at_once_print_what_is_printed_of_the_folder(hub, e
 
 def test_an_unknown_model_is_one_line(hub, tmp_path):
     error = error_of(started(hub, tmp_path, "-m", "sedd_megatron.generate", "--load", "me/nothing"))
-    assert error.startswith("error: --load me/nothing: no such folder, and it cannot be fetched from a hub (")
+    assert error.startswith("error: me/nothing: no such folder, and it cannot be fetched from a hub (")
     assert "Not Found" in error
     assert error.endswith("); download it and name its folder")
 
@@ -198,7 +198,7 @@ def test_an_unknown_model_is_one_line(hub, tmp_path):
 def test_a_repository_without_a_model_is_one_line(hub, tmp_path):
     command = ["-m", "sedd_megatron.evaluate", "--load", "me/notes", "--data", tmp_path / "none.txt"]
     assert error_of(started(hub, tmp_path, *command)) == (
-        "error: --load me/notes: no such folder, and the hub's repository of this name has no config.json; name a "
+        "error: me/notes: no such folder, and the hub's repository of this name has no config.json; name a "
         "model in the published format, or a folder"
     )
 
@@ -213,7 +213,7 @@ def test_a_model_of_another_kind_is_refused_by_its_description_alone(hub, tmp_pa
 def test_no_hub_is_one_line(stopped, tmp_path):
     command = ["-m", "sedd_megatron.convert", "--from-published", "me/model", "--save", tmp_path / "new"]
     error = error_of(started(stopped, tmp_path / "cache", *command))
-    assert error.startswith("error: --load me/model: no such folder, and it cannot be fetched from a hub (")
+    assert error.startswith("error: me/model: no such folder, and it cannot be fetched from a hub (")
     assert error.endswith("); download it and name its folder")
     assert not (tmp_path / "new").exists()
 
