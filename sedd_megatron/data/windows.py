@@ -1,6 +1,7 @@
 """Windows of a token stream, or of several in proportion, in an order that is a function of (seed, n) alone."""
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -17,19 +18,19 @@ from sedd_megatron.diffusion.draws import Stream, philox_generator
 from sedd_megatron.errors import UserError
 
 
-class WindowDataset(torch.utils.data.Dataset):
+class WindowDataset(torch.utils.data.Dataset, ABC):
     """Windows of seq_length tokens, addressed by their position n in the training order, without end.
 
     The order does not depend on how long the run is: a run that is made longer goes on as it would have.
     """
 
+    @abstractmethod
     def __len__(self) -> int:
         """Number of different windows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def __getitem__(self, n: int) -> tuple[int, Tensor]:
         """(n, x_0 [S] int64)."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
