@@ -100,7 +100,7 @@ def build_run(options: PretrainOptions, tokenizer: Tokenizer, groups: ParallelGr
     for chunk in model_chunks:
         initialize_parameters(chunk, options.training.seed)
     ddp_chunks = _wrap_for_data_parallel(options, model_chunks, groups)
-    optimizer = _build_optimizer(options, ddp_chunks)
+    optimizer = build_optimizer(options, ddp_chunks)
     _connect_schedule(model_chunks[0].config, ddp_chunks, optimizer, groups)
     main = main_parameters(model_chunks, optimizer)
     return TrainingRun(
@@ -113,7 +113,7 @@ def build_run(options: PretrainOptions, tokenizer: Tokenizer, groups: ParallelGr
         ddp_chunks=ddp_chunks,
         optimizer=optimizer,
         main_parameters=main,
-        scheduler=_build_scheduler(options, optimizer),
+        scheduler=build_scheduler(options, optimizer),
         ema=ExponentialMovingAverage(
             main, partial(copy_main_parameters_to_model, optimizer, ddp_chunks), options.training.ema_decay
         ),
@@ -179,7 +179,8 @@ def _num_microbatches(options: PretrainOptions, groups: ParallelGroups) -> int:
     return calculator.get()
 
 
-def _build_optimizer(options: PretrainOptions, ddp_chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+def build_optimizer(options: PretrainOptions, ddp_chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """Megatron's AdamW over the parameters of these model chunks."""
     training = options.training
     config = OptimizerConfig(
         optimizer="adam",
@@ -205,7 +206,7 @@ def _build_optimizer(options: PretrainOptions, ddp_chunks: list[DistributedDataP
     return optimizer
 
 
-def _build_scheduler(options: PretrainOptions, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+def build_scheduler(options: PretrainOptions, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
     """Warm-up and decay, counted in samples as Megatron-LM does."""
     training = options.training
     decay_iters = training.lr_decay_iters or training.train_iters

@@ -16,14 +16,15 @@ import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
-from sedd_megatron.config import PretrainOptions, TrainingOptions
+from sedd_megatron.config import PretrainOptions
 from sedd_megatron.data.windows import WindowDataset
 from sedd_megatron.parallel.groups import ParallelGroups, seed_dropout
+from sedd_megatron.training.build import build_optimizer, build_scheduler
 from sedd_megatron.training.ema import ExponentialMovingAverage
 
 
@@ -76,48 +77,12 @@ def build_causal_run(options: PretrainOptions, num_tokens: int, groups: Parallel
     gpt = build_gpt(options, num_tokens, groups).to(groups.device)
     config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
     model = DistributedDataParallel(gpt.config, config, gpt, pg_collection=groups.collection)
-    optimizer = _build_optimizer(options.training, model)
+    optimizer = build_optimizer(options, [model])
     # Of a main parameter the average reads the tensor alone; a float32 optimizer updates the model's own.
     parameters = [SimpleNamespace(tensor=parameter) for parameter in gpt.parameters()]
     ema = ExponentialMovingAverage(parameters, lambda: None, options.training.ema_decay)
-    scheduler = _build_scheduler(options.training, optimizer)
+    scheduler = build_scheduler(options, optimizer)
     return CausalRun(options, num_tokens, groups.device, model, optimizer, scheduler, ema)
-
-
-def _build_optimizer(training: TrainingOptions, model: DistributedDataParallel) -> MegatronOptimizer:
-    config = OptimizerConfig(
-        optimizer="adam",
-        lr=training.lr,
-        min_lr=training.min_lr,
-        weight_decay=training.weight_decay,
-        adam_beta1=training.adam_beta1,
-        adam_beta2=training.adam_beta2,
-        adam_eps=training.adam_eps,
-        clip_grad=training.clip_grad,
-    )
-    optimizer = get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
-    inner = optimizer.chained_optimizers[0].optimizer
-    if isinstance(inner, torch.optim.AdamW):
-        # As for SEDD, so that seconds per step can be compared.
-        for group in inner.param_groups:
-            group["fused"] = True
-    return optimizer
-
-
-def _build_scheduler(training: TrainingOptions, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=training.lr,
-        min_lr=training.min_lr,
-        lr_warmup_steps=training.lr_warmup_iters * training.global_batch_size,
-        lr_decay_steps=training.train_iters * training.global_batch_size,
-        lr_decay_style=training.lr_decay_style,
-        start_wd=training.weight_decay,
-        end_wd=training.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-    )
 
 
 def log_probabilities(model: nn.Module, x_0: Tensor, num_tokens: int) -> Tensor:
