@@ -7,7 +7,8 @@ The diffusion term is an integral over the noise, with score entropy summed over
 time        sigma at a stratified time t: each draw weighs (1 - time_eps) sigma_rate. For both graphs.
 mask-count  absorbing. Of the L positions m are masked, m stratified over 1..L, and sigma is the noise at which the m-th
             of them is masked: s = 1 - exp(-sigma) is the m-th smallest of L uniform numbers, Beta(m, L - m + 1). With
-            d sigma = ds / (1 - s), and C(L, m) B(m, L - m + 1) = 1 / m, a draw weighs L / m * s / (1 - s).
+            d sigma = ds / (1 - s), and C(L, m) B(m, L - m + 1) = 1 / m, a draw weighs L / m * s / (1 - s), which is
+            L / m * expm1(sigma).
 
 By time the number of masks is random, and few positions are often not masked at all; by count a single position has
 no variance but that of its score in sigma. Models without a time are evaluated so: arXiv 2502.09992, section 2.4.
@@ -39,6 +40,10 @@ class Process(NamedTuple):
     schedule: LogLinearSchedule | GeometricSchedule
     time_eps: float
 
+    def least_noise(self, like: Tensor) -> Tensor:
+        """sigma at time_eps, where the diffusion term ends; in the shape of `like`."""
+        return self.schedule(torch.full_like(like, self.time_eps)).sigma
+
 
 # (process, x_0 [B, S], given [B, S] bool, stratum [B] in [0, 1), uniforms [B, 2, S] in [0, 1)) -> a draw for each
 Draw = Callable[[Process, Tensor, Tensor, Tensor, Tensor], Corrupted]
@@ -60,7 +65,7 @@ def draw_time(process: Process, x_0: Tensor, given: Tensor, stratum: Tensor, uni
 
 def draw_least_noise(process: Process, x_0: Tensor, given: Tensor, stratum: Tensor, uniforms: Tensor) -> Corrupted:
     """The noise at time_eps."""
-    sigma = process.schedule(torch.full_like(stratum, process.time_eps)).sigma
+    sigma = process.least_noise(stratum)
     return _corrupted(process, x_0, given, uniforms, sigma, torch.ones_like(sigma))
 
 
@@ -79,11 +84,10 @@ def draw_mask_count(process: Process, x_0: Tensor, given: Tensor, stratum: Tenso
     reached = uniforms[:, 0].masked_fill(given, 2.0)
     share = reached.sort(1).values.gather(1, num_masked[:, None] - 1)
     masked = reached <= share
-    share = share[:, 0]
-    least, most = _masked_share(process, (process.time_eps, 1.0))
-    inside = (least <= share) & (share <= most)
-    weight = torch.where(inside, num_free / num_masked * share / (1 - share), 0.0)
-    return Corrupted(x_0.masked_fill(masked, process.graph.mask_token_id), -torch.log1p(-share), weight, masked)
+    sigma = -torch.log1p(-share[:, 0])
+    inside = (process.least_noise(sigma) <= sigma) & (sigma <= process.schedule(torch.ones_like(sigma)).sigma)
+    weight = torch.where(inside, num_free / num_masked * torch.expm1(sigma), 0.0)
+    return Corrupted(x_0.masked_fill(masked, process.graph.mask_token_id), sigma, weight, masked)
 
 
 def draw_one_mask(process: Process, x_0: Tensor, given: Tensor, stratum: Tensor, uniforms: Tensor) -> Corrupted:
@@ -91,17 +95,12 @@ def draw_one_mask(process: Process, x_0: Tensor, given: Tensor, stratum: Tensor,
 
     A sum over masked positions is in expectation L times the probability of a mask times such a position.
     """
-    (share,) = _masked_share(process, (process.time_eps,))
+    sigma = process.least_noise(stratum)
+    share = -torch.expm1(-sigma)
     chosen = uniforms[:, 0].masked_fill(given, 2.0).argmin(1, keepdim=True)
     counts = torch.zeros_like(given).scatter(1, chosen, True)
-    masked = counts | ((uniforms[:, 1] < share) & ~given)
-    sigma = process.schedule(torch.full_like(stratum, process.time_eps)).sigma
+    masked = counts | ((uniforms[:, 1] < share[:, None]) & ~given)
     return Corrupted(x_0.masked_fill(masked, process.graph.mask_token_id), sigma, (~given).sum(1) * share, counts)
-
-
-def _masked_share(process: Process, times: tuple[float, ...]) -> Tensor:
-    """Probability of a mask at each time; float64."""
-    return -torch.expm1(-process.schedule(torch.tensor(times, dtype=torch.float64)).sigma)
 
 
 INTEGRATIONS = {
