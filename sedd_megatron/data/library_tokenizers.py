@@ -2,8 +2,9 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers as hf_tokenizers
 
@@ -33,7 +34,7 @@ class GPT2BPETokenizer:
                 f"({one_line(error)}); give GPT-2's encoder.json and vocab.bpe"
             ) from error
         # The library drops what it has no token for, without a word.
-        missing = set(hf_tokenizers.pre_tokenizers.ByteLevel.alphabet()) - set(self._tokenizer.get_vocab())
+        missing = _missing_bytes(self._tokenizer.get_vocab())
         if missing:
             raise UserError(
                 f"--vocab-file {vocab_file}: no token for {len(missing)} of the 256 bytes; give GPT-2's encoder.json"
@@ -76,8 +77,9 @@ class HuggingFaceTokenizer:
         self.eod_token = eod_token
         self.num_tokens = _num_ids(tokenizer)
         self.eod_id = tokenizer.token_to_id(eod_token) if eod_token else None
-        self.unknown_id = _unknown_id(tokenizer)
-        self._alphabet = _incomplete_alphabet(tokenizer) if self.unknown_id is None else None
+        model = json.loads(tokenizer.to_str())["model"]
+        self.unknown_id = _unknown_id(tokenizer, model)
+        self._alphabet = _incomplete_alphabet(model) if self.unknown_id is None else None
         added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
         self._added = re.compile("|".join(map(re.escape, added)) or "(?!)")
 
@@ -149,24 +151,26 @@ def _num_ids(tokenizer: hf_tokenizers.Tokenizer) -> int:
     return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
-def _unknown_id(tokenizer: hf_tokenizers.Tokenizer) -> int | None:
-    model = json.loads(tokenizer.to_str())["model"]
+def _missing_bytes(tokens: Iterable[str]) -> set[str]:
+    """The characters that stand for bytes and are no tokens."""
+    return set(hf_tokenizers.pre_tokenizers.ByteLevel.alphabet()) - set(tokens)
+
+
+def _unknown_id(tokenizer: hf_tokenizers.Tokenizer, model: dict[str, Any]) -> int | None:
     # Unigram models name it by its id, the others by its text.
     unknown = model.get("unk_token")
     return tokenizer.token_to_id(unknown) if unknown else model.get("unk_id")
 
 
-def _incomplete_alphabet(tokenizer: hf_tokenizers.Tokenizer) -> set[str] | None:
+def _incomplete_alphabet(model: dict[str, Any]) -> set[str] | None:
     """The characters of a BPE that has not all bytes to make others from; None where nothing can be missing unsaid."""
-    model = json.loads(tokenizer.to_str())["model"]
     if model["type"] != "BPE":
         return None
     prefix, suffix = model["continuing_subword_prefix"] or "", model["end_of_word_suffix"] or ""
     tokens = set(model["vocab"])
     alphabet = {token.removeprefix(prefix).removesuffix(suffix) for token in tokens}
     fallback = {f"<0x{byte:02X}>" for byte in range(256)}
-    has_bytes = set(hf_tokenizers.pre_tokenizers.ByteLevel.alphabet()) <= alphabet
-    if has_bytes or (model["byte_fallback"] and fallback <= tokens):
+    if not _missing_bytes(alphabet) or (model["byte_fallback"] and fallback <= tokens):
         return None
     return alphabet
 
