@@ -1,12 +1,6 @@
 """lm-evaluation-harness over a published folder in this layout: what every rank answers."""
 
-import json
-from pathlib import Path
-
-import torch
-
-from sedd_megatron.config import ParallelOptions, PrecisionOptions
-from sedd_megatron.parallel.groups import parallel_groups
+from tests.distributed.in_layout import model_in_layout, write_found
 from tests.distributed.launch import own_jobs
 
 SETTINGS = {"do_sample": True, "max_gen_toks": 5, "until": ["7"]}
@@ -17,26 +11,19 @@ ASKED = {
 }
 
 
-def answer(folder: str, model_folder: str, tensor_size: int, pipeline_size: int) -> None:
+def answer(folder: str, *model_and_layout) -> None:
     from lm_eval.api.instance import Instance
 
     from sedd_megatron.generation.settings import SamplingOptions
     from sedd_megatron.harness_model import HarnessModel, HarnessOptions
-    from sedd_megatron.saved_model import find_saved_model
 
-    parallel = ParallelOptions(
-        tensor_model_parallel_size=tensor_size, pipeline_model_parallel_size=pipeline_size, device="cpu"
-    )
-    saved = find_saved_model(model_folder, "cpu")
-    with parallel_groups(parallel) as groups:
-        model = saved.load(parallel, PrecisionOptions(), lambda: groups)
+    with model_in_layout(*model_and_layout) as model:
         harness = HarnessModel(model, HarnessOptions(mc_samples=8), SamplingOptions(sampling_steps=8, batch_size=3))
         found = {
             kind: getattr(harness, kind)([Instance(kind, {}, one, 0, (kind, n, 1)) for n, one in enumerate(asked)])
             for kind, asked in ASKED.items()
         }
-        place = f"{groups.layout}-{torch.distributed.get_rank()}.json"
-        (Path(folder) / place).write_text(json.dumps(found))
+        write_found(folder, model, found)
 
 
 if __name__ == "__main__":
