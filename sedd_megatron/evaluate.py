@@ -20,7 +20,7 @@ from sedd_megatron.evaluation.corpora import CORPORA, documents_of
 from sedd_megatron.evaluation.intervals import METHOD, Interval
 from sedd_megatron.evaluation.published_table import PUBLISHED, published_table
 from sedd_megatron.evaluation.windows import WINDOWINGS, Window, windows_of
-from sedd_megatron.options import flag_of, option, parse_options
+from sedd_megatron.options import check_rules, option, parse_options
 from sedd_megatron.output_files import check_output, write_output
 from sedd_megatron.parallel.groups import is_first_rank, parallel_groups
 
@@ -185,9 +185,7 @@ def _check(options: EvaluateOptions) -> None:
         ("until_half_width", options.until_half_width is None or options.until_half_width > 0, "must be above 0"),
         ("seed", options.seed >= 0, "must be at least 0"),
     )
-    for name, holds, rule in rules:
-        if not holds:
-            raise UserError(f"{flag_of(name)} {getattr(options, name)} {rule}")
+    check_rules(options, rules)
     check_output("--output", options.output)
 
 

@@ -26,12 +26,12 @@ from lm_eval.utils import simple_parse_args_string
 from sedd_megatron.config import LayoutOptions, ParallelOptions, PrecisionOptions
 from sedd_megatron.data.batches import batches_of
 from sedd_megatron.errors import UserError
-from sedd_megatron.evaluation.bounds import bound_on_replicas, unit_bounds
+from sedd_megatron.evaluation.bounds import bound_on_replicas, tensors_of, unit_bounds
 from sedd_megatron.evaluation.windows import Window, cut, strided
 from sedd_megatron.generation.greedy import greedy_gives
 from sedd_megatron.generation.requests import MAX_KEY, Frame
 from sedd_megatron.generation.settings import SamplingOptions, settings_of
-from sedd_megatron.options import check_values, instances_of, option, required_options
+from sedd_megatron.options import check_rules, check_values, instances_of, option, required_options
 from sedd_megatron.parallel.groups import gathered_from_replicas, groups_of_this_process
 
 if TYPE_CHECKING:
@@ -73,14 +73,6 @@ class Question(NamedTuple):
     num_given: int
 
 
-class _Row(NamedTuple):
-    """Question `number`, cut to the trained length."""
-
-    number: int
-    tokens: tuple[int, ...]
-    num_given: int
-
-
 @register_model("sedd")
 class HarnessModel(LM):
     """For `simple_evaluate(model=HarnessModel(load_pretrained(DIR)), ...)`, or by the name sedd."""
@@ -97,7 +89,7 @@ class HarnessModel(LM):
         self.model, self.time_eps = model, time_eps
         self.options, self.sampling = options or HarnessOptions(), sampling or SamplingOptions()
         self.absorbing = model.graph.mask_token_id is not None
-        check_rules(self.options)
+        check_numbers(self.options)
         settings_of(self.sampling, model.graph, str)
 
     @classmethod
@@ -119,7 +111,7 @@ class HarnessModel(LM):
         if missing:
             raise UserError(f"--model_args: missing {', '.join(missing)}; write --model_args load=FOLDER")
         load, options, sampling, layout = instances_of(values, MODEL_ARGUMENTS)
-        check_rules(options)
+        check_numbers(options)
         saved = find_saved_model(load.load, layout.device)
         settings_of(sampling, saved.graph, str)  # before any weight is read
         parallel = ParallelOptions(**vars(layout))
@@ -233,14 +225,12 @@ class HarnessModel(LM):
         if not (self.absorbing and self.options.greedy):
             return [False] * len(questions)
         model, groups = self.model, self.model.groups
-        rows = [_Row(number, *_last(question, model.seq_length)[1:]) for number, question in enumerate(questions)]
+        ends = [_last(question, model.seq_length) for question in questions]
+        windows = [Window(number, number, end.tokens, end.num_given) for number, end in enumerate(ends)]
         found = {}
-        for batch in batches_of(rows[groups.data_rank :: groups.data_size], self.sampling.batch_size):
-            x_0 = torch.tensor([row.tokens for row in batch], dtype=torch.long, device=model.device)
-            num_given = torch.tensor([row.num_given for row in batch], device=model.device)
-            given = torch.arange(x_0.shape[1], device=model.device) < num_given[:, None]
-            gives = greedy_gives(model.score_fn, model.graph, model.schedule, x_0, given)
-            found |= {row.number: one for row, one in zip(batch, gives.tolist(), strict=True)}
+        for batch in batches_of(windows[groups.data_rank :: groups.data_size], self.sampling.batch_size):
+            gives = greedy_gives(model.score_fn, model.graph, model.schedule, *tensors_of(batch, model.device))
+            found |= {window.number: one for window, one in zip(batch, gives.tolist(), strict=True)}
         found = gathered_from_replicas(found, groups)
         return [found[number] for number in range(len(questions))]
 
@@ -288,7 +278,7 @@ def key_of(draws: str) -> int:
     return int.from_bytes(hashlib.blake2b(draws.encode("utf-8"), digest_size=8).digest(), "big") >> 1
 
 
-def check_rules(options: HarnessOptions) -> None:
+def check_numbers(options: HarnessOptions) -> None:
     """Numbers in their ranges.
 
     Raises:
@@ -299,9 +289,7 @@ def check_rules(options: HarnessOptions) -> None:
         ("max_gen_toks", options.max_gen_toks >= 1, "must be at least 1"),
         ("seed", 0 <= options.seed <= MAX_KEY, f"must be from 0 to {MAX_KEY}"),
     )
-    for name, holds, rule in rules:
-        if not holds:
-            raise UserError(f"{name} {getattr(options, name)} {rule}")
+    check_rules(options, rules, str)
 
 
 def _last(question: Question, length: int) -> Question:

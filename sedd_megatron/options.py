@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,17 @@ def check_values(values: dict[str, Any], option_classes: Sequence[type], where: 
             raise UserError(f"{where}: {_unknown('option', str(name), list(fields))}")
         checked[name] = _convert(name, value, fields[name], where)
     return checked
+
+
+def check_rules(options: Any, rules: Sequence[tuple[str, bool, str]], name_of: Callable[[str], str] = flag_of) -> None:
+    """Options whose rules are (name, whether it holds, its words); `name_of` says how an error names an option.
+
+    Raises:
+        UserError: the first that does not hold.
+    """
+    for name, holds, rule in rules:
+        if not holds:
+            raise UserError(f"{name_of(name)} {getattr(options, name)} {rule}")
 
 
 def _fields_by_name(option_classes: Sequence[type]) -> dict[str, dataclasses.Field]:

@@ -37,6 +37,13 @@ class UnitBound:
         return {name: getattr(self, name) for name in names}
 
 
+def tensors_of(windows: Sequence[Window], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """x_0 [B, S] int64, and which positions are given [B, S] bool, of windows of one length."""
+    x_0 = torch.tensor([window.tokens for window in windows], dtype=torch.long, device=device)
+    num_given = torch.tensor([[window.num_given] for window in windows], device=device)
+    return x_0, torch.arange(x_0.shape[1], device=device) < num_given
+
+
 def bound_windows(
     estimator: BoundEstimator,
     windows: Sequence[Window],
@@ -47,10 +54,7 @@ def bound_windows(
     """The bound of each window by its number, as tensors of one element; on_batch gets how many are done."""
     found: dict[int, Bound] = {}
     for batch in batches_of(windows, estimator.batch_size):
-        x_0 = torch.tensor([window.tokens for window in batch], device=device)
-        position = torch.arange(x_0.shape[1], device=device)
-        given = position < torch.tensor([[window.num_given] for window in batch], device=device)
-        bound = estimator(x_0, given, [window.draw_key for window in batch], first_draw)
+        bound = estimator(*tensors_of(batch, device), [window.draw_key for window in batch], first_draw)
         for row, window in enumerate(batch):
             found[window.number] = Bound(*(field[row] for field in bound))
         if on_batch is not None:

@@ -9,7 +9,7 @@ from sedd_megatron.diffusion.graph import find_for_graph
 from sedd_megatron.diffusion.sampler import SAMPLERS
 from sedd_megatron.diffusion.time_grid import TIME_GRIDS
 from sedd_megatron.errors import UserError
-from sedd_megatron.options import flag_of, option
+from sedd_megatron.options import check_rules, flag_of, option
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,7 @@ def settings_of(
         ("batch_size", options.batch_size >= 1, "must be at least 1"),
         ("time_grid", options.time_grid in TIME_GRIDS, f"does not exist; choose one of {', '.join(TIME_GRIDS)}"),
     )
-    for name, holds, rule in rules:
-        if not holds:
-            raise UserError(f"{name_of(name)} {getattr(options, name)} {rule}")
+    check_rules(options, rules, name_of)
     try:
         find_for_graph(SAMPLERS, options.sampler, graph, name_of("sampler"))
     except ValueError as error:
