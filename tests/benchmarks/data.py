@@ -30,7 +30,7 @@ from sedd_megatron.data.tokenizers import ByteTokenizer, CharTokenizer, Sentence
 from sedd_megatron.data.windows import open_windows
 from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.parallel.groups import parallel_groups
-from tests.benchmarks.pairs import measure_pairs, seconds_of, write_table
+from tests.benchmarks.pairs import Lines, measure_pairs, seconds_of, write_table
 from tests.benchmarks.train import Case, build_ours, describe, options_of
 
 CASES = {
@@ -65,21 +65,19 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         cpu_backend.install()
-    lines = []
-
-    def say(line: str) -> None:
-        lines.append(line)
-        print(line, flush=True)
+    lines = Lines()
 
     with tempfile.TemporaryDirectory() as folder:
-        say(LOADER_HEADER)
+        lines.say(LOADER_HEADER)
         for name in arguments.cases:
-            say(f"| {name} | {describe(CASES[name])} | {loader_row(CASES[name], Path(folder), arguments.pairs)} |")
-        say(PREPARE_HEADER.format(workers=arguments.workers))
+            lines.say(
+                f"| {name} | {describe(CASES[name])} | {loader_row(CASES[name], Path(folder), arguments.pairs)} |"
+            )
+        lines.say(PREPARE_HEADER.format(workers=arguments.workers))
         texts = standard_library_texts(arguments.megabytes * 1e6)
         for tokenizer in tokenizers(texts, arguments):
             own, times = Path(folder, tokenizer.tokenizer_type), TIMES_MORE_TEXT.get(tokenizer.tokenizer_type, 1)
-            say(f"| {prepare_row(tokenizer, texts * times, own, arguments)} |")
+            lines.say(f"| {prepare_row(tokenizer, texts * times, own, arguments)} |")
     write_table("Data", "tests.benchmarks.data", argv, arguments.output, lines)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from sedd_megatron.pretrained import PretrainedModel, load_pretrained
-from tests.benchmarks.pairs import write_table
+from tests.benchmarks.pairs import Lines, write_table
 
 HEADER = (
     "| tokens that count | nats per token by time | by mask count | error of one window by time | by mask count | "
@@ -34,11 +34,10 @@ def main(argv: Sequence[str]) -> None:
     model = load_pretrained(arguments.load)
     tokens = torch.tensor(model.tokenizer.encode(arguments.data.read_text(encoding="utf-8")), device=model.device)
     x_0 = tokens[: arguments.windows * model.seq_length].view(-1, model.seq_length)
-    print(HEADER)
-    lines = [HEADER]
+    lines = Lines()
+    lines.say(HEADER)
     for count in [*arguments.counts, model.seq_length]:
-        lines.append(row(model, x_0, count, arguments.mc_samples))
-        print(lines[-1], flush=True)
+        lines.say(row(model, x_0, count, arguments.mc_samples))
     write_table("Error of the bound", "tests.benchmarks.likelihood", argv, arguments.output, lines)
 
 

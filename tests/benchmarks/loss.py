@@ -21,7 +21,7 @@ from sedd_megatron.diffusion.graph import make_graph
 from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.parallel.fused_head import TILE_ELEMENTS
 from sedd_megatron.parallel.groups import parallel_groups
-from tests.benchmarks.pairs import measure_pairs, peak_memory, seconds_of, write_table
+from tests.benchmarks.pairs import Lines, measure_pairs, peak_memory, seconds_of, write_table
 from tests.benchmarks.published import published_loss, scaled_log_score
 
 HEADER = (
@@ -49,36 +49,34 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         cpu_backend.install()
-    lines = []
-
-    def say(line: str) -> None:
-        lines.append(line)
-        print(line, flush=True)
+    lines = Lines()
 
     with parallel_groups(ParallelOptions()) as groups:
-        say(HEADER)
+        lines.say(HEADER)
         bounds = []
         for graph_name in arguments.graphs:
             way = TwoWays(graph_name, arguments, arguments.batch, groups)
             found = measure_pairs(way.ours, way.theirs, arguments.pairs)
             memory, opponent_memory = found.memory - way.output_bytes, found.opponent_memory - way.output_bytes
-            say(
+            lines.say(
                 f"| {graph_name} | {arguments.num_tokens} | {arguments.width} | {arguments.batch} x {arguments.length} "
                 f"| {way.num_rows} | {found.seconds:.4f} | {found.opponent_seconds:.4f} | {found.speedup:.2f}x | "
                 f"{memory / 2**20:.1f} MiB | {opponent_memory / 2**20:.0f} MiB | {opponent_memory / memory:.0f}x |"
             )
             bound = min(seconds_of(way.products) for _ in range(1 + arguments.pairs))
             bounds.append(f"| {graph_name} | {found.seconds:.4f} | {bound:.4f} | {found.seconds / bound:.2f}x |")
-        say(BOUND_HEADER)
+        lines.say(BOUND_HEADER)
         for bound in bounds:
-            say(bound)
-        say(ROWS_HEADER) if arguments.rows else None
+            lines.say(bound)
+        lines.say(ROWS_HEADER) if arguments.rows else None
         for graph_name in arguments.graphs:
             for rows in arguments.rows:
                 # Twice as many positions where half of them count.
                 batch_size = rows * (1 + (graph_name == "absorb")) // arguments.length
                 way = TwoWays(graph_name, arguments, batch_size, groups)
-                say(f"| {graph_name} | {way.num_rows} | {(peak_memory(way.ours) - way.output_bytes) / 2**20:.2f} MiB |")
+                lines.say(
+                    f"| {graph_name} | {way.num_rows} | {(peak_memory(way.ours) - way.output_bytes) / 2**20:.2f} MiB |"
+                )
     write_table("Head and loss", "tests.benchmarks.loss", argv, arguments.output, lines)
 
 

@@ -61,6 +61,14 @@ def peak_memory(function: Callable[[], None]) -> int:
     return max(itertools.accumulate((event.nbytes() for event in changes), initial=0))
 
 
+class Lines(list[str]):
+    """The lines of a table; printed as they come, for a benchmark takes minutes."""
+
+    def say(self, line: str) -> None:
+        self.append(line)
+        print(line, flush=True)
+
+
 def write_table(title: str, module: str, argv: Sequence[str], output: Path | None, lines: Sequence[str]) -> None:
     """The lines into `output`, with the date, the machine in words and the command."""
     if output is None:

@@ -22,7 +22,7 @@ from sedd_megatron.diffusion.draws import Stream
 from sedd_megatron.diffusion.sampling import run_sampler
 from sedd_megatron.diffusion.score_reader import ChunkLaw, Scores
 from sedd_megatron.diffusion.time_grid import sampling_times
-from tests.benchmarks.pairs import write_table
+from tests.benchmarks.pairs import Lines, write_table
 from tests.diffusion.toy import (
     CASES,
     GRAPHS,
@@ -54,16 +54,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="a file of tests/benchmarks/results")
     arguments = parser.parse_args(argv)
-    lines = []
+    lines = Lines()
 
-    def say(line: str) -> None:
-        lines.append(line)
-        print(line, flush=True)
-
-    say(HEADER)
+    lines.say(HEADER)
     for name, sampler in CASES:
         if name in arguments.graphs and sampler in arguments.samplers:
-            say(measure(name, sampler, arguments))
+            lines.say(measure(name, sampler, arguments))
     write_table("Samplers' law", "tests.benchmarks.sampler_law", argv, arguments.output, lines)
 
 

@@ -20,7 +20,7 @@ from sedd_megatron.diffusion import SAMPLERS, LogLinearSchedule, TokenChoice, ma
 from sedd_megatron.diffusion.sampling import Draws, SamplingResult, SamplingSettings, run_sampler
 from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.parallel.groups import parallel_groups
-from tests.benchmarks.pairs import seconds_of, write_table
+from tests.benchmarks.pairs import Lines, seconds_of, write_table
 from tests.benchmarks.published_sampling import published_euler_step
 from tests.benchmarks.train import Case, build_published, options_of
 
@@ -111,16 +111,15 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         cpu_backend.install()
-    print(HEADER)
-    lines = [HEADER]
+    lines = Lines()
+    lines.say(HEADER)
     for name in arguments.cases:
         case, num_steps = CASES[name]
         with parallel_groups(options_of(case, "").parallel) as groups:
             bench = Bench(case, num_steps, groups)
             for sampler in arguments.samplers:
                 size = f"{case.layers} x {case.width}, {case.num_tokens}, {case.batch} x {case.length}, {num_steps}"
-                lines.append(f"| {name} | {size} | {sampler} | {row_of(bench, sampler, arguments)} |")
-                print(lines[-1], flush=True)
+                lines.say(f"| {name} | {size} | {sampler} | {row_of(bench, sampler, arguments)} |")
     write_table("Sampling", "tests.benchmarks.sampling", argv, arguments.output, lines)
 
 

@@ -20,7 +20,7 @@ from sedd_megatron.arguments import parse_pretrain_options
 from sedd_megatron.diffusion.corruption import NoisyBatch
 from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.parallel.groups import parallel_groups
-from tests.benchmarks.pairs import measure_pairs, write_table
+from tests.benchmarks.pairs import Lines, measure_pairs, write_table
 from tests.benchmarks.published import PublishedModel, PublishedStep, published_loss
 
 
@@ -71,12 +71,11 @@ def main(argv: Sequence[str]) -> None:
             against_bare_products,
         ),
     }[arguments.vs]
-    print(header)
-    lines = [header]
+    lines = Lines()
+    lines.say(header)
     for name in arguments.cases or DEFAULTS[arguments.vs]:
         for row in rows_of(CASES[name], arguments):
-            lines.append(f"| {name} | {describe(CASES[name])} | {row} |")
-            print(lines[-1], flush=True)
+            lines.say(f"| {name} | {describe(CASES[name])} | {row} |")
     write_table(title, "tests.benchmarks.train", argv, arguments.output, lines)
 
 
