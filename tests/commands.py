@@ -1,16 +1,15 @@
 """Starts the commands as a person does, in processes of their own."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.distributed.launch import REPOSITORY, free_ports
+from tests.distributed.launch import REPOSITORY, child_environment, free_ports
 from tests.distributed.layouts import MODEL
 
-ENVIRONMENT = dict(os.environ, PYTHONPATH=str(REPOSITORY), OMP_NUM_THREADS="1")
+ENVIRONMENT = child_environment(OMP_NUM_THREADS="1")
 
 
 class Done(NamedTuple):

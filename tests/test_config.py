@@ -1,9 +1,7 @@
 """Options: one definition gives flags, YAML and checks; every mistake gets one line with the value and the way out."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +11,8 @@ from sedd_megatron.config import GROUPS, PrecisionOptions
 from sedd_megatron.errors import UserError
 from sedd_megatron.options import load_yaml_options
 from sedd_megatron.parallel import cpu_backend
+from tests.distributed.launch import REPOSITORY, child_environment
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIGS = REPOSITORY / "examples" / "configs"
 REQUIRED = ["--data-path", "x"]
 
@@ -199,8 +197,7 @@ def test_data_path_is_required():
 )
 def test_the_example_ends_with_one_line_and_code_2_on_every_rank(flags, text, tmp_path):
     for rank in (0, 1):
-        environment = dict(os.environ, WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2",
-                           PYTHONPATH=str(REPOSITORY))  # fmt: skip
+        environment = child_environment(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
         done = subprocess.run(
             [sys.executable, str(REPOSITORY / "examples" / "pretrain_sedd.py"), *flags, "--device", "cpu"],
             env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120,

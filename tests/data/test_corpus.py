@@ -1,7 +1,6 @@
 """Corpora are Megatron's files, appear whole, and bad ones are refused by name."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +13,7 @@ from sedd_megatron.data.documents import FileSource, input_files
 from sedd_megatron.data.tokenizers import ByteTokenizer, load_tokenizer
 from sedd_megatron.errors import UserError
 from tests.data.test_tokenizers import SOURCES
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.distributed.launch import child_environment
 
 
 def test_megatron_reads_the_same_documents(tmp_path):
@@ -122,7 +120,7 @@ def test_missing_foreign_and_damaged_files_are_named(tmp_path):
 
 def run_command(*arguments: str, variables: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "sedd_megatron.prepare_data", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **(variables or {})}
+    environment = child_environment(**(variables or {}))
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 

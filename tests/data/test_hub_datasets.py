@@ -10,6 +10,7 @@ from sedd_megatron.data.corpus import open_tokens
 from sedd_megatron.data.hub_datasets import PRESETS, open_dataset
 from sedd_megatron.errors import UserError
 from tests.data.test_corpus import run_command
+from tests.distributed.launch import child_environment
 
 datasets = pytest.importorskip("datasets")
 
@@ -131,7 +132,7 @@ def test_columns_and_rows_without_text_are_named(folders, tmp_path):
 def test_a_library_that_is_missing_or_too_old_is_one_line(tmp_path, library, text):
     (tmp_path / "datasets.py").write_text(library)
     done = run_command("--preset", "lm1b", "--output-prefix", str(tmp_path / "p"), "--tokenizer-type", "ByteTokenizer",
-                       variables={"PYTHONPATH": f"{tmp_path}:{Path(__file__).resolve().parents[2]}"})  # fmt: skip
+                       variables={"PYTHONPATH": f"{tmp_path}:{child_environment()['PYTHONPATH']}"})  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.startswith("error: --dataset")
     assert text in done.stderr

@@ -23,8 +23,9 @@ from sedd_megatron.data.corpus import open_tokens, write_corpus
 from sedd_megatron.data.encoding import encode_chunk, encoded_chunks, token_dtype
 from sedd_megatron.data.tokenizers import ByteTokenizer, CharTokenizer, SentencePieceTokenizer, load_tokenizer
 from tests.benchmarks.test_benchmarks import cells, table_of
-from tests.data.test_corpus import REPOSITORY, run_command
+from tests.data.test_corpus import run_command
 from tests.data.test_tokenizers import LAYOUT, SOURCES, random_text
+from tests.distributed.launch import child_environment
 
 WORDS = " ".join(SOURCES).split()
 
@@ -112,9 +113,8 @@ def test_three_processes_write_the_bytes_of_one(long_input, unbroken, tmp_path):
 
 
 def kill_after_a_part(arguments: list[str], parts: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    process = subprocess.Popen([sys.executable, "-m", "sedd_megatron.prepare_data", *arguments], env=environment,
-                               stdout=subprocess.DEVNULL)  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-m", "sedd_megatron.prepare_data", *arguments],
+                               env=child_environment(), stdout=subprocess.DEVNULL)  # fmt: skip
     while not list(parts.glob("p_*.json")):
         assert process.poll() is None
         time.sleep(0.005)
@@ -171,7 +171,7 @@ def test_a_full_disk_is_one_line_and_costs_no_finished_part(long_input, unbroken
     limit = len(unbroken[0]) // 2
     done = subprocess.run(
         [sys.executable, "-m", "sedd_megatron.prepare_data", *arguments], capture_output=True, text=True, timeout=60,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        env=child_environment(),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )  # fmt: skip
     assert done.returncode == 2
@@ -258,7 +258,7 @@ def test_a_terminal_gets_a_bar(long_input, tmp_path):
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 150, 0, 0))
     done = subprocess.run(
         [sys.executable, "-m", "sedd_megatron.prepare_data", *command(long_input, tmp_path / "p")], stderr=theirs,
-        stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, timeout=60,
+        stdout=subprocess.DEVNULL, env=child_environment(), timeout=60,
     )  # fmt: skip
     assert done.returncode == 0
     bar = os.read(ours, 1 << 16).decode().split("\r")[-2]

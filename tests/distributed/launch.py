@@ -33,9 +33,10 @@ def start(script: str, world_size: int, jobs: list[Any], timeout: int = 400) -> 
     ports = free_ports(len(jobs))
     processes = []
     for rank in range(world_size):
-        environment = dict(os.environ, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
-                           LOCAL_WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1",
-                           PYTHONPATH=str(REPOSITORY))  # fmt: skip
+        environment = child_environment(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
+            MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1",
+        )  # fmt: skip
         processes.append(
             subprocess.Popen(
                 [sys.executable, str(HERE / script), json.dumps(jobs), json.dumps(ports)],
@@ -47,6 +48,14 @@ def start(script: str, world_size: int, jobs: list[Any], timeout: int = 400) -> 
         )
     outputs = _outputs(processes, timeout)
     return [process.returncode for process in processes], outputs
+
+
+def child_environment(**variables: str) -> dict[str, str]:
+    """This process's environment for a process of this repository's code: the repository comes first on the path, then
+    what the caller has there, where Megatron itself may lie.
+    """
+    path = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), **variables}
 
 
 def own_jobs() -> Iterator[Any]:
