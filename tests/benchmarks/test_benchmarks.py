@@ -36,8 +36,37 @@ def test_training_throughput_writes_its_table(tmp_path):
     text = table_of("training_throughput", tmp_path, "--shapes", "tiny", "--precisions", "float32", "bf16", "--steps",
                     "2", "--flags=--device cpu")  # fmt: skip
     rows = cells(text, "tiny")
-    assert [row[1] for row in rows] == ["float32", "bf16"]
-    assert all(float(row[3].replace(",", "")) > 0 for row in rows)
+    assert [row[:3] for row in rows] == [["tiny", "float32", "512"], ["tiny", "bf16", "512"]]
+    for _, precision, _, speed, work, goal, share, memory, gpt_speed, ratio in rows:
+        speed, gpt_speed = (float(cell.replace(",", "")) for cell in (speed, gpt_speed))
+        assert speed > 0
+        # The share is of the work, and the work that of the tokens: 2 layers of 64, 256 tokens, S 32.
+        rate, product = share.split(" of ")[1].split(", ")
+        assert product == f"torch.mm {'bfloat16' if precision == 'bf16' else 'float32'}"
+        assert float(share.split("%")[0]) == pytest.approx(float(work) / float(rate) * 100, abs=1)
+        assert 6 * 24 * 64**2 < float(work) * 1e12 / speed < 1.4 * 6 * 26 * 64**2 + 6 * 64 * 257
+        assert float(ratio) == pytest.approx(gpt_speed / speed, rel=1e-2)
+        assert (goal, memory) == ("", "not measured")
+
+
+def test_a_row_that_fails_says_so_and_the_others_go_on(tmp_path):
+    from tests.benchmarks.training_throughput import row_of
+
+    output = tmp_path / "table.md"
+    command = [sys.executable, "-m", "tests.benchmarks.training_throughput", "--shapes", "tiny", "--precisions",
+               "fp8-delayed", "bf16", "--steps", "1", "--no-gpt", "--output", str(output)]  # fmt: skip
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1
+    assert "--fp8-format hybrid needs a GPU and Transformer Engine, and there is no GPU" in done.stderr
+    failed, fine = cells(output.read_text(), "tiny")
+    assert failed[3] == "failed with code 1"
+    assert float(fine[3].replace(",", "")) > 0
+    found = {"tokens": 8192, "device": "NVIDIA H200", "note": "does not fit", "gpt_tokens_per_second": 100.0,
+             "gpt_note": " in micro-batches of 1"}  # fmt: skip
+    row = row_of("7B-slice", "fp8-delayed", found)
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == [
+        "7B-slice", "fp8-delayed", "8,192", "does not fit", "", "780 TFLOP/s", "", "", "100 in micro-batches of 1", ""
+    ]  # fmt: skip
 
 
 def test_train_compares_with_the_published_step_and_with_bare_products(tmp_path):
@@ -242,3 +271,27 @@ def test_the_gpt_is_trained_as_sedd_is():
         parameter.data.copy_(average)
     x_0 = torch.stack([Windows()[n][1] for n in range(5)])
     assert abs(nats + log_probabilities(gpt.model, x_0, 3).sum().item()) < 1e-4
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [([], 1e-5), (["--bf16"], 2e-2)])
+def test_the_gpt_adds_up_micro_batches_and_in_bf16_takes_megatrons_cross_entropy(precision, tolerance):
+    cpu_backend.install()
+    from sedd_megatron.parallel.groups import groups_of_this_process
+    from tests.benchmarks.causal_gpt import build_causal_run, shifted, train_gpt_step
+
+    x_0 = torch.tensor(list(itertools.product(range(3), repeat=3)))[:24:3]
+    found = []
+    for size in ("8", "2"):
+        options = tiny_gpt_options("--hidden-dropout", "0", "--global-batch-size", "8", "--micro-batch-size", size,
+                                   *precision)  # fmt: skip
+        run = build_causal_run(options, 3, groups_of_this_process(options.parallel))
+        with torch.no_grad():
+            logits = run.model(shifted(x_0, 3), position_ids=None, attention_mask=None).float()
+        # In float32 what is normalised are the three tokens; Megatron's own normalises all columns.
+        logits = logits if precision else logits[..., :3]
+        dense = torch.nn.functional.cross_entropy(logits.flatten(0, 1), x_0.flatten()).item()
+        assert train_gpt_step(run, x_0, 1) == pytest.approx(dense, rel=tolerance)
+        assert all(average.dtype == torch.float32 for average in run.ema.averages)
+        found.append([parameter.main_grad.clone() for parameter in run.model.parameters()])
+    for whole, parts in zip(*found, strict=True):
+        assert (parts - whole).norm() <= tolerance * whole.norm()
