@@ -41,6 +41,8 @@ setup(
             "ruff>=0.6",
             "tensorboard",
             "transformers>=4.56",
+            # Runs and compiles the GPU's kernel without a GPU; tests of it are skipped where it is missing.
+            "triton>=3.6; platform_system == 'Linux'",
         ],
     },
 )

@@ -89,7 +89,7 @@ class PrecisionOptions:
     bf16: bool = option(False, "bfloat16 weights and activations, float32 master weights, gradients and loss")
     transformer_impl: str = option(
         "auto",
-        "layers of plain torch or of Transformer Engine; auto takes the latter where it can run",
+        "layers of plain torch or of Transformer Engine; auto takes the latter for bf16 training where it can run",
         choices=("auto", "local", "transformer_engine"),
     )
     fp8_format: str | None = option(

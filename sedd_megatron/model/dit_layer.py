@@ -108,8 +108,12 @@ class DiTLayer(TransformerLayer):
         return add_gated(residual, gate, *output_with_bias, self.hidden_dropout if self.training else 0.0)
 
 
-class BiasFreeSelfAttention(SelfAttention):
-    """Megatron's self-attention without biases; its MLP keeps them, and `add_bias_linear` is one field for both."""
+class DiTSelfAttention(SelfAttention):
+    """Megatron's self-attention without biases, rotated in one operation, around any core attention.
+
+    Its MLP keeps the biases, and `add_bias_linear` is one field for both. Megatron's own rotation would be some 25
+    passes over queries and keys.
+    """
 
     def __init__(
         self, config: TransformerConfig, submodules: SelfAttentionSubmodules, layer_number: int, **kwargs: Any
@@ -118,29 +122,26 @@ class BiasFreeSelfAttention(SelfAttention):
         config.add_bias_linear = False
         super().__init__(config, submodules, layer_number, attn_mask_type=AttnMaskType.no_mask, **kwargs)
 
-    def forward_rows(self, hidden_states: Tensor, positions: Tensor, rotary_pos_emb: Tensor) -> tuple[Tensor, None]:
-        """Attention [Q, B, H] of the positions [Q, B] to all of hidden_states [S, B, H], and no bias."""
-        output, _ = self(hidden_states, attention_mask=None, rotary_pos_emb=rotary_pos_emb)
-        return take_rows(output, positions), None
-
-
-class LocalSelfAttention(BiasFreeSelfAttention):
-    """BiasFreeSelfAttention with its rotation in one operation; Transformer Engine's layers have their own."""
-
     def forward(
         self, hidden_states: Tensor, attention_mask: None, rotary_pos_emb: Tensor, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        """hidden_states [S, B, H], rotary_pos_emb [S, 1, 1, head size] -> [S, B, H], and no bias."""
-        return self.linear_proj(self.core_attention(*self._rotated(hidden_states, rotary_pos_emb), attention_mask))
+        """hidden_states [S, B, H] -> [S, B, H], and no bias.
+
+        Args:
+            rotary_pos_emb: [2, S, 1, 1, head size], cosines and sines of the angles in the hidden states' dtype.
+        """
+        query, key, value = self._rotated(hidden_states, rotary_pos_emb)
+        output = self.core_attention(query, key, value, attention_mask, attn_mask_type=self.attn_mask_type)
+        return self.linear_proj(output)
 
     def forward_rows(self, hidden_states: Tensor, positions: Tensor, rotary_pos_emb: Tensor) -> tuple[Tensor, None]:
-        """As BiasFreeSelfAttention's, without the other positions' attention and projection."""
+        """Attention [Q, B, H] of the positions [Q, B] alone to all of hidden_states [S, B, H], and no bias."""
         query, key, value = self._rotated(hidden_states, rotary_pos_emb)
         return self.linear_proj(self.core_attention(take_rows(query, positions), key, value, None))
 
     def _rotated(self, hidden_states: Tensor, rotary_pos_emb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = self.get_query_key_value_tensors(hidden_states)
-        cos, sin = rotary_pos_emb.cos().to(query.dtype), rotary_pos_emb.sin().to(query.dtype)
+        cos, sin = rotary_pos_emb
         return rotate(query, cos, sin), rotate(key, cos, sin), value
 
 

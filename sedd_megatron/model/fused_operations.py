@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sedd_megatron.parallel.compiled import compiled
+from sedd_megatron.parallel.compiled import call_compiled
 
 
 def modulated_norm(hidden: Tensor, factor: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -23,7 +23,7 @@ def modulated_norm(hidden: Tensor, factor: Tensor, shift: Tensor, eps: float) ->
         states are computed again in the backward pass.
     """
     if hidden.device.type == "cuda":
-        return compiled(plain_modulated_norm)(hidden, factor, shift, eps)
+        return call_compiled(plain_modulated_norm, hidden, factor, shift, eps)
     return _ModulatedNorm.apply(hidden, factor, shift, eps)
 
 
@@ -61,7 +61,7 @@ class _ModulatedNorm(torch.autograd.Function):
 def add_gated(residual: Tensor, gate: Tensor, output: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
     """residual + gate * dropout(output + bias), for residual, output [S, B, H], gate [1, B, H] and bias [H]."""
     if output.device.type == "cuda":
-        return compiled(plain_add_gated)(residual, gate, output, bias, dropout)
+        return call_compiled(plain_add_gated, residual, gate, output, bias, dropout)
     return plain_add_gated(residual, gate, output, bias, dropout)
 
 
@@ -77,7 +77,7 @@ def plain_add_gated(residual: Tensor, gate: Tensor, output: Tensor, bias: Tensor
 def bias_gelu(hidden: Tensor, bias: Tensor) -> Tensor:
     """GELU's tanh form of hidden + bias, for hidden [S, B, F] and bias [F]; on a CPU it overwrites `hidden`."""
     if hidden.device.type == "cuda":
-        return compiled(plain_bias_gelu)(hidden, bias)
+        return call_compiled(plain_bias_gelu, hidden, bias)
     return _BiasGelu.apply(hidden, bias)
 
 
@@ -117,7 +117,7 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Element i turns with element i + head size / 2, by the same angle, which stands in both places.
     """
     if states.device.type == "cuda":
-        return compiled(plain_rotate)(states, cos, sin)
+        return call_compiled(plain_rotate, states, cos, sin)
     return _Rotate.apply(states, cos, sin)
 
 

@@ -10,20 +10,13 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from sedd_megatron.config import PrecisionOptions
 from sedd_megatron.errors import UserError
 from sedd_megatron.model.conditioning import NormScale
-from sedd_megatron.model.dit_layer import (
-    BiasFreeSelfAttention,
-    BidirectionalAttention,
-    DiTLayer,
-    LocalSelfAttention,
-)
+from sedd_megatron.model.dit_layer import BidirectionalAttention, DiTLayer, DiTSelfAttention
 
 # The first GPUs whose matrix units take each recipe's FP8: Ada and Hopper; block scaling from Hopper on.
 FP8_COMPUTE_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0)}
 
 
-def dit_layer_spec(
-    cond_dim: int, column_linear: type, row_linear: type, self_attention: type, core_attention: type
-) -> ModuleSpec:
+def dit_layer_spec(cond_dim: int, column_linear: type, row_linear: type, core_attention: type) -> ModuleSpec:
     """A DiT layer of the given parallel linear layers and attention; parameter names are the same for all of them."""
     return ModuleSpec(
         module=DiTLayer,
@@ -31,7 +24,7 @@ def dit_layer_spec(
         submodules=TransformerLayerSubmodules(
             input_layernorm=NormScale,
             self_attention=ModuleSpec(
-                module=self_attention,
+                module=DiTSelfAttention,
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=column_linear, core_attention=core_attention, linear_proj=row_linear
                 ),
@@ -44,7 +37,7 @@ def dit_layer_spec(
 
 def local_layer_spec(cond_dim: int) -> ModuleSpec:
     """The layer in plain torch: any device."""
-    return dit_layer_spec(cond_dim, ColumnParallelLinear, RowParallelLinear, LocalSelfAttention, BidirectionalAttention)
+    return dit_layer_spec(cond_dim, ColumnParallelLinear, RowParallelLinear, BidirectionalAttention)
 
 
 def transformer_engine_layer_spec(cond_dim: int) -> ModuleSpec:
@@ -55,16 +48,25 @@ def transformer_engine_layer_spec(cond_dim: int) -> ModuleSpec:
         TERowParallelLinear,
     )
 
-    return dit_layer_spec(
-        cond_dim, TEColumnParallelLinear, TERowParallelLinear, BiasFreeSelfAttention, TEDotProductAttention
-    )
+    return dit_layer_spec(cond_dim, TEColumnParallelLinear, TERowParallelLinear, TEDotProductAttention)
 
 
-def choose_layer_spec(cond_dim: int, transformer_impl: str, device: torch.device) -> ModuleSpec:
-    """The layer that `--transformer-impl` names; auto: Transformer Engine's where there is a GPU and the library."""
-    has_engine = transformer_engine_runs_on(device)
-    use_engine = {"auto": has_engine, "local": False, "transformer_engine": True}[transformer_impl]
+def choose_layer_spec(
+    cond_dim: int, precision: PrecisionOptions, device: torch.device, for_training: bool
+) -> ModuleSpec:
+    """The layer that `--transformer-impl` names."""
+    use_engine = takes_transformer_engine(precision, for_training, transformer_engine_runs_on(device))
     return transformer_engine_layer_spec(cond_dim) if use_engine else local_layer_spec(cond_dim)
+
+
+def takes_transformer_engine(precision: PrecisionOptions, for_training: bool, has_engine: bool) -> bool:
+    """Whether the layers are Transformer Engine's; auto takes them for bf16 training alone.
+
+    In float32 its products are TF32 (common/gemm/cublaslt_gemm.cu: CUBLAS_COMPUTE_32F_FAST_TF32), off by 1e-3, and its
+    attention makes the [S, S] matrix: scores, samples and likelihoods would silently be other numbers.
+    """
+    automatic = has_engine and for_training and precision.bf16
+    return {"auto": automatic, "local": False, "transformer_engine": True}[precision.transformer_impl]
 
 
 def transformer_engine_runs_on(device: torch.device) -> bool:

@@ -16,9 +16,9 @@ def transformer_config(
     precision: PrecisionOptions,
     recompute: RecomputeOptions,
     device: torch.device,
-    with_main_grad: bool = False,
+    for_training: bool = False,
 ) -> TransformerConfig:
-    """The configuration of every Megatron-Core module of the score network; `with_main_grad` as for `build_model`.
+    """The configuration of every Megatron-Core module of the score network; `for_training` as for `build_model`.
 
     Follows the published model (arXiv 2310.16834, appendix; the DiT of arXiv 2212.09748): LayerNorm with epsilon
     1e-5, tanh-GELU, biases in the MLP, no dropout inside attention.
@@ -42,13 +42,13 @@ def transformer_config(
         init_method=start_at_zero,
         output_layer_init_method=start_at_zero,
         use_cpu_initialization=device.type == "cpu",
-        # On a GPU Megatron's own linear layers need Apex for it.
-        gradient_accumulation_fusion=with_main_grad and device.type == "cpu",
+        # Needs main_grad, which DistributedDataParallel makes.
+        gradient_accumulation_fusion=for_training,
         persist_layer_norm=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=False,  # our attention rotates by itself, in one operation
         recompute_granularity=recompute.recompute_granularity,
         recompute_method=recompute.recompute_method,
         recompute_num_layers=recompute.recompute_num_layers,

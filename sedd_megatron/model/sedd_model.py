@@ -112,7 +112,7 @@ class SEDDModel(MegatronModule):
             hidden_states=self._embed(x_t) if self.pre_process else None,
             attention_mask=None,
             context=conditioning,
-            rotary_pos_emb=self._rotary_angles(x_t.shape[1]),
+            rotary_pos_emb=self._rotation(x_t.shape[1]),
         )
         return hidden_states, conditioning
 
@@ -122,28 +122,29 @@ class SEDDModel(MegatronModule):
         Returns:
             [R, H] hidden states, from a last layer that computes no others; and the conditioning [B, cond_dim].
         """
-        conditioning, angles = self.sigma_embedding(sigma), self._rotary_angles(x_t.shape[1])
+        conditioning, rotation = self.sigma_embedding(sigma), self._rotation(x_t.shape[1])
         hidden_states = self._embed(x_t) if self.pre_process else self.decoder.input_tensor
         *layers, last = self.decoder.layers
         # Without Megatron's block around them: it adds activation recompute and FP8, which sampling does not have.
         for layer in layers:
-            hidden_states, _ = layer(hidden_states, context=conditioning, rotary_pos_emb=angles)
+            hidden_states, _ = layer(hidden_states, context=conditioning, rotary_pos_emb=rotation)
         sequence, position = index // x_t.shape[1], index % x_t.shape[1]
         positions, row = rows_by_sequence(sequence, position, len(x_t))
-        return last.forward_rows(hidden_states, positions, conditioning, angles)[row, sequence], conditioning
+        return last.forward_rows(hidden_states, positions, conditioning, rotation)[row, sequence], conditioning
 
     def _embed(self, x_t: Tensor) -> Tensor:
         embedded = self.embedding(x_t)
         # Where it scatters the sequence over the tensor-parallel ranks, Megatron's embedding has transposed already.
         return embedded if self.config.sequence_parallel else embedded.transpose(0, 1).contiguous()
 
-    def _rotary_angles(self, length: int) -> Tensor:
-        """[length, 1, 1, head size]: the angles of this rank's contiguous part.
+    def _rotation(self, length: int) -> Tensor:
+        """[2, length, 1, 1, head size]: cosines and sines of the angles of this rank's contiguous part.
 
         RotaryEmbedding's own forward would cut the zig-zag parts that balance a causal mask.
         """
         first = self.pg_collection.cp.rank() * length
-        return self.rotary_embedding.get_emb(self.pg_collection.cp.size() * length)[first : first + length]
+        angles = self.rotary_embedding.get_emb(self.pg_collection.cp.size() * length)[first : first + length]
+        return torch.stack([angles.cos(), angles.sin()]).to(self.config.params_dtype)
 
     def log_score(self, x_t: Tensor, sigma: Tensor) -> Tensor:
         """Whole log-scores [B, S, num_states] float32, 0 at x_t; for a model that is one pipeline stage."""

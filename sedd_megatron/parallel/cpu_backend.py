@@ -6,13 +6,10 @@ these mean the CPU for the rest of the process. It is called only where there is
 
 import contextlib
 import functools
-import types
 import warnings
 from typing import Any
 
 import torch
-
-from sedd_megatron.parallel.main_grad import add_product
 
 _FACTORIES = [
     "tensor",
@@ -83,7 +80,6 @@ def install() -> None:
     _replace_streams()
     _replace_random_state()
     _replace_clipping()
-    _replace_gradient_accumulation()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
@@ -161,18 +157,6 @@ def _norm(tensor: torch.Tensor) -> torch.Tensor:
     blocks = torch.linalg.vector_norm(flat[:whole].view(-1, block), dim=1).double()
     rest = torch.linalg.vector_norm(flat[whole:], dtype=torch.float64)
     return torch.linalg.vector_norm(torch.cat([blocks, rest[None]]))
-
-
-def _replace_gradient_accumulation() -> None:
-    from megatron.core.tensor_parallel import layers
-
-    def wgrad_gemm_accum_fp32(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
-        add_product(main_grad, grad_output.t(), inputs)
-
-    # Apex's extension, of which Megatron's linear layers use this. A gradient of its own for each weight would be
-    # written to memory that is new to the process every time, and then added.
-    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=wgrad_gemm_accum_fp32)
-    layers._grad_accum_fusion_available = True
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ and the tile is dropped before the next one is computed. The sum of log-scores i
 no tile at all. Backward has nothing left to do but to multiply by the incoming gradient, a scalar.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -26,6 +25,9 @@ from sedd_megatron.parallel.score_tile import SCORE_TILES, logit_at
 # Elements of a tile. On a CPU it stays in the cache between its passes; on a GPU it has to fill the device.
 TILE_ELEMENTS = {"cpu": 2**19, "cuda": 2**25}
 MIN_TILE_COLUMNS = 128
+# What the sizes of chunks and tiles are multiples of. A GPU's matrix units are slow at others: at odd ones by factors.
+ROW_MULTIPLE = {"cpu": 1, "cuda": 256}
+COLUMN_MULTIPLE = {"cpu": 1, "cuda": 256}
 
 
 class ScoreEntropyRows(NamedTuple):
@@ -57,8 +59,8 @@ class _FusedHeadScoreEntropy(torch.autograd.Function):
         dtype = rows.target.dtype
         norm = _ChunkedNorm(hidden_states, factor, shift, eps, dtype, with_gradient)
         head = _TiledHead(weight, bias, settings, tp_group.rank(), dtype, with_gradient)
-        for chunk in _chunks(rows, settings.chunk_rows):
-            _add_chunk(norm, head, chunk)
+        for part in equal_parts(len(rows.position), settings.chunk_rows, ROW_MULTIPLE[weight.device.type]):
+            _add_chunk(norm, head, ScoreEntropyRows(*(None if field is None else field[part] for field in rows)))
         if tp_group.size() > 1:
             torch.distributed.all_reduce(head.loss, group=tp_group)
         if with_gradient:
@@ -123,10 +125,16 @@ def fused_head_score_entropy(
     )
 
 
-def _chunks(rows: ScoreEntropyRows, chunk_rows: int) -> Iterator[ScoreEntropyRows]:
-    for start in range(0, len(rows.position), chunk_rows):
-        part = slice(start, start + chunk_rows)
-        yield ScoreEntropyRows(*(field[part] if field is not None else None for field in rows))
+def equal_parts(count: int, largest: int, multiple: int) -> list[slice]:
+    """0 ... count in as few parts as sizes up to `largest` allow, all but the last of one size, a multiple of
+    `multiple`.
+
+    No part is a small rest, which would cost as much as a whole one where each has to fill the device.
+    """
+    largest = max(largest // multiple, 1) * multiple
+    number = max(-(-count // largest), 1)
+    size = max(-(-count // (number * multiple)), 1) * multiple
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _add_chunk(norm: "_ChunkedNorm", head: "_TiledHead", rows: ScoreEntropyRows) -> None:
@@ -206,8 +214,13 @@ class _TiledHead:
         with_gradient: bool,
     ) -> None:
         self.first_state = tp_rank * weight.shape[0]
+        self.num_states = settings.num_states
         columns = min(max(settings.num_states - self.first_state, 0), weight.shape[0])
         self.weight, self.bias = weight[:columns], bias[:columns]
+        # Tiles go on into the padding as far as their width likes.
+        multiple = COLUMN_MULTIPLE[weight.device.type]
+        columns = min(-(-columns // multiple) * multiple, weight.shape[0])
+        self.tiled_weight, self.tiled_bias = weight[:columns], bias[:columns]
         self.weight_sum: tuple[Tensor, Tensor] | None = None
         self.loss = torch.zeros((), dtype=torch.float64, device=weight.device)
         self.in_main_grad, self.gradients, self.scale = hasattr(weight, "main_grad"), None, 1.0
@@ -222,21 +235,25 @@ class _TiledHead:
             self.loss += self._linear_terms(hidden, rows)
         grad_hidden = torch.zeros_like(hidden, dtype=rows.target.dtype) if self.gradients is not None else None
         device = hidden.device.type
-        columns = max(TILE_ELEMENTS[device] // max(len(hidden), 1), MIN_TILE_COLUMNS)
-        for start in range(0, len(self.weight), columns):
-            part = slice(start, start + columns)
-            weight = self.weight[part]
-            tile = SCORE_TILES[device](
-                hidden, weight, self.bias[part], rows, self.first_state + start, self.gradients is not None
-            )
-            self.loss += tile.score_sum
-            if self.gradients is None:
-                continue
-            grad_weight, grad_bias = (gradient[part][: len(weight)] for gradient in self.gradients)
-            grad_bias.add_(tile.grad_bias, alpha=self.scale)
-            add_product(grad_hidden, tile.grad_logits, weight)
-            add_product(grad_weight, tile.grad_logits.t(), hidden, self.scale)
+        largest = max(TILE_ELEMENTS[device] // max(len(hidden), 1), MIN_TILE_COLUMNS)
+        for part in equal_parts(len(self.tiled_weight), largest, COLUMN_MULTIPLE[device]):
+            self._add_tile(hidden, rows, part, grad_hidden)
         return grad_hidden
+
+    def _add_tile(self, hidden: Tensor, rows: ScoreEntropyRows, part: slice, grad_hidden: Tensor | None) -> None:
+        """One tile, of which nothing is left when this returns: two at once would double the memory."""
+        weight, first_state = self.tiled_weight[part], self.first_state + part.start
+        score_tile = SCORE_TILES[hidden.device.type]
+        tile = score_tile(
+            hidden, weight, self.tiled_bias[part], rows, first_state, self.num_states, grad_hidden is not None
+        )
+        self.loss += tile.score_sum
+        if grad_hidden is None:
+            return
+        grad_weight, grad_bias = (gradient[part] for gradient in self.gradients)
+        grad_bias.add_(tile.grad_bias, alpha=self.scale)
+        add_product(grad_hidden, tile.grad_logits, weight)
+        add_product(grad_weight, tile.grad_logits.t(), hidden, self.scale)
 
     def _linear_terms(self, hidden: Tensor, rows: ScoreEntropyRows) -> Tensor:
         """c_target * a + c_log * L of the shard's states, but for what log_offset adds to them."""

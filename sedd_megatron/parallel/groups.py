@@ -16,6 +16,7 @@ from sedd_megatron.arguments import data_parallel_size_of
 from sedd_megatron.config import ParallelOptions
 from sedd_megatron.errors import UserError
 from sedd_megatron.parallel import cpu_backend
+from sedd_megatron.parallel.main_grad import install_gradient_accumulation
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -133,6 +134,7 @@ def parallel_groups(
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
+    install_gradient_accumulation()
     _join_ranks(device, world_size, timedelta(minutes=options.distributed_timeout_minutes))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=options.tensor_model_parallel_size,

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from sedd_megatron.parallel.compiled import compiled
 from sedd_megatron.parallel.main_grad import add_product
 from sedd_megatron.parallel.vocab_parallel import column_in_shard, zero_at_state
 
@@ -22,16 +21,25 @@ class ScoreTile(NamedTuple):
 
 
 def score_tile_by_index(
-    hidden: Tensor, weight: Tensor, bias: Tensor, rows: "ScoreEntropyRows", first_state: int, with_gradient: bool
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rows: "ScoreEntropyRows",
+    first_state: int,
+    num_states: int,
+    with_gradient: bool,
 ) -> ScoreTile:
     """The tile of hidden [C, H], weight [N, H] and bias [N], which are the states from `first_state` on.
 
-    In place: for a CPU, whose cache holds the tile between its passes.
+    States from `num_states` on are padding: their scores and gradients are 0. In place: for a CPU, whose cache holds
+    the tile between its passes.
     """
+    padding = slice(max(num_states - first_state, 0), None)
     tile = rows.log_scale[:, None] + bias
     add_product(tile, hidden, weight.t()).exp_()
     if rows.x_t is not None:
         zero_at_state(tile, rows.x_t, first_state)
+    tile[:, padding] = 0
     column_sums = tile.sum(0)
     score_sum = column_sums.sum(dtype=torch.float64)
     if not with_gradient:
@@ -39,6 +47,7 @@ def score_tile_by_index(
     if rows.log_sum is not None:
         tile.add_(rows.log_sum[:, None])
         zero_at_state(tile, rows.x_t, first_state)
+        tile[:, padding] = 0
         column_sums = tile.sum(0)
     in_tile, column = column_in_shard(rows.x_0, first_state, len(weight))
     target = torch.where(in_tile, rows.target[:, None], 0.0)
@@ -49,42 +58,22 @@ def score_tile_by_index(
 
 
 def score_tile_in_one_kernel(
-    hidden: Tensor, weight: Tensor, bias: Tensor, rows: "ScoreEntropyRows", first_state: int, with_gradient: bool
-) -> ScoreTile:
-    """As `score_tile_by_index`, for a GPU: what follows the product is compiled, and writes nothing but its answer."""
-    logits = torch.mm(hidden, weight.t(), out_dtype=rows.target.dtype)
-    # Relative to the tile, so that the compiler sees no number that changes from tile to tile.
-    x_t, x_0 = None if rows.x_t is None else rows.x_t - first_state, rows.x_0 - first_state
-    return ScoreTile(
-        *compiled(scores_and_gradients)(
-            logits, bias, rows.log_scale, rows.log_sum, rows.target, x_t, x_0, weight.dtype, with_gradient
-        )
-    )
-
-
-def scores_and_gradients(
-    logits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
     bias: Tensor,
-    log_scale: Tensor,
-    log_sum: Tensor | None,
-    target: Tensor,
-    x_t: Tensor | None,
-    x_0: Tensor,
-    dtype: torch.dtype,
+    rows: "ScoreEntropyRows",
+    first_state: int,
+    num_states: int,
     with_gradient: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`score_tile_by_index` after its product, without an index: each column is compared with those of x_t and x_0."""
-    column = torch.arange(logits.shape[1], device=logits.device)
-    score = torch.exp(logits + bias + log_scale[:, None])
-    if x_t is not None:
-        score = torch.where(column == x_t[:, None], 0.0, score)
-    score_sum = score.sum(-1).sum(dtype=torch.float64)
-    if not with_gradient:
-        return score_sum, None, None
-    grad = score + torch.where(column == x_0[:, None], target[:, None], 0.0)
-    if log_sum is not None:
-        grad = torch.where(column == x_t[:, None], 0.0, grad + log_sum[:, None])
-    return score_sum, grad.to(dtype), grad.sum(0)
+) -> ScoreTile:
+    """As `score_tile_by_index`, for a GPU: what follows the product reads the logits once and writes nothing but its
+    answer.
+    """
+    # Imported here: a machine without a GPU may have no Triton.
+    from sedd_megatron.parallel.score_tile_kernel import scores_and_gradients
+
+    logits = torch.mm(hidden, weight.t(), out_dtype=rows.target.dtype)
+    return ScoreTile(*scores_and_gradients(logits, bias, rows, first_state, num_states, weight.dtype, with_gradient))
 
 
 SCORE_TILES = {"cpu": score_tile_by_index, "cuda": score_tile_in_one_kernel}

@@ -68,17 +68,17 @@ def build_model(
     recompute: RecomputeOptions,
     graph: AbsorbingGraph | UniformGraph,
     groups: ParallelGroups,
-    with_main_grad: bool = False,
+    for_training: bool = False,
 ) -> list[SEDDModel]:
     """This rank's stages of the score network, with uninitialised parameters; one, unless stages are interleaved.
 
-    `with_main_grad` promises Megatron's DistributedDataParallel around them, which gives the parameters their
-    main_grad: gradients are then added to it by the products that make them.
+    `for_training` promises Megatron's DistributedDataParallel around them, which gives the parameters their main_grad:
+    gradients are then added to it by the products that make them.
     """
     # Megatron forks its generators while it builds, and stops if they have no seed; nothing is drawn from them.
     seed_dropout(0, 0, groups)
-    config = transformer_config(model_options, parallel, precision, recompute, groups.device, with_main_grad)
-    layer_spec = choose_layer_spec(model_options.cond_dim, precision.transformer_impl, groups.device)
+    config = transformer_config(model_options, parallel, precision, recompute, groups.device, for_training)
+    layer_spec = choose_layer_spec(model_options.cond_dim, precision, groups.device, for_training)
     num_chunks = config.virtual_pipeline_model_parallel_size
     vp_stages = [None] if num_chunks is None else range(num_chunks)
     return [SEDDModel(config, model_options, graph, layer_spec, groups, vp_stage) for vp_stage in vp_stages]
@@ -95,7 +95,7 @@ def build_run(options: PretrainOptions, tokenizer: Tokenizer, groups: ParallelGr
     """Build a run at iteration 0; the parameters depend on the seed and not on the layout."""
     graph = make_graph(options.diffusion.graph, tokenizer.num_tokens)
     model_chunks = build_model(
-        options.model, options.parallel, options.precision, options.recompute, graph, groups, with_main_grad=True
+        options.model, options.parallel, options.precision, options.recompute, graph, groups, for_training=True
     )
     for chunk in model_chunks:
         initialize_parameters(chunk, options.training.seed)

@@ -11,12 +11,9 @@ from sedd_megatron.diffusion import AbsorbingGraph, UniformGraph
 from sedd_megatron.diffusion.corruption import NoisyBatch
 from sedd_megatron.diffusion.score_entropy import ScoreEntropyCoefficients, weighted_loss
 from sedd_megatron.model.score_head import log_score_offset
-from sedd_megatron.parallel.fused_head import FusedHeadSettings, ScoreEntropyRows
+from sedd_megatron.parallel.fused_head import ROW_MULTIPLE, FusedHeadSettings, ScoreEntropyRows
 from sedd_megatron.parallel.groups import ParallelGroups
 from sedd_megatron.parallel.vocab_parallel import vocab_parallel_score_entropy
-
-# What the number of rows is filled up to: on a GPU few shapes, of sizes that its matrix units like.
-ROW_MULTIPLE = {"cpu": 1, "cuda": 256}
 
 LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 ForwardStep = Callable[[Iterator[NoisyBatch], torch.nn.Module], tuple[Tensor, LossFunction]]

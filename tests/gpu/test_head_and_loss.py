@@ -1,5 +1,6 @@
 """Head, loss and fused operations on a GPU: the dense float64 loss in value and gradient, and a table of their cost."""
 
+import itertools
 import subprocess
 import sys
 
@@ -13,6 +14,13 @@ from tests.model.test_fused_operations import NAMES, inputs, operations, outcome
 
 def test_fused_head_is_the_dense_loss():
     launch("run_fused_head.py", 1, [[*case, "cuda"] for case in CASES])
+
+
+def test_fused_head_in_many_chunks_and_tiles():
+    """1,500 positions in chunks of 256, 1,000 tokens of 1,152 columns in tiles of 256."""
+    shape, further = [1000, 1152, "some", 256, 256], ["cuda", 500, 5e-2]
+    kinds = itertools.product(("absorb", "uniform"), ("float32", "bfloat16"))
+    launch("../gpu/run_many_tiles.py", 1, [[graph, *shape, dtype, *further] for graph, dtype in kinds])
 
 
 @pytest.mark.parametrize("name", NAMES)

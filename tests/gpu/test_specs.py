@@ -18,6 +18,12 @@ MODEL = (
 ).split()
 
 
+def test_only_bf16_training_takes_transformer_engine_by_itself():
+    local, engine = "ColumnParallelLinear", "TEColumnParallelLinear"
+    jobs = [[True, True, engine], [True, False, local], [False, True, local], [False, False, local]]
+    launch("../gpu/run_layer_choice.py", 1, jobs)
+
+
 def test_bf16_layers_agree():
     launch("../gpu/run_specs.py", 1, [[BF16_ENGINE, ["--bf16", *LOCAL], 2e-2, 5e-2]])
 

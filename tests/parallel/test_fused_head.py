@@ -1,12 +1,13 @@
 """The fused head and loss in one process: derivatives by differences, bf16 logits, every size of vocabulary."""
 
+import math
+
 import pytest
 import torch
 
 from sedd_megatron.config import ParallelOptions
 from sedd_megatron.diffusion.graph import make_graph
 from sedd_megatron.parallel import cpu_backend
-from tests.compiler import needs_compiler
 
 EPS = 1e-5
 VOCABULARIES = [27, 257, 32000, 50257, 50304, 65536, 100277, 131072]
@@ -34,11 +35,14 @@ def random_rows(has_log_sum: bool, num_states: int, num_positions: int):
 
 
 @pytest.mark.parametrize("has_log_sum", [False, True])
-@pytest.mark.parametrize("chunk_rows", [1, 3, 8])
-def test_gradients_are_the_derivatives(has_log_sum, chunk_rows, tp_group, monkeypatch):
+@pytest.mark.parametrize(("chunk_rows", "multiple"), [(1, 1), (3, 1), (8, 1), (4, 2), (8, 5)])
+def test_gradients_are_the_derivatives(has_log_sum, chunk_rows, multiple, tp_group, monkeypatch):
+    """With multiples as a GPU has them the last tile ends in the padding, or goes to its end."""
     from sedd_megatron.parallel import fused_head
 
     # Several tiles of columns, the last of them smaller.
+    for sizes in (fused_head.ROW_MULTIPLE, fused_head.COLUMN_MULTIPLE):
+        monkeypatch.setitem(sizes, "cpu", multiple)
     monkeypatch.setitem(fused_head.TILE_ELEMENTS, "cpu", 0)
     monkeypatch.setattr(fused_head, "MIN_TILE_COLUMNS", 4)
     rows = random_rows(has_log_sum, 9, 8)
@@ -63,24 +67,20 @@ def test_another_scale_than_the_promised_is_refused(tp_group):
         (loss / 2).backward()
 
 
-@pytest.mark.parametrize("has_log_sum", [False, True])
-@pytest.mark.parametrize(
-    "compiler", [lambda function: function, needs_compiler(torch.compile)], ids=["plain", "compiled"]
-)
-def test_a_tile_by_comparison_is_the_tile_by_index(has_log_sum, compiler):
-    from sedd_megatron.parallel.score_tile import ScoreTile, score_tile_by_index, scores_and_gradients
+@pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 2049, 8192, 8193, 33_024, 50_304])
+@pytest.mark.parametrize(("largest", "multiple"), [(2048, 1), (8192, 256), (100, 256), (4228, 256)])
+def test_parts_are_few_equal_and_cover_all(count, largest, multiple):
+    from sedd_megatron.parallel.fused_head import equal_parts
 
-    rows, first_state = random_rows(has_log_sum, 9, 8), 3
-    hidden, weight, bias = (torch.randn(shape, dtype=torch.float64) for shape in ((7, 3), (4, 3), (4,)))
-    x_t = rows.x_t - first_state if has_log_sum else None
-    for with_gradient in (True, False):
-        expected = score_tile_by_index(hidden, weight, bias, rows, first_state, with_gradient)
-        actual = compiler(scores_and_gradients)(
-            hidden @ weight.t(), bias, rows.log_scale, rows.log_sum, rows.target, x_t, rows.x_0 - first_state,
-            torch.float64, with_gradient,
-        )  # fmt: skip
-        assert (expected.grad_logits is not None) == with_gradient
-        torch.testing.assert_close(ScoreTile(*actual), expected)
+    parts = equal_parts(count, largest, multiple)
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(count))
+    sizes = [part.stop - part.start for part in parts]
+    limit = max(largest // multiple, 1) * multiple
+    assert all(size <= limit and size % multiple == 0 for size in sizes[:-1])
+    assert len(set(sizes[:-1])) <= 1
+    assert len(parts) <= math.ceil(count / limit)
+    if multiple == 1 and parts:
+        assert max(sizes) - min(sizes) < len(parts)
 
 
 @pytest.mark.parametrize("num_tokens", VOCABULARIES)

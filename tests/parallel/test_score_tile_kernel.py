@@ -1,0 +1,43 @@
+"""The Triton kernel of the fused head's tile, without a GPU: by Triton's interpreter, and compiled ahead of time."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launch import REPOSITORY
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs Triton, which is not installed"
+)
+
+
+def run(script: str, tmp_path: Path, **environment: str) -> str:
+    """Triton reads its environment when it is imported: a process of its own."""
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).with_name(script)), *environment.pop("arguments", "").split()]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_kernel_is_the_tile_by_index(tmp_path):
+    run("run_score_tile_kernel.py", tmp_path, TRITON_INTERPRET="1")
+
+
+def test_the_kernel_compiles_for_sm_90_and_moves_16_bytes_at_once(tmp_path):
+    """Without spills: its registers are all that a column's numbers live in."""
+    said = run("compile_score_tile_kernel.py", tmp_path)
+    print(said)
+    lines = [line for line in said.splitlines() if line.startswith("kernel")]
+    assert len(lines) == 4
+    for line in lines:
+        found = dict(re.findall(r"(\w+)=(\d+)", line))
+        assert int(found["spilled"]) == 0, line
+        assert int(found["registers"]) <= 128, line
+        assert int(found["wide_loads"]) > 0, line
+        assert int(found["wide_stores"]) > 0 or "gradient=0" in line, line
