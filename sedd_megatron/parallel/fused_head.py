@@ -37,12 +37,19 @@ class ScoreEntropyRows(NamedTuple):
     coefficients (diffusion/score_entropy.py), so that the loss is the sum over rows. Float32 in every precision.
     """
 
-    position: Tensor  # int64 into the flattened [S, B]
+    num_rows: int  # rows from here on weigh nothing and only fill a chunk, whatever their position
+    position: Tensor  # int64 into the flattened [S, B], different for all others
     x_0: Tensor  # int64
     x_t: Tensor | None  # int64; None if it is none of the states that count: every row is at the mask
     log_scale: Tensor  # log(weight of the sum of scores) - log_offset; -inf for a row that only fills a chunk
     log_sum: Tensor | None  # weight of the sum of log-scores; None where the graph has none
     target: Tensor  # weight of the log-score at x_0
+
+    def part(self, part: slice) -> "ScoreEntropyRows":
+        """Some rows in a run."""
+        num_rows, *fields = self
+        num_rows = min(max(num_rows - part.start, 0), part.stop - part.start)
+        return ScoreEntropyRows(num_rows, *(None if field is None else field[part] for field in fields))
 
 
 class FusedHeadSettings(NamedTuple):
@@ -60,7 +67,7 @@ class _FusedHeadScoreEntropy(torch.autograd.Function):
         norm = _ChunkedNorm(hidden_states, factor, shift, eps, dtype, with_gradient)
         head = _TiledHead(weight, bias, settings, tp_group.rank(), dtype, with_gradient)
         for part in equal_parts(len(rows.position), settings.chunk_rows, ROW_MULTIPLE[weight.device.type]):
-            _add_chunk(norm, head, ScoreEntropyRows(*(None if field is None else field[part] for field in rows)))
+            _add_chunk(norm, head, rows.part(part))
         if tp_group.size() > 1:
             torch.distributed.all_reduce(head.loss, group=tp_group)
         if with_gradient:
@@ -113,7 +120,7 @@ def fused_head_score_entropy(
         weight, bias: [padded_vocab_size / TP, H] and [padded_vocab_size / TP], this rank's shard. Where they have
             Megatron's main_grad, gradient_scale times the gradient is added to it, in its precision, here and not in
             the backward pass, which then has to come with just that scale, or torch raises a RuntimeError.
-        rows: in any order; a position may come twice.
+        rows: in any order.
         eps: of the norm.
         tp_group: the ranks that hold the other columns.
 
@@ -142,7 +149,7 @@ def _add_chunk(norm: "_ChunkedNorm", head: "_TiledHead", rows: ScoreEntropyRows)
     hidden, kept = norm.forward(rows.position)
     grad_hidden = head.add(hidden, rows)
     if grad_hidden is not None:
-        norm.add_backward(grad_hidden, kept)
+        norm.add_backward(grad_hidden, kept, rows.num_rows)
 
 
 class _KeptOfNorm(NamedTuple):
@@ -181,8 +188,10 @@ class _ChunkedNorm:
         hidden = torch.addcmul(self.shift.index_select(0, sequence), normalized, factor)
         return hidden.to(self.hidden_states.dtype), _KeptOfNorm(position, chunk, normalized, statistics, factor)
 
-    def add_backward(self, grad_hidden: Tensor, kept: _KeptOfNorm) -> None:
-        """Adds to the gradients from that of forward's answer; overwrites what it is given."""
+    def add_backward(self, grad_hidden: Tensor, kept: _KeptOfNorm, num_rows: int) -> None:
+        """Adds to the gradients from that of forward's answer, whose rows from num_rows on have none; overwrites what
+        it is given.
+        """
         grad_hidden_states, grad_factor, grad_shift = self.gradients
         grad_shift += self._sum_by_sequence(grad_hidden, kept.position)
         grad_factor += self._sum_by_sequence(kept.normalized.mul_(grad_hidden), kept.position)
@@ -191,7 +200,8 @@ class _ChunkedNorm:
             [True, False, False],
         )  # fmt: skip
         flat = grad_hidden_states.flatten(0, 1)
-        flat.index_add_(0, kept.position, grad_chunk.to(flat.dtype))
+        # Copied, since a position has one row: sums are atomic on a GPU, and slower.
+        flat.index_copy_(0, kept.position[:num_rows], grad_chunk[:num_rows].to(flat.dtype))
 
     def _sum_by_sequence(self, values: Tensor, position: Tensor) -> Tensor:
         """[C, H] -> [B, H]."""

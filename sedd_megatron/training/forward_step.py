@@ -86,6 +86,7 @@ def score_entropy_rows(
     coefficients = ScoreEntropyCoefficients(*(c[:, 0] for c in graph.coefficients(sigma, x_t[:, None], x_0[:, None])))
     log_offset = log_score_offset(graph, sigma)
     rows = ScoreEntropyRows(
+        num_rows=num_rows,
         position=position,
         x_0=x_0,
         x_t=None if is_absorbing else x_t,

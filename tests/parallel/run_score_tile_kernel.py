@@ -24,9 +24,8 @@ def check(num_rows: int, num_columns: int, first_state: int, num_states: int, ha
     log_scale[-1], log_sum[-1], target[-1] = -torch.inf, 0.0, 0.0
     # A position that has not moved has no target: its log-score there is 0 whatever the model says.
     target[x_t == x_0] = 0.0
-    rows = ScoreEntropyRows(
-        torch.arange(num_rows), x_0, x_t if has_log_sum else None, log_scale, log_sum if has_log_sum else None, -target
-    )
+    position, log_sum = torch.arange(num_rows), log_sum if has_log_sum else None
+    rows = ScoreEntropyRows(num_rows - 1, position, x_0, x_t if has_log_sum else None, log_scale, log_sum, -target)
     for dtype, with_gradient in itertools.product((torch.float32, torch.bfloat16), (True, False)):
         expected = score_tile_by_index(hidden, weight, bias, rows, first_state, num_states, with_gradient)
         actual = ScoreTile(

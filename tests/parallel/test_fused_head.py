@@ -21,16 +21,19 @@ def tp_group():
     return groups_of_this_process(ParallelOptions(device="cpu")).collection.tp
 
 
-def random_rows(has_log_sum: bool, num_states: int, num_positions: int):
-    """Some rows of some positions, one position twice; without a sum of log-scores x_t is none of the states."""
+def random_rows(has_log_sum: bool, num_states: int):
+    """Rows of five of eight positions, 0 among them, and two at 0 that only fill; without a sum of log-scores x_t is
+    none of the states.
+    """
     from sedd_megatron.parallel.fused_head import ScoreEntropyRows
 
     generator = torch.Generator().manual_seed(0)
-    position = torch.cat([torch.randperm(num_positions, generator=generator)[:5], torch.tensor([0, 0])])
+    position = torch.tensor([3, 0, 6, 1, 7, 0, 0])
     x_t, x_0 = torch.randint(0, num_states, (2, len(position)), generator=generator)
     log_scale, log_sum, target = torch.rand(3, len(position), generator=generator, dtype=torch.float64)
+    log_scale[5:], log_sum[5:], target[5:] = -torch.inf, 0.0, 0.0
     return ScoreEntropyRows(
-        position, x_0, x_t if has_log_sum else None, log_scale - 1, -log_sum if has_log_sum else None, -target
+        5, position, x_0, x_t if has_log_sum else None, log_scale - 1, -log_sum if has_log_sum else None, -target
     )
 
 
@@ -45,7 +48,7 @@ def test_gradients_are_the_derivatives(has_log_sum, chunk_rows, multiple, tp_gro
         monkeypatch.setitem(sizes, "cpu", multiple)
     monkeypatch.setitem(fused_head.TILE_ELEMENTS, "cpu", 0)
     monkeypatch.setattr(fused_head, "MIN_TILE_COLUMNS", 4)
-    rows = random_rows(has_log_sum, 9, 8)
+    rows = random_rows(has_log_sum, 9)
     settings = fused_head.FusedHeadSettings(9, chunk_rows, 1.0)
     shapes = ((4, 2, 3), (2, 3), (2, 3), (12, 3), (12,))
     leaves = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
@@ -62,7 +65,7 @@ def test_another_scale_than_the_promised_is_refused(tp_group):
     for parameter in leaves[3:]:
         parameter.main_grad = torch.zeros_like(parameter)
     settings = FusedHeadSettings(9, 4, gradient_scale=0.25)
-    loss = fused_head_score_entropy(*leaves, random_rows(True, 9, 8), settings, 1e-5, tp_group)
+    loss = fused_head_score_entropy(*leaves, random_rows(True, 9), settings, 1e-5, tp_group)
     with pytest.raises(RuntimeError, match="scaled by something else than gradient_scale"):
         (loss / 2).backward()
 
