@@ -66,8 +66,6 @@ def build_gpt(options: PretrainOptions, num_tokens: int, groups: ParallelGroups)
         position_embedding_type="rope",
         pg_collection=groups.collection,
     )
-    if with_engine:
-        _accumulate_into_main_grad(gpt.decoder)
     return gpt.to(groups.device, torch.bfloat16 if options.precision.bf16 else torch.float32)
 
 
@@ -92,23 +90,13 @@ def gpt_config(options: PretrainOptions, device: torch.device, with_engine: bool
         fp8_amax_history_len=precision.fp8_amax_history_len,
         fp8_amax_compute_algo=precision.fp8_amax_compute_algo,
         use_cpu_initialization=device.type == "cpu",
-        # On a GPU Megatron's own linear layers need Apex for it.
-        gradient_accumulation_fusion=device.type == "cpu",
+        gradient_accumulation_fusion=True,
         masked_softmax_fusion=False,
         bias_activation_fusion=with_engine,
         bias_dropout_fusion=with_engine,
         apply_rope_fusion=with_engine,
         persist_layer_norm=False,
     )
-
-
-def _accumulate_into_main_grad(layers: nn.Module) -> None:
-    """gradient_accumulation_fusion for Transformer Engine's layers alone: they need no Apex for it."""
-    from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
-
-    for module in layers.modules():
-        if isinstance(module, TransformerEngineBaseModule):
-            module.fuse_wgrad_accumulation = True
 
 
 def build_causal_run(options: PretrainOptions, num_tokens: int, groups: ParallelGroups) -> CausalRun:

@@ -1,7 +1,6 @@
 """The Triton kernel of the fused head's tile, without a GPU: by Triton's interpreter, and compiled ahead of time."""
 
 import importlib.util
-import os
 import re
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import REPOSITORY
+from tests.distributed.launch import child_environment
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs Triton, which is not installed"
@@ -18,9 +17,9 @@ pytestmark = pytest.mark.skipif(
 
 def run(script: str, tmp_path: Path, **environment: str) -> str:
     """Triton reads its environment when it is imported: a process of its own."""
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    environment = child_environment(TRITON_CACHE_DIR=str(tmp_path), OMP_NUM_THREADS="1", **environment)
     command = [sys.executable, str(Path(__file__).with_name(script))]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
