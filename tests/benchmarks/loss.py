@@ -6,6 +6,7 @@ gradient of the hidden states, which both have to give. Under the absorbing grap
 """
 
 import argparse
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,12 +22,18 @@ from sedd_megatron.diffusion.graph import make_graph
 from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.parallel.fused_head import TILE_ELEMENTS
 from sedd_megatron.parallel.groups import parallel_groups
+from tests.benchmarks.goals import HEAD_MEMORY_MIB, goal_of
 from tests.benchmarks.pairs import Lines, measure_pairs, peak_memory, seconds_of, write_table
 from tests.benchmarks.published import published_loss, scaled_log_score
 
 HEADER = (
     "| graph | V | width | B x S | rows that count | seconds | published | faster | memory | published | smaller |\n"
     "|---|---|---|---|---|---|---|---|---|---|---|"
+)
+ALONE_HEADER = (
+    "\nOurs at a size whose dense logits no device has room for.\n\n"
+    f"| graph | B x S | rows that count | ms | goal | its products alone | memory | at most {HEAD_MEMORY_MIB} MiB |\n"
+    "|---|---|---|---|---|---|---|---|"
 )
 ROWS_HEADER = "\n| graph | rows that count | memory |\n|---|---|---|"
 BOUND_HEADER = (
@@ -44,6 +51,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--chunk-rows", type=int, default=2048)
     parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--alone-batch", type=int, help="measure ours alone at this batch size as well")
     parser.add_argument("--rows", nargs="*", type=int, default=[2048, 4096, 8192, 16384], help="for memory alone")
     parser.add_argument("--output", type=Path, help="a file of tests/benchmarks/results")
     arguments = parser.parse_args(argv)
@@ -68,6 +76,10 @@ def main(argv: Sequence[str]) -> None:
         lines.say(BOUND_HEADER)
         for bound in bounds:
             lines.say(bound)
+        if arguments.alone_batch:
+            lines.say(ALONE_HEADER)
+            for graph_name in arguments.graphs:
+                lines.say(alone_row(graph_name, arguments, groups))
         lines.say(ROWS_HEADER) if arguments.rows else None
         for graph_name in arguments.graphs:
             for rows in arguments.rows:
@@ -78,6 +90,23 @@ def main(argv: Sequence[str]) -> None:
                     f"| {graph_name} | {way.num_rows} | {(peak_memory(way.ours) - way.output_bytes) / 2**20:.2f} MiB |"
                 )
     write_table("Head and loss", "tests.benchmarks.loss", argv, arguments.output, lines)
+
+
+def alone_row(graph_name: str, arguments: argparse.Namespace, groups) -> str:
+    """The median time of ours, and its memory; the goal is for SEDD-small's 64k positions under the absorbing graph."""
+    way = TwoWays(graph_name, arguments, arguments.alone_batch, groups)
+    memory = (peak_memory(way.ours) - way.output_bytes) / 2**20
+    ours, products = (
+        1e3 * statistics.median(seconds_of(function) for _ in range(1 + arguments.pairs))
+        for function in (way.ours, way.products)
+    )
+    sizes = (graph_name, arguments.num_tokens, arguments.width, arguments.alone_batch * arguments.length)
+    has_goal = sizes == ("absorb", 50257, 768, 65536) and torch.cuda.is_available()
+    return (
+        f"| {graph_name} | {arguments.alone_batch} x {arguments.length} | {way.num_rows} | {ours:.2f} | "
+        f"{goal_of('head and loss', torch.cuda.get_device_name()) if has_goal else ''} | {products:.2f} ms | "
+        f"{memory:.1f} MiB | {'yes' if memory < HEAD_MEMORY_MIB else 'no'} |"
+    )
 
 
 class TwoWays:
