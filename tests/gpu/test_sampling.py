@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 from tests.distributed.launch import REPOSITORY, launch
+from tests.gpu.check import SAMPLING
 
 
 def test_scores_are_the_dense_ones_and_samples_those_of_the_cpu(tmp_path):
@@ -20,7 +21,7 @@ def test_scores_are_the_dense_ones_and_samples_those_of_the_cpu(tmp_path):
 
 def test_sampling_table():
     output = REPOSITORY / "tests" / "benchmarks" / "results" / "sampling_gpu.md"
-    command = [sys.executable, "-m", "tests.benchmarks.sampling", "--pairs", "2", "--output", str(output)]
+    command = [sys.executable, "-m", "tests.benchmarks.sampling", *SAMPLING, "--pairs", "2", "--output", str(output)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     print(output.read_text())
