@@ -62,6 +62,7 @@ PRECISIONS = {
     "fp8-blockwise": f"{FP8} blockwise",
 }
 WARM_UP_STEPS = 3
+NUM_BATCHES = 8  # micro-batches that go round
 COLUMNS = (
     "shape", "precision", "tokens a step", "tokens/s", "TFLOP/s of useful work", "goal", "share of the matrix rate",
     "memory", "GPT tokens/s", f"time per token over the GPT's, at most {GPT_TIME_RATIO}",
@@ -75,7 +76,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[*SHAPES][1:])
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["bf16", "fp8-delayed"])
     parser.add_argument("--micro-batches", type=int, default=4, help="of a step")
-    parser.add_argument("--steps", type=int, default=10, help=f"timed steps, after {WARM_UP_STEPS} that are not")
+    parser.add_argument(
+        "--steps", type=int, default=10, help=f"timed steps, after {WARM_UP_STEPS} or more that are not"
+    )
     parser.add_argument("--no-gpt", action="store_true", help="leave the GPT out")
     parser.add_argument("--flags", default="", help="further flags of examples/pretrain_sedd.py, in quotes")
     parser.add_argument("--output", type=Path, help="a file of tests/benchmarks/results")
@@ -114,7 +117,7 @@ def row_of(shape: str, precision: str, found: dict[str, Any]) -> str:
     work = speed and speed * found["tflop_per_token"]
     cells = [
         shape,
-        precision,
+        precision + found.get("layers", ""),
         f"{found['tokens']:,}" if "tokens" in found else "",
         f"{speed:,.0f}" if speed else found.get("note", failure),
         f"{work:.3g}" if work else "",
@@ -133,10 +136,13 @@ def measure(shape_name: str, precision: str, arguments: argparse.Namespace) -> N
         cpu_backend.install()
     shape = SHAPES[shape_name]
     options = options_of(shape, precision, arguments.micro_batches, arguments.flags)
-    from sedd_megatron.model.layer_spec import check_transformer_engine
+    from sedd_megatron.model.layer_spec import check_transformer_engine, transformer_engine_runs_on
 
+    device = choose_device(options.parallel.device)
     # Megatron's local layers take no notice of an FP8 that they are told of.
-    check_transformer_engine(options.precision, choose_device(options.parallel.device))
+    check_transformer_engine(options.precision, device)
+    if device.type == "cuda" and not transformer_engine_runs_on(device):
+        tell(layers=", Transformer Engine missing")
     tell(tokens=options.training.global_batch_size * options.model.seq_length)
     tell(**matrix_rate(options))
     try:
@@ -226,7 +232,8 @@ def time_sedd(options: PretrainOptions, num_tokens: int, steps: int) -> dict[str
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         run, step = sedd_run(options, num_tokens, groups)
-        seconds = seconds_of_each(step, steps)
+        # Every batch once before: each has another number of masked positions.
+        seconds = seconds_of_each(step, steps, max(WARM_UP_STEPS, NUM_BATCHES // run.num_microbatches))
         return {
             "tokens_per_second": options.training.global_batch_size * options.model.seq_length / seconds,
             "tflop_per_token": trained_flops_per_token(run) / 1e12,
@@ -246,7 +253,7 @@ def sedd_run(options: PretrainOptions, num_tokens: int, groups) -> tuple[Any, Ca
     size, windows = options.training.micro_batch_size, random_windows(options, num_tokens)
     batches = [
         collator([(n * size + i, window) for i, window in enumerate(part)])
-        for n, part in enumerate(itertools.islice(itertools.cycle(windows.split(size)), 8))
+        for n, part in enumerate(itertools.islice(itertools.cycle(windows.split(size)), NUM_BATCHES))
     ]
     endless = [itertools.cycle(batches)]
     return run, lambda: train_step(run, endless)

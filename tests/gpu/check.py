@@ -13,6 +13,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import importlib.util
+import lzma
 import os
 import platform
 import shutil
@@ -21,6 +22,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -118,7 +120,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         gpu = gpu_in_words()
         packages = unpacked_packages(arguments.packages)
-    except (FileNotFoundError, subprocess.CalledProcessError, tarfile.TarError) as error:
+    except (OSError, subprocess.CalledProcessError, tarfile.TarError) as error:
         print(f"error: {error}; --dry-run prints what would be run", file=sys.stderr)
         return 2
     began = time.time()
@@ -194,7 +196,7 @@ def unpacked_packages(folder: Path) -> Path | None:
 
     Raises:
         FileNotFoundError: neither the one nor the other.
-        tarfile.TarError: a damaged tarball.
+        tarfile.ReadError: a damaged tarball, by name.
     """
     tarballs = sorted(folder.glob("*.tar.*"))
     if not tarballs:
@@ -205,8 +207,11 @@ def unpacked_packages(folder: Path) -> Path | None:
     unpacked = work_folder() / f"packages-{digest}"
     if not unpacked.exists():
         unfinished = Path(tempfile.mkdtemp(dir=work_folder()))
-        with tarfile.open(tarballs[0]) as archive:
-            archive.extractall(unfinished, filter="data")
+        try:
+            with tarfile.open(tarballs[0]) as archive:
+                archive.extractall(unfinished, filter="data")
+        except (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error) as error:
+            raise tarfile.ReadError(f"{tarballs[0]}: damaged ({error})") from error
         unfinished.rename(unpacked)
     return unpacked
 
@@ -233,6 +238,7 @@ def step_environment(packages: Path | None) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(path),
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",  # an aborted process says where it was
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # an image has many, which cost seconds to import
         "OMP_NUM_THREADS": "4",
         "TOKENIZERS_PARALLELISM": "false",
         "NVTE_FRAMEWORK": "pytorch",

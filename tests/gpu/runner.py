@@ -28,7 +28,9 @@ SECONDS_TO_SPEAK = 6.0
 SECONDS_TO_DIE = 2.0  # after SIGKILL, which a process inside a driver obeys late or never
 # A step is not begun with less than this share of its limit left.
 LEAST_SHARE = 0.25
-WORTH_READING = re.compile(r"\||E  |FAILED |ERROR |SKIPPED |.*\b\d+ (passed|failed|skipped|error)")
+WORTH_READING = re.compile(
+    r"\||E  |FAILED |ERROR |SKIPPED |.*\b\d+ (passed|failed|skipped|error)|[\w.]*(Error|Exception): "
+)
 ALL_SKIPPED = re.compile(r"\d+ skipped")
 
 
@@ -171,9 +173,9 @@ def send(number: int, processes: Sequence[int]) -> None:
 
 
 def worth_reading(lines: Sequence[str], is_ok: bool) -> list[str]:
-    """A log's tables, failures and counts; of a failure that says nothing of the kind, its last lines."""
-    found = [line for line in lines if WORTH_READING.match(line)]
-    return (found if is_ok or found else [*lines[-12:]])[-60:]
+    """A log's tables, failures and counts; where it is not ok, its last lines as well."""
+    first_of_last = len(lines) if is_ok else len(lines) - 12
+    return [line for n, line in enumerate(lines) if n >= first_of_last or WORTH_READING.match(line)][-60:]
 
 
 def table(heading: str, outcomes: Iterable[Outcome]) -> str:
