@@ -154,6 +154,11 @@ class TrainingOptions:
     adam_eps: float = option(1e-8, "Adam's epsilon")
     weight_decay: float = option(0.0, "decoupled weight decay on matrices")
     ema_decay: float = option(0.9999, "decay of the exponential moving average of the weights")
+    ema_interval: int = option(
+        1,
+        "steps between updates of that average, each with the decay of them all; weights in between are taken to be "
+        "the last",
+    )
     seed: int = option(1234, "seed of initialisation, sample order, noise and dropout")
 
 
