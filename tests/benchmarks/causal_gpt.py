@@ -26,6 +26,7 @@ from sedd_megatron.data.windows import WindowDataset
 from sedd_megatron.parallel.groups import ParallelGroups, seed_dropout
 from sedd_megatron.training.build import build_optimizer, build_scheduler
 from sedd_megatron.training.ema import ExponentialMovingAverage
+from sedd_megatron.training.optimizer_step import step_optimizer
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _train_step(run: CausalRun, x_0: Tensor, iteration: int) -> float:
     loss = -log_probabilities(run.model, x_0, run.num_tokens).mean()
     loss.backward()
     run.model.finish_grad_sync()
-    run.optimizer.step()
+    step_optimizer(run.optimizer, run.device)
     run.scheduler.step(increment=len(x_0))
     run.ema.update(iteration)
     return loss.item()

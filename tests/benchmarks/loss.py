@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import torch
 
 from sedd_megatron.config import ParallelOptions
+from sedd_megatron.data.micro_batch import ROW_MULTIPLE, positions_that_count
 from sedd_megatron.diffusion import LogLinearSchedule
 from sedd_megatron.diffusion.corruption import NoisyBatch, corrupt
 from sedd_megatron.diffusion.draws import Stream
@@ -119,12 +120,7 @@ class TwoWays:
 
     def ours(self) -> None:
         from sedd_megatron.parallel.fused_head import FusedHeadSettings, fused_head_score_entropy
-        from sedd_megatron.training.forward_step import (
-            ROW_MULTIPLE,
-            positions_that_count,
-            score_entropy_rows,
-            to_device,
-        )
+        from sedd_megatron.training.forward_step import score_entropy_rows, to_device
 
         device = self.groups.device
         position, num_rows = positions_that_count(self.host.x_t, self.graph, ROW_MULTIPLE[device.type])
