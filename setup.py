@@ -26,7 +26,8 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
+        # parallel/groups.py says why torch has to be newer there
+        "gpu": ["torch>=2.11", "transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
         "data": ["datasets>=4"],  # from 4 on it runs no code of a dataset
         "harness": ["lm_eval>=0.4.13"],
         "log": ["tensorboard"],

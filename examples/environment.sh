@@ -13,7 +13,7 @@ make_environment() {
     [ -e "$stamp" ] && return 0
     if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
         if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
-            .venv/bin/python -m pip install --quiet 'torch>=2.8'
+            .venv/bin/python -m pip install --quiet 'torch>=2.11'
         elif [ "$(uname)" = Linux ]; then
             # A CPU build: from wherever pip is set up to find one, or else from PyTorch's own index.
             .venv/bin/python -m pip install --quiet "torch==${CPU_TORCH_VERSION:-2.13.0}+cpu" 2>/dev/null ||

@@ -11,6 +11,14 @@ from typing import Any, NamedTuple
 
 from sedd_megatron.options import check_values, option
 
+# What an option that is not given is on each kind of device.
+LOSS_CHUNK_ROWS = {"cuda": 8192, "cpu": 2048}
+NUM_WORKERS = {"cuda": 2, "cpu": 0}
+
+
+def _if_not_given(defaults: dict[str, int]) -> str:
+    return f"{defaults['cuda']} on a GPU and {defaults['cpu']} on a CPU if not given"
+
 
 @dataclass(frozen=True)
 class ConfigFile:
@@ -139,8 +147,10 @@ class TrainingOptions:
 
     micro_batch_size: int = option(8, "sequences per rank and forward pass")
     global_batch_size: int = option(512, "sequences per optimizer step")
-    loss_chunk_rows: int = option(
-        2048, "positions whose head and loss are computed at once; 0 makes all logits first, the plain reference"
+    loss_chunk_rows: int | None = option(
+        None,
+        f"positions whose head and loss are computed at once, {_if_not_given(LOSS_CHUNK_ROWS)}; 0 makes all logits "
+        "first, the plain reference",
     )
     train_iters: int = option(400_000, "optimizer steps in all, counted from the start of the first run")
     lr: float = option(3e-4, "peak learning rate")
@@ -154,7 +164,16 @@ class TrainingOptions:
     adam_eps: float = option(1e-8, "Adam's epsilon")
     weight_decay: float = option(0.0, "decoupled weight decay on matrices")
     ema_decay: float = option(0.9999, "decay of the exponential moving average of the weights")
+    ema_interval: int = option(
+        1,
+        "steps between updates of that average, each with the decay of them all; weights in between are taken to be "
+        "the last",
+    )
     seed: int = option(1234, "seed of initialisation, sample order, noise and dropout")
+
+    def loss_chunk_rows_on(self, device: str) -> int:
+        """The number that counts on a `device` of this type, cpu or cuda."""
+        return LOSS_CHUNK_ROWS[device] if self.loss_chunk_rows is None else self.loss_chunk_rows
 
 
 class WeightedCorpus(NamedTuple):
@@ -174,11 +193,17 @@ class DataOptions:
         "prefixes in turn: 0.7 data/a 0.3 data/b",
     )
     split: str = option("969,30,1", "weights of training, validation and test windows, for each corpus of a blend")
-    num_workers: int = option(0, "loader processes per rank")
+    num_workers: int | None = option(
+        None, f"loader processes per rank, {_if_not_given(NUM_WORKERS)}; with 0 training makes its batches itself"
+    )
     tokenizer_type: str | None = option(None, "only for data that has no tokenizer beside it: as for prepare_data")
     tokenizer_model: str | None = option(None, "its model file or folder")
     vocab_file: str | None = option(None, "its vocabulary (GPT2BPETokenizer)")
     merge_file: str | None = option(None, "its merges (GPT2BPETokenizer)")
+
+    def num_workers_on(self, device: str) -> int:
+        """The number that counts on a `device` of this type, cpu or cuda."""
+        return NUM_WORKERS[device] if self.num_workers is None else self.num_workers
 
 
 @dataclass(frozen=True)

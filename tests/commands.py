@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from tests.distributed.launch import REPOSITORY, child_environment, free_ports
 from tests.distributed.layouts import MODEL
 
+EXAMPLE = REPOSITORY / "examples" / "pretrain_sedd.py"
 ENVIRONMENT = child_environment(OMP_NUM_THREADS="1")
 
 
@@ -32,7 +33,7 @@ def torchrun(num_ranks: int) -> list[str]:
 
 def train_command(*arguments: str) -> list[str]:
     """The example with the tests' model, under two ranks."""
-    return [*torchrun(2), str(REPOSITORY / "examples" / "pretrain_sedd.py"), *MODEL, *arguments]
+    return [*torchrun(2), str(EXAMPLE), *MODEL, *arguments]
 
 
 def generate(load: Path, *arguments: str, num_ranks: int = 1) -> Done:

@@ -1,13 +1,16 @@
 """Training as a person runs it: torchrun on the example, and a model loaded in one process from a TP2 checkpoint."""
 
 import json
+import os
 import signal
 import subprocess
+import sys
 import time
 
+import pytest
 import torch
 
-from tests.commands import ENVIRONMENT, run, train_command
+from tests.commands import ENVIRONMENT, EXAMPLE, run, train_command
 from tests.distributed.compare import metrics, whole_tensors
 
 
@@ -39,18 +42,27 @@ def test_load_pretrained_gives_the_moving_average_and_log_scores(trained):
     assert (model.graph.num_tokens, model.tokenizer.num_tokens, model.schedule.eps) == (256, 256, 1e-3)
 
 
-def test_sigterm_saves_and_the_run_goes_on_from_there(tmp_path, byte_corpus):
+@pytest.mark.parametrize("to_all", [False, True], ids=["by torchrun", "to every process"])
+def test_sigterm_saves_and_the_run_goes_on_from_there(to_all, tmp_path, byte_corpus):
     arguments = ["--data-path", str(byte_corpus), "--save", str(tmp_path / "save"), "--eval-interval", "0"]
-    process = subprocess.Popen(train_command(*arguments, "--train-iters", "100000"), env=ENVIRONMENT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    command = train_command(*arguments, "--train-iters", "100000")
+    if to_all:
+        # As Slurm does where there is no torchrun; the loader's processes get it as well.
+        command = [sys.executable, *command[command.index(str(EXAMPLE)) :], "--num-workers", "2"]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               start_new_session=True)  # fmt: skip
     log = tmp_path / "save" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (log.is_file() and log.read_text().count("\n") >= 3):
         assert time.monotonic() < deadline
         assert process.poll() is None, "the run ended by itself"
         time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    process.wait(timeout=60)
+    if to_all:
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+    else:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
     saved_at = int((tmp_path / "save" / "latest_checkpointed_iteration.txt").read_text())
     assert saved_at == metrics(tmp_path / "save", "iteration")[-1]
     done = run(train_command(*arguments, "--load", str(tmp_path / "save"), "--train-iters", str(saved_at + 2)))

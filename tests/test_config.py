@@ -11,6 +11,7 @@ from sedd_megatron.config import GROUPS, PrecisionOptions
 from sedd_megatron.errors import UserError
 from sedd_megatron.options import load_yaml_options
 from sedd_megatron.parallel import cpu_backend
+from sedd_megatron.parallel.groups import check_torch_for_gpu
 from tests.distributed.launch import REPOSITORY, child_environment
 
 CONFIGS = REPOSITORY / "examples" / "configs"
@@ -73,6 +74,9 @@ FP8 = ["--bf16", "--fp8-format", "hybrid"]
         (["--global-batch-size", "9"], 1, "--global-batch-size 9 is not a multiple of --micro-batch-size 8 times 1"),
         (["--micro-batch-size", "0"], 1, "--micro-batch-size 0 must be at least 1"),
         (["--lr", "-1"], 1, "--lr -1.0 must be at least 0"),
+        (["--ema-interval", "0"], 1, "--ema-interval 0 must be at least 1"),
+        (["--loss-chunk-rows", "-1"], 1, "--loss-chunk-rows -1 must be at least 0"),
+        (["--num-workers", "-1"], 1, "--num-workers -1 must be at least 0"),
         (["--lr", "nan"], 1, "--lr nan must be at least 0"),
         (["--hidden-dropout", "1"], 1, "--hidden-dropout 1.0 must be at least 0 and below 1"),
         (["--min-lr", "1"], 1, "--min-lr 1.0 must not be above --lr"),
@@ -176,6 +180,42 @@ def test_mistakes_in_yaml_are_named(content, text, tmp_path):
     with pytest.raises(UserError) as error:
         parse("--config", str(tmp_path / "c.yaml"))
     assert text in str(error.value)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_options_that_are_not_given_suit_the_device(device):
+    rows, workers = {"cpu": (2048, 0), "cuda": (8192, 2)}[device]
+    options = parse()
+    assert options.training.loss_chunk_rows_on(device) == rows
+    assert options.data.num_workers_on(device) == workers
+    # A checkpoint may go on on another device: it keeps what was given.
+    assert (options.to_dict()["loss_chunk_rows"], options.to_dict()["num_workers"]) == (None, None)
+    for value in (0, 3):
+        given = parse("--loss-chunk-rows", str(value), "--num-workers", str(value))
+        assert given.training.loss_chunk_rows_on(device) == given.data.num_workers_on(device) == value
+
+
+def test_help_says_what_is_taken_on_each_device(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "head and loss are computed at once, 8192 on a GPU and 2048 on a CPU if not given" in text
+    assert "loader processes per rank, 2 on a GPU and 0 on a CPU if not given" in text
+
+
+@pytest.mark.parametrize("version", ["2.8.0", "2.9.1+cu130", "2.10.0"])
+def test_an_older_torch_is_refused_for_a_gpu(version):
+    with pytest.raises(UserError) as error:
+        check_torch_for_gpu(version)
+    assert str(error.value) == (
+        f"torch {version}: a GPU needs 2.11 or newer (sums of bf16 products in float32); pip install "
+        "'torch>=2.11', or --device cpu"
+    )
+
+
+@pytest.mark.parametrize("version", ["2.11.0+cu130", "2.11.0a0+eb65b36914.nv26.02", "2.13.0", "3.0"])
+def test_a_newer_torch_is_not(version):
+    check_torch_for_gpu(version)
 
 
 def test_data_path_is_required():

@@ -1,13 +1,19 @@
 """Which samples a rank reads, in Megatron's order, and their batches."""
 
-from collections.abc import Iterator
+import atexit
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from sedd_megatron.data.collator import NoisingCollator
 from sedd_megatron.data.windows import WindowDataset
-from sedd_megatron.diffusion.corruption import NoisyBatch
+
+Batch = TypeVar("Batch")
+Collator = Callable[[Sequence[tuple[int, Tensor]]], Batch]
 
 
 @dataclass(frozen=True)
@@ -35,28 +41,60 @@ class MicroBatchSampler(Sampler[list[int]]):
 
 def training_batches(
     dataset: WindowDataset,
-    collator: NoisingCollator,
+    collator: Collator[Batch],
     *,
     consumed_samples: int,
     micro_batch_size: int,
     data_parallel_rank: int,
     data_parallel_size: int,
     num_workers: int = 0,
-) -> Iterator[NoisyBatch]:
-    """This rank's micro-batches from `consumed_samples` on, without end."""
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """This rank's micro-batches from `consumed_samples` on, without end.
+
+    `num_workers` processes make them ahead; with 0 they are made when they are asked for. `pin_memory` puts them where
+    a GPU copies from while the host goes on.
+    """
     sampler = MicroBatchSampler(consumed_samples, micro_batch_size, data_parallel_rank, data_parallel_size)
-    return iter(DataLoader(dataset, batch_sampler=sampler, collate_fn=collator, num_workers=num_workers))
+    return _batches(dataset, collator, sampler, num_workers, pin_memory)
 
 
 def validation_batches(
     dataset: WindowDataset,
-    collator: NoisingCollator,
+    collator: Collator[Batch],
     *,
     num_samples: int,
     micro_batch_size: int,
     data_parallel_rank: int,
     data_parallel_size: int,
-) -> Iterator[NoisyBatch]:
-    """This rank's micro-batches of samples 0 to num_samples - 1, the same at every validation."""
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """This rank's micro-batches of samples 0 to num_samples - 1, the same at every validation; made as for training."""
     sampler = MicroBatchSampler(0, micro_batch_size, data_parallel_rank, data_parallel_size, num_samples)
-    return iter(DataLoader(dataset, batch_sampler=sampler, collate_fn=collator))
+    return _batches(dataset, collator, sampler, num_workers, pin_memory)
+
+
+def _batches(
+    dataset: WindowDataset, collator: Collator[Batch], sampler: MicroBatchSampler, num_workers: int, pin_memory: bool
+) -> Iterator[Batch]:
+    loader = DataLoader(
+        dataset, batch_sampler=sampler, collate_fn=collator, num_workers=num_workers, pin_memory=pin_memory
+    )
+    # Slurm and torchrun send SIGTERM to every process, and training has a step to finish before it ends: its workers
+    # start with the signal blocked, and stay so.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@atexit.register
+def _kill_workers() -> None:
+    """When this process ends in the middle of an iteration, multiprocessing sends SIGTERM to daemons and waits."""
+    # Or torch raises here when the first of them is gone.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()

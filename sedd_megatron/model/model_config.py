@@ -79,6 +79,8 @@ def _layout_fields(model: ModelOptions, parallel: ParallelOptions, device: torch
         "cp_comm_type": parallel.cp_comm_type,
         "sequence_parallel": parallel.sequence_parallel,
         "batch_p2p_comm": not interleaved,
+        # A wait for the whole device after each message, for a fault that torch no longer has.
+        "batch_p2p_sync": False,
         "overlap_p2p_comm": interleaved and device.type == "cuda",
         "deallocate_pipeline_outputs": True,
     }

@@ -79,7 +79,6 @@ def install() -> None:
     _replace_device_calls()
     _replace_streams()
     _replace_random_state()
-    _replace_clipping()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
@@ -128,35 +127,6 @@ def _replace_random_state() -> None:
     megatron_random._get_cuda_rng_state = get_rng_state
     megatron_random._set_cuda_rng_state = set_rng_state
     megatron_random.CudaRNGStatesTracker.fork = _fork
-
-
-def _replace_clipping() -> None:
-    from megatron.core.optimizer import clip_grads
-
-    def l2_norm(
-        chunk_size: int, overflow_buffer: torch.Tensor, tensor_lists: Any, *per_tensor: Any
-    ) -> tuple[torch.Tensor, None]:
-        return torch.linalg.vector_norm(torch.stack([_norm(tensor) for tensor in tensor_lists[0]])).float(), None
-
-    def scale(chunk_size: int, overflow_buffer: torch.Tensor, tensor_lists: Any, factor: float) -> None:
-        for source, target in zip(*tensor_lists, strict=True):
-            torch.mul(source, factor, out=target)
-
-    clip_grads.l2_norm_impl = l2_norm
-    clip_grads.multi_tensor_scale_impl = scale
-
-
-def _norm(tensor: torch.Tensor) -> torch.Tensor:
-    """Euclidean norm of a float32 tensor, scalar float64.
-
-    torch adds up a large tensor's squares in float32, which is off by 2e-6 and clips each layout differently; asked for
-    float64 it first makes a copy of twice the size. Short blocks need neither.
-    """
-    flat, block = tensor.flatten(), 4096
-    whole = len(flat) // block * block
-    blocks = torch.linalg.vector_norm(flat[:whole].view(-1, block), dim=1).double()
-    rest = torch.linalg.vector_norm(flat[whole:], dtype=torch.float64)
-    return torch.linalg.vector_norm(torch.cat([blocks, rest[None]]))
 
 
 @contextlib.contextmanager

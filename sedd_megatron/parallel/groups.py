@@ -5,12 +5,14 @@ parallel_state.
 import atexit
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from packaging.version import Version
 
 from sedd_megatron.arguments import data_parallel_size_of
 from sedd_megatron.config import ParallelOptions
@@ -90,7 +92,7 @@ def choose_device(device: str) -> torch.device:
     """The device of this rank for `--device auto|cpu|cuda`; nothing is allocated.
 
     Raises:
-        UserError: GPUs are asked for and there are none, or fewer than this node's ranks.
+        UserError: GPUs are asked for and there are none, or fewer than this node's ranks; a torch too old for them.
     """
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -98,10 +100,25 @@ def choose_device(device: str) -> torch.device:
     # Judged by the node's number of ranks and not by this one's, so that every rank of the node ends.
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if local_ranks <= count:
+        check_torch_for_gpu(torch.__version__)
         return torch.device("cuda", local_rank)
     if device == "auto":
         return torch.device("cpu")
     raise UserError(f"--device cuda: {local_ranks} ranks on this node and {count} GPUs; start one rank per GPU")
+
+
+def check_torch_for_gpu(version: str) -> None:
+    """Check that torch of this version can add a product of bf16 matrices to a float32 one, as gradients are summed.
+
+    Raises:
+        UserError: it is older than 2.11.
+    """
+    # Builds from before a release, as in NVIDIA's containers, have what it has.
+    if Version(version).release < (2, 11):
+        raise UserError(
+            f"torch {version}: a GPU needs 2.11 or newer (sums of bf16 products in float32); pip install "
+            "'torch>=2.11', or --device cpu"
+        )
 
 
 def is_first_rank() -> bool:
@@ -150,6 +167,17 @@ def parallel_groups(
     finally:
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
+        if device.type == "cuda":
+            _forget_fp8_state()
+
+
+def _forget_fp8_state() -> None:
+    """Transformer Engine keeps FP8 scales, and the group that shares them, for the process and not for the model."""
+    # Its name for Megatron-Core 0.16, in Transformer Engine 2.9 to 2.11; who has not imported it has no such state.
+    if "transformer_engine.pytorch.fp8" in sys.modules:
+        from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+
+        FP8GlobalStateManager.reset()
 
 
 def groups_of_this_process(options: ParallelOptions) -> ParallelGroups:

@@ -115,7 +115,10 @@ def build_run(options: PretrainOptions, tokenizer: Tokenizer, groups: ParallelGr
         main_parameters=main,
         scheduler=build_scheduler(options, optimizer),
         ema=ExponentialMovingAverage(
-            main, partial(copy_main_parameters_to_model, optimizer, ddp_chunks), options.training.ema_decay
+            main,
+            partial(copy_main_parameters_to_model, optimizer, ddp_chunks),
+            options.training.ema_decay,
+            options.training.ema_interval,
         ),
         num_microbatches=_num_microbatches(options, groups),
     )

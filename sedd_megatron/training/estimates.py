@@ -72,9 +72,9 @@ class ActivationBytes:
 
 
 def activation_bytes(
-    options: PretrainOptions, num_states: int, pipeline_rank: int, num_microbatches: int
+    options: PretrainOptions, num_states: int, pipeline_rank: int, num_microbatches: int, device: str
 ) -> ActivationBytes:
-    """An estimate for the local layers; a test holds it against what autograd really keeps."""
+    """An estimate for the local layers on a `device` of this type; a test holds it against what autograd keeps."""
     model, parallel, recompute = options.model, options.parallel, options.recompute
     stages = parallel.pipeline_model_parallel_size
     size = 2 if options.precision.bf16 else 4
@@ -91,14 +91,14 @@ def activation_bytes(
     # 1F1B: a stage starts as many micro-batches as there are stages from it to the last; interleaving adds a round.
     in_flight = layers * min(stages - pipeline_rank, num_microbatches)
     in_flight += layers // chunks * (stages - 1) if chunks > 1 else 0
-    head = _head_bytes(options, num_states, rows, size) if pipeline_rank == stages - 1 else 0.0
+    head = _head_bytes(options, num_states, rows, size, device) if pipeline_rank == stages - 1 else 0.0
     return ActivationBytes(per_layer, in_flight, recomputed, head)
 
 
-def _head_bytes(options: PretrainOptions, num_states: int, rows: float, size: int) -> float:
-    """The head and loss at their worst moment, on a GPU."""
+def _head_bytes(options: PretrainOptions, num_states: int, rows: float, size: int, device: str) -> float:
+    """The head and loss at their worst moment."""
     hidden, shard = options.model.hidden_size, num_states / options.parallel.tensor_model_parallel_size
-    chunk = min(options.training.loss_chunk_rows, rows)
+    chunk = min(options.training.loss_chunk_rows_on(device), rows)
     if chunk == 0:
         # Logits, and in the loss two float32 copies of them.
         return rows * shard * (size + 8)
@@ -106,7 +106,7 @@ def _head_bytes(options: PretrainOptions, num_states: int, rows: float, size: in
     return (
         rows * hidden * size
         + chunk * hidden * (2 * size + 5 * 4)
-        + min(chunk * shard, TILE_ELEMENTS["cuda"]) * (4 + size)
+        + min(chunk * shard, TILE_ELEMENTS[device]) * (4 + size)
     )
 
 

@@ -4,19 +4,19 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from sedd_megatron.data.micro_batch import MicroBatch
 from sedd_megatron.diffusion import AbsorbingGraph, UniformGraph
 from sedd_megatron.diffusion.corruption import NoisyBatch
 from sedd_megatron.diffusion.score_entropy import ScoreEntropyCoefficients, weighted_loss
 from sedd_megatron.model.score_head import log_score_offset
-from sedd_megatron.parallel.fused_head import ROW_MULTIPLE, FusedHeadSettings, ScoreEntropyRows
+from sedd_megatron.parallel.fused_head import FusedHeadSettings, ScoreEntropyRows
 from sedd_megatron.parallel.groups import ParallelGroups
 from sedd_megatron.parallel.vocab_parallel import vocab_parallel_score_entropy
 
 LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
-ForwardStep = Callable[[Iterator[NoisyBatch], torch.nn.Module], tuple[Tensor, LossFunction]]
+ForwardStep = Callable[[Iterator[MicroBatch], torch.nn.Module], tuple[Tensor, LossFunction]]
 
 
 def make_forward_step(
@@ -31,14 +31,12 @@ def make_forward_step(
         gradient_scale=groups.context_size / num_microbatches,
     )
 
-    def forward_step(batches: Iterator[NoisyBatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
-        host_batch = own_part_of_sequence(next(batches), groups.context_rank, groups.context_size)
-        batch = NoisyBatch(*(to_device(field, groups.device) for field in host_batch))
+    def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
+        noisy, position, num_rows = next(batches)
+        batch = NoisyBatch(*(to_device(field, groups.device) for field in noisy))
         # Megatron asks the last stage alone for a loss.
         if loss_chunk_rows == 0 or not groups.is_last_stage:
             return model(batch.x_t, batch.sigma), partial(score_entropy_loss, batch, graph, groups.collection.tp)
-        # Counted where the batch was made: a count on the device would make the host wait for it.
-        position, num_rows = positions_that_count(host_batch.x_t, graph, ROW_MULTIPLE[groups.device.type])
         rows, constant = score_entropy_rows(batch, graph, to_device(position, groups.device), num_rows)
         output = model(batch.x_t, batch.sigma, rows, settings)
         return output, partial(_add_constant, constant, batch.x_t.shape[1])
@@ -48,21 +46,8 @@ def make_forward_step(
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """`tensor` on the device, without waiting for what the device is doing."""
-    # From memory that is not pinned a copy would first wait for all work before it.
+    # From memory that is not pinned a copy would first wait for all work before it. What is pinned stays as it is.
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-def positions_that_count(x_t: Tensor, graph: AbsorbingGraph | UniformGraph, multiple: int) -> tuple[Tensor, int]:
-    """Positions of x_t [B, S] with a loss, as indices [R] into the flattened [S, B], and how many there are.
-
-    Under the absorbing graph the masked ones. Filled up to a multiple of `multiple` by repeating position 0.
-    """
-    if graph.mask_token_id is None:
-        position = torch.arange(x_t.numel())
-    else:
-        position = (x_t.t().flatten() == graph.mask_token_id).nonzero()[:, 0]
-    num_rows = len(position)
-    return F.pad(position, (0, -num_rows % multiple)) if num_rows % multiple else position, num_rows
 
 
 def score_entropy_rows(
@@ -102,15 +87,6 @@ def score_entropy_rows(
 def _add_constant(constant: Tensor, length: int, loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     loss = loss + constant
     return loss, {"loss": loss.detach() / length}
-
-
-def own_part_of_sequence(batch: NoisyBatch, context_rank: int, context_size: int) -> NoisyBatch:
-    """The contiguous part [B, S / CP] of a whole batch that a context-parallel rank computes."""
-    if context_size == 1:
-        return batch
-    length = batch.x_t.shape[1] // context_size
-    own = slice(context_rank * length, (context_rank + 1) * length)
-    return batch._replace(x_0=batch.x_0[:, own], x_t=batch.x_t[:, own])
 
 
 def score_entropy_loss(

@@ -4,28 +4,31 @@ import itertools
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
 
 from sedd_megatron.config import PretrainOptions
 from sedd_megatron.data.collator import NoisingCollator
 from sedd_megatron.data.loader import training_batches, validation_batches
+from sedd_megatron.data.micro_batch import MicroBatch, MicroBatchCollator
 from sedd_megatron.data.tokenizers import Tokenizer
 from sedd_megatron.data.windows import WindowDataset, Windows
-from sedd_megatron.diffusion.corruption import NoisyBatch
 from sedd_megatron.diffusion.draws import Stream
 from sedd_megatron.errors import UserError
+from sedd_megatron.parallel.fused_head import ROW_MULTIPLE
 from sedd_megatron.parallel.groups import ParallelGroups, seed_dropout
 from sedd_megatron.training.build import TrainingRun, build_run
 from sedd_megatron.training.checkpoint import CheckpointWriter, load_checkpoint
 from sedd_megatron.training.estimates import peak_tflops
-from sedd_megatron.training.forward_step import make_forward_step
+from sedd_megatron.training.forward_step import make_forward_step, to_device
 from sedd_megatron.training.main_parameters import copy_main_parameters_to_model
 from sedd_megatron.training.metrics import MetricsWriter
+from sedd_megatron.training.optimizer_step import step_optimizer
 from sedd_megatron.training.summary import print_summary, trained_flops_per_token
 
 
@@ -48,6 +51,7 @@ def train(
     if options.checkpoint.save:
         writer = CheckpointWriter(Path(options.checkpoint.save), options.checkpoint.async_save)
     print_summary(run, windows)
+    compile_validation(run, windows.valid)
     find_fp8_scales(run, windows.train)
     # A run with no steps left still saves what it loaded from elsewhere: that is how to change a checkpoint's layout.
     is_saved = writer is not None and checkpoint is not None and checkpoint.parent.resolve() == writer.root.resolve()
@@ -66,14 +70,14 @@ def _train_and_save(run: TrainingRun, windows: Windows, writer: CheckpointWriter
     batches = training_iterators(run, windows.train)
     stop_requested = _catch_sigterm()
     while run.iteration < options.training.train_iters:
-        step = train_step(run, batches)
+        flags = [bool(stop_requested), writer is not None and writer.is_writing]
+        step, (stopping, writing) = train_step(run, batches, flags)
         if metrics is not None:
             metrics.train_step(step, options.training.global_batch_size * options.model.seq_length)
         if _is_due(run.iteration, options.logging.eval_interval) and len(windows.valid) > 0:
             validation_loss = validate(run, windows.valid)
             if metrics is not None:
                 metrics.validation({"iteration": run.iteration, "validation_loss": validation_loss})
-        stopping, writing = _any_rank([bool(stop_requested), writer is not None and writer.is_writing], run.groups)
         if writer is not None:
             if not writing:
                 writer.finish()
@@ -104,31 +108,49 @@ def find_fp8_scales(run: TrainingRun, dataset: WindowDataset) -> None:
     copy_main_parameters_to_model(run.optimizer, run.ddp_chunks)
 
 
-def train_step(run: TrainingRun, batches: list[Iterator[NoisyBatch]]) -> dict[str, Any]:
-    """One optimizer step on one global batch; returns its line of metrics.jsonl, equal on every rank."""
+def train_step(
+    run: TrainingRun, batches: list[Iterator[MicroBatch]], flags: Sequence[bool] = ()
+) -> tuple[dict[str, Any], list[bool]]:
+    """One optimizer step on one global batch.
+
+    Returns:
+        Its line of metrics.jsonl, and for each of this rank's flags whether any rank has it up: ranks that stopped at
+        different steps would wait for each other forever. Equal on every rank.
+
+    Raises:
+        UserError: a loss or a gradient norm that is not finite; the parameters and their average are then spoilt.
+    """
     options, start = run.options, time.monotonic()
     seed_dropout(options.training.seed, run.iteration, run.groups)
     begin_training_pass(run)
     run.optimizer.zero_grad()
     losses = forward_backward(run, batches, forward_only=False)
-    loss = _mean_loss(losses, run.groups)
-    _require_finite("loss", loss, run.iteration + 1)
     learning_rate = run.optimizer.param_groups[0]["lr"]
-    _, grad_norm, _ = run.optimizer.step()
-    _require_finite("gradient norm", float(grad_norm), run.iteration + 1)
+    squared_norm = step_optimizer(run.optimizer, run.groups.device)
+    run.ema.update(run.iteration + 1)
+    # The one wait for the device, when all of the step is in its queue.
+    numbers = read_numbers(_mean_loss(losses, run.groups), squared_norm, _raised_on_any_rank(flags, run.groups))
+    seconds = time.monotonic() - start
+    loss, grad_norm, raised = numbers[0], numbers[1] ** 0.5, numbers[2:]
+    _require_finite("loss", loss, run.iteration + 1)
+    _require_finite("gradient norm", grad_norm, run.iteration + 1)
     run.iteration += 1
     run.consumed_samples += options.training.global_batch_size
     run.scheduler.step(increment=options.training.global_batch_size)
-    run.ema.update(run.iteration)
-    tokens = options.training.global_batch_size * options.model.seq_length
-    return {
+    metrics = {
         "iteration": run.iteration,
         "loss": loss,
         "learning_rate": learning_rate,
-        "grad_norm": float(grad_norm),
-        "tokens_per_second": tokens / (time.monotonic() - start),
+        "grad_norm": grad_norm,
+        "tokens_per_second": options.training.global_batch_size * options.model.seq_length / seconds,
         "consumed_samples": run.consumed_samples,
     }
+    return metrics, [bool(flag) for flag in raised]
+
+
+def read_numbers(*numbers: Tensor) -> list[float]:
+    """The elements of float64 tensors, one after the other, on the host; it waits once for all that the device does."""
+    return torch.cat([number.view(-1) for number in numbers]).tolist()
 
 
 def begin_training_pass(run: TrainingRun) -> None:
@@ -138,33 +160,53 @@ def begin_training_pass(run: TrainingRun) -> None:
         chunk.zero_grad_buffer()
 
 
-@torch.no_grad()
 def validate(run: TrainingRun, dataset: WindowDataset) -> float:
     """The bound in nats per token of the EMA weights, on the same windows, times and noise at every call."""
-    options = run.options
+    with run.ema.swapped_in():
+        losses = _validation_losses(run, dataset, run.options.logging.eval_iters)
+    (loss,) = read_numbers(_mean_loss(losses, run.groups))
+    return loss
+
+
+def compile_validation(run: TrainingRun, dataset: WindowDataset) -> None:
+    """On a GPU, pass once over a global batch as a validation will, if one is to come.
+
+    What it is compiled to is then there before the first step, and is not made in the middle of the run.
+    """
+    interval = run.options.logging.eval_interval
+    if run.groups.device.type == "cpu" or interval == 0 or len(dataset) == 0:
+        return
+    if run.options.training.train_iters // interval > run.iteration // interval:
+        _validation_losses(run, dataset, 1)
+
+
+@torch.no_grad()
+def _validation_losses(run: TrainingRun, dataset: WindowDataset, num_batches: int) -> list[dict[str, Any]]:
+    """Of the first global batches, by micro-batch, with the weights that are there; the last stage's."""
+    training = run.options.training
     batches = validation_batches(
         dataset,
-        _collator(run, Stream.VALIDATION_NOISE),
-        num_samples=options.logging.eval_iters * options.training.global_batch_size,
-        micro_batch_size=options.training.micro_batch_size,
+        micro_batch_collator(run, Stream.VALIDATION_NOISE),
+        num_samples=num_batches * training.global_batch_size,
+        micro_batch_size=training.micro_batch_size,
         data_parallel_rank=run.groups.data_rank,
         data_parallel_size=run.groups.data_size,
+        **_loading(run),
     )
     iterators = _one_per_chunk(batches, run)
     for chunk in run.ddp_chunks:
         chunk.eval()
-    losses = []
-    with run.ema.swapped_in():
-        for _ in range(options.logging.eval_iters):
-            losses += forward_backward(run, iterators, forward_only=True)
-    return _mean_loss(losses, run.groups)
+    return [loss for _ in range(num_batches) for loss in forward_backward(run, iterators, forward_only=True)]
 
 
-def forward_backward(run: TrainingRun, batches: list[Iterator[NoisyBatch]], forward_only: bool) -> list[dict[str, Any]]:
+def forward_backward(run: TrainingRun, batches: list[Iterator[MicroBatch]], forward_only: bool) -> list[dict[str, Any]]:
     """Megatron's schedule over one global batch; the last stage's losses by micro-batch, nats per token."""
     return get_forward_backward_func()(
         forward_step_func=make_forward_step(
-            run.graph, run.groups, run.options.training.loss_chunk_rows, run.num_microbatches
+            run.graph,
+            run.groups,
+            run.options.training.loss_chunk_rows_on(run.groups.device.type),
+            run.num_microbatches,
         ),
         data_iterator=batches,
         model=run.ddp_chunks,
@@ -175,17 +217,24 @@ def forward_backward(run: TrainingRun, batches: list[Iterator[NoisyBatch]], forw
     )
 
 
-def _mean_loss(losses: list[dict[str, Any]], groups: ParallelGroups) -> float:
-    """Mean over micro-batches, replicas and parts of the sequence, to every rank; in float64, so that it does not
-    depend on how they are split.
+def _mean_loss(losses: list[dict[str, Any]], groups: ParallelGroups) -> Tensor:
+    """Mean over micro-batches, replicas and parts of the sequence, to every rank: scalar float64 on the device, which
+    does not depend on how they are split.
     """
-    mean = torch.zeros(1, dtype=torch.float64, device=groups.device)
+    mean = torch.zeros((), dtype=torch.float64, device=groups.device)
     if groups.is_last_stage:
         mean += torch.stack([loss["loss"].double() for loss in losses]).mean()
         torch.distributed.all_reduce(mean, group=groups.collection.dp_cp)
         mean /= groups.collection.dp_cp.size()
     torch.distributed.all_reduce(mean, group=groups.collection.pp)
-    return mean.item()
+    return mean
+
+
+def _raised_on_any_rank(flags: Sequence[bool], groups: ParallelGroups) -> Tensor:
+    raised = to_device(torch.tensor(flags, dtype=torch.float64), groups.device)
+    if flags:
+        torch.distributed.all_reduce(raised, op=torch.distributed.ReduceOp.MAX)
+    return raised
 
 
 def _require_finite(name: str, value: float, iteration: int) -> None:
@@ -196,32 +245,42 @@ def _require_finite(name: str, value: float, iteration: int) -> None:
         )
 
 
-def _collator(run: TrainingRun, stream: Stream) -> NoisingCollator:
-    return NoisingCollator(
+def micro_batch_collator(run: TrainingRun, stream: Stream) -> MicroBatchCollator:
+    """What makes this rank's micro-batches of its samples, with noise of this stream."""
+    options = run.options
+    noising = NoisingCollator(
         graph=run.graph,
         schedule=run.schedule,
-        seed=run.options.training.seed,
+        seed=options.training.seed,
         stream=stream,
-        time_sampling=run.options.diffusion.time_sampling,
-        time_eps=run.options.diffusion.time_eps,
+        time_sampling=options.diffusion.time_sampling,
+        time_eps=options.diffusion.time_eps,
     )
+    groups = run.groups
+    return MicroBatchCollator(noising, groups.context_rank, groups.context_size, ROW_MULTIPLE[groups.device.type])
 
 
-def training_iterators(run: TrainingRun, dataset: WindowDataset) -> list[Iterator[NoisyBatch]]:
+def training_iterators(run: TrainingRun, dataset: WindowDataset) -> list[Iterator[MicroBatch]]:
     """This rank's micro-batches from the run's position on, for each of its model chunks."""
     batches = training_batches(
         dataset,
-        _collator(run, Stream.TRAIN_NOISE),
+        micro_batch_collator(run, Stream.TRAIN_NOISE),
         consumed_samples=run.consumed_samples,
         micro_batch_size=run.options.training.micro_batch_size,
         data_parallel_rank=run.groups.data_rank,
         data_parallel_size=run.groups.data_size,
-        num_workers=run.options.data.num_workers,
+        **_loading(run),
     )
     return _one_per_chunk(batches, run)
 
 
-def _one_per_chunk(batches: Iterator[NoisyBatch], run: TrainingRun) -> list[Iterator[NoisyBatch]]:
+def _loading(run: TrainingRun) -> dict[str, Any]:
+    """How the loader makes batches for this run's device."""
+    device = run.groups.device.type
+    return {"num_workers": run.options.data.num_workers_on(device), "pin_memory": device == "cuda"}
+
+
+def _one_per_chunk(batches: Iterator[MicroBatch], run: TrainingRun) -> list[Iterator[MicroBatch]]:
     """Interleaved stages each read every micro-batch, a few apart; it is drawn once."""
     return list(itertools.tee(batches, len(run.ddp_chunks)))
 
@@ -248,10 +307,3 @@ def _catch_sigterm() -> list[int]:
     received: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     return received
-
-
-def _any_rank(flags: list[bool], groups: ParallelGroups) -> list[bool]:
-    """Whether any rank has each flag up: ranks that stopped at different steps would wait for each other forever."""
-    values = torch.tensor([float(flag) for flag in flags], device=groups.device)
-    torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
-    return [bool(value) for value in values.tolist()]

@@ -36,7 +36,10 @@ def cost_line(run: TrainingRun) -> str:
     options = run.options
     parameters = [parameter for chunk in run.model_chunks for parameter in chunk.parameters()]
     updated = sum(main.tensor.numel() for main in run.main_parameters)
-    activations = activation_bytes(options, run.graph.num_states, run.groups.pipeline_rank, run.num_microbatches)
+    groups = run.groups
+    activations = activation_bytes(
+        options, run.graph.num_states, groups.pipeline_rank, run.num_microbatches, groups.device.type
+    )
     memory = {
         "weights": sum(p.numel() * (1 if is_float8tensor(p) else p.element_size()) for p in parameters),
         "gradients": 4 * sum(p.numel() for p in parameters),

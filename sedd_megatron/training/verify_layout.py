@@ -70,7 +70,7 @@ def _train(
     run = build_run(options, tokenizer, groups)
     find_fp8_scales(run, windows.train)
     batches = training_iterators(run, windows.train)
-    return run, [train_step(run, batches) for _ in range(options.verify.verify_layout_steps)]
+    return run, [train_step(run, batches)[0] for _ in range(options.verify.verify_layout_steps)]
 
 
 def _main_shards(run: TrainingRun) -> Iterator[Shard]:

@@ -89,14 +89,13 @@ def loader_row(case: Case, folder: Path, pairs: int) -> str:
     corpora = [WeightedCorpus(Fraction(1), str(folder / "random_text_document"))]
     windows = open_windows(corpora, seq_length=case.length, split="1,0,0", num_tokens=256, seed=0)
     with parallel_groups(options.parallel) as groups:
-        from sedd_megatron.data.collator import NoisingCollator
         from sedd_megatron.diffusion.draws import Stream
-        from sedd_megatron.training.loop import train_step
+        from sedd_megatron.training.loop import micro_batch_collator, train_step
 
         run, made = build_ours(case, options, groups)
         batches = training_batches(
             windows.train,
-            NoisingCollator(graph=run.graph, schedule=run.schedule, seed=0, stream=Stream.TRAIN_NOISE),
+            micro_batch_collator(run, Stream.TRAIN_NOISE),
             consumed_samples=0,
             micro_batch_size=case.batch,
             data_parallel_rank=0,

@@ -15,12 +15,13 @@ from types import SimpleNamespace
 import torch
 
 from sedd_megatron.config import ParallelOptions
+from sedd_megatron.data.micro_batch import positions_that_count
 from sedd_megatron.diffusion import LogLinearSchedule
 from sedd_megatron.diffusion.corruption import NoisyBatch, corrupt
 from sedd_megatron.diffusion.draws import Stream
 from sedd_megatron.diffusion.graph import make_graph
 from sedd_megatron.parallel import cpu_backend
-from sedd_megatron.parallel.fused_head import TILE_ELEMENTS
+from sedd_megatron.parallel.fused_head import ROW_MULTIPLE, TILE_ELEMENTS
 from sedd_megatron.parallel.groups import parallel_groups
 from tests.benchmarks.goals import HEAD_MEMORY_MIB, goal_of
 from tests.benchmarks.pairs import Lines, measure_pairs, peak_memory, seconds_of, write_table
@@ -148,12 +149,7 @@ class TwoWays:
 
     def ours(self) -> None:
         from sedd_megatron.parallel.fused_head import FusedHeadSettings, fused_head_score_entropy
-        from sedd_megatron.training.forward_step import (
-            ROW_MULTIPLE,
-            positions_that_count,
-            score_entropy_rows,
-            to_device,
-        )
+        from sedd_megatron.training.forward_step import score_entropy_rows, to_device
 
         device = self.groups.device
         position, num_rows = positions_that_count(self.host.x_t, self.graph, ROW_MULTIPLE[device.type])

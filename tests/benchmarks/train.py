@@ -92,7 +92,7 @@ def against_published(case: Case, arguments: argparse.Namespace):
         run, batches = build_ours(case, options, groups)
         model = build_published(case, run)
         opponent = PublishedStep(model, lr=options.training.lr)
-        on_device = [NoisyBatch(*(field.to(groups.device) for field in batch)) for batch in batches]
+        on_device = [NoisyBatch(*(field.to(groups.device) for field in batch.noisy)) for batch in batches]
         ours, theirs = itertools.cycle(batches), itertools.cycle(on_device)
         losses = SimpleNamespace()
 
@@ -132,7 +132,7 @@ def against_bare_products(case: Case, arguments: argparse.Namespace):
         run, batches = build_ours(case, options, groups)
         model, (chunk,) = build_published(case, run), run.model_chunks
         bare = bare_products(case, groups.device)
-        x_t, sigma = (field.to(groups.device) for field in (batches[0].x_t, batches[0].sigma))
+        x_t, sigma = (field.to(groups.device) for field in (batches[0].noisy.x_t, batches[0].noisy.sigma))
         chunk.train()
 
         def ours() -> torch.Tensor:
@@ -177,12 +177,12 @@ def options_of(case: Case, flags: str):
 
 def build_ours(case: Case, options, groups):
     """A run at its first step, and batches for it, half masked as in training."""
-    from sedd_megatron.data.collator import NoisingCollator
     from sedd_megatron.diffusion.draws import Stream
     from sedd_megatron.training.build import build_run
+    from sedd_megatron.training.loop import micro_batch_collator
 
     run = build_run(options, SimpleNamespace(num_tokens=case.num_tokens), groups)
-    collator = NoisingCollator(graph=run.graph, schedule=run.schedule, seed=0, stream=Stream.TRAIN_NOISE)
+    collator = micro_batch_collator(run, Stream.TRAIN_NOISE)
     generator = torch.Generator().manual_seed(0)
     windows = torch.randint(0, case.num_tokens, (8, case.batch, case.length), generator=generator)
     batches = [

@@ -243,13 +243,12 @@ def time_sedd(options: PretrainOptions, num_tokens: int, steps: int) -> dict[str
 
 def sedd_run(options: PretrainOptions, num_tokens: int, groups) -> tuple[Any, Callable[[], Any]]:
     """A run at its first step, and what makes a step of it."""
-    from sedd_megatron.data.collator import NoisingCollator
     from sedd_megatron.diffusion.draws import Stream
     from sedd_megatron.training.build import build_run
-    from sedd_megatron.training.loop import train_step
+    from sedd_megatron.training.loop import micro_batch_collator, train_step
 
     run = build_run(options, SimpleNamespace(num_tokens=num_tokens), groups)
-    collator = NoisingCollator(graph=run.graph, schedule=run.schedule, seed=0, stream=Stream.TRAIN_NOISE)
+    collator = micro_batch_collator(run, Stream.TRAIN_NOISE)
     size, windows = options.training.micro_batch_size, random_windows(options, num_tokens)
     batches = [
         collator([(n * size + i, window) for i, window in enumerate(part)])

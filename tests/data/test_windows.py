@@ -2,6 +2,8 @@
 
 import itertools
 import pickle
+import subprocess
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -12,9 +14,10 @@ from sedd_megatron.config import WeightedCorpus
 from sedd_megatron.data.collator import NoisingCollator
 from sedd_megatron.data.corpus import write_corpus
 from sedd_megatron.data.loader import training_batches, validation_batches
+from sedd_megatron.data.micro_batch import MicroBatchCollator
 from sedd_megatron.data.tokenizers import ByteTokenizer
 from sedd_megatron.data.windows import open_windows, split_ranges
-from sedd_megatron.diffusion import AbsorbingGraph, LogLinearSchedule
+from sedd_megatron.diffusion import AbsorbingGraph, LogLinearSchedule, UniformGraph
 from sedd_megatron.diffusion.draws import Stream
 from sedd_megatron.errors import UserError
 
@@ -159,3 +162,48 @@ def test_validation_is_the_same_every_time_and_bounded(data_path):
 def test_errors_name_the_value_and_the_way_out(data_path, change, text):
     with pytest.raises(UserError, match=text):
         windows(data_path, **change)
+
+
+@pytest.mark.parametrize("graph", [AbsorbingGraph(256), UniformGraph(256)], ids=["absorb", "uniform"])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_micro_batches_are_parts_of_the_sequences_with_the_positions_that_count(data_path, graph, num_workers):
+    noising = NoisingCollator(graph, LogLinearSchedule(), seed=5, stream=Stream.TRAIN_NOISE)
+    dataset, samples = windows(data_path).train, range(8, 12)
+    whole = noising([dataset[n] for n in samples])
+    parts = []
+    for context_rank in range(2):
+        collator = MicroBatchCollator(noising, context_rank, context_size=2, row_multiple=8)
+        parts.append(next(training_batches(dataset, collator, consumed_samples=8, micro_batch_size=4,
+                                           data_parallel_rank=0, data_parallel_size=1,
+                                           num_workers=num_workers)))  # fmt: skip
+    for name in ("x_0", "x_t"):
+        fields = [getattr(part.noisy, name) for part in parts]
+        assert all(field.is_contiguous() for field in fields), "a GPU would make the host wait for the copy"
+        assert torch.equal(torch.cat(fields, dim=1), getattr(whole, name))
+    for noisy, position, num_rows in parts:
+        # Rows in the order of [S, B], as Megatron's hidden states have them.
+        counts = [s * 4 + b for s in range(LENGTH // 2) for b in range(4)
+                  if graph.mask_token_id is None or noisy.x_t[b, s] == graph.mask_token_id]  # fmt: skip
+        assert num_rows == len(counts) > 0
+        assert position.tolist() == counts + [0] * (-num_rows % 8)
+
+
+def test_a_process_that_ends_while_its_loader_runs_ends(data_path):
+    # What an exception leaves behind: the iterator lives on in its traceback. Workers do not heed SIGTERM.
+    code = f"""
+import os, signal
+from tests.data.test_windows import collator, training_batches, windows
+
+batches = training_batches(windows({data_path!r}).train, collator(), consumed_samples=0, micro_batch_size=4,
+                           data_parallel_rank=0, data_parallel_size=1, num_workers=2)
+next(batches)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+os.killpg(0, signal.SIGTERM)
+for _ in range(20):
+    next(batches)
+print("went on", flush=True)
+raise SystemExit(3)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+                          start_new_session=True)  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (3, "went on\n", "")

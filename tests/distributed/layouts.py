@@ -100,6 +100,9 @@ RESHARDED = [
 RESUMED = {
     "plain": (1, []),
     "dropout": (1, ["--hidden-dropout", "0.1"]),
+    "workers": (1, ["--num-workers", "2"]),
+    # Halfway is in the middle of an interval.
+    "ema-interval": (1, ["--ema-interval", "4"]),
     "bf16": (1, ["--bf16"]),
     "bf16-DP2-dist-opt": (2, ["--bf16", *DIST_OPT, *OVERLAP]),
     "async": (2, [*TP2, "--async-save"]),

@@ -35,14 +35,14 @@ def train(mode: str, arguments: list[str]) -> None:
     def fail(directory, own):
         raise OSError(28, "No space left on device")
 
-    def counted_step(run, batches):
+    def counted_step(run, batches, flags):
         if mode == "diverges" and run.iteration == 4:
             # Let the checkpoint of step 3 be written only when the run is about to end.
             threading.Timer(2.0, lambda: announce(options.training.train_iters)).start()
             raise UserError("the loss is nan")
-        metrics = step(run, batches)
+        metrics, raised = step(run, batches, flags)
         announce(metrics["iteration"])
-        return metrics
+        return metrics, raised
 
     def announce(iteration):
         with moved:

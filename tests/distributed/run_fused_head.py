@@ -5,6 +5,7 @@ import os
 import torch
 
 from sedd_megatron.config import ParallelOptions
+from sedd_megatron.data.micro_batch import positions_that_count
 from sedd_megatron.parallel.groups import ParallelGroups, parallel_groups
 from tests.distributed.launch import own_jobs
 from tests.distributed.run_vocab_parallel import CollectiveCount
@@ -82,7 +83,7 @@ def fused(
 ) -> dict[str, torch.Tensor]:
     """Loss and gradients; those of the parameters taken from main_grad where they have one, as under Megatron."""
     from sedd_megatron.parallel.fused_head import FusedHeadSettings, fused_head_score_entropy
-    from sedd_megatron.training.forward_step import positions_that_count, score_entropy_rows
+    from sedd_megatron.training.forward_step import score_entropy_rows
 
     leaves = {name: tensor.clone().to(groups.device).requires_grad_() for name, tensor in inputs.items()}
     parameters = [leaves["weight"], leaves["bias"]]

@@ -17,7 +17,6 @@ def check(arguments: list[str]) -> None:
     from sedd_megatron.diffusion.corruption import corrupt
     from sedd_megatron.diffusion.draws import Stream
     from sedd_megatron.training.build import build_run
-    from sedd_megatron.training.forward_step import own_part_of_sequence
     from sedd_megatron.training.loop import training_iterators
     from sedd_megatron.training.pretrain import data_tokenizer
 
@@ -34,7 +33,7 @@ def check(arguments: list[str]) -> None:
         assert len(iterators) == len(run.ddp_chunks)
         seen = []
         for _ in range(STEPS * run.num_microbatches):
-            batches = [own_part_of_sequence(next(i), groups.context_rank, groups.context_size) for i in iterators]
+            batches = [next(i).noisy for i in iterators]
             for batch in batches[1:]:
                 assert all(torch.equal(a, b) for a, b in zip(batch, batches[0], strict=True))
             seen.append(batches[0])

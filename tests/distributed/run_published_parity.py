@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sedd_megatron.config import ModelOptions, ParallelOptions, PrecisionOptions, RecomputeOptions
+from sedd_megatron.data.micro_batch import MicroBatch, own_part_of_sequence, positions_that_count
 from sedd_megatron.diffusion.corruption import NoisyBatch
 from sedd_megatron.parallel.groups import parallel_groups
 from tests.distributed.launch import own_jobs
@@ -93,9 +94,11 @@ def check(graph_name: str, tensor_size: int, pipeline_size: int, context_size: i
                                       pg_collection=groups.collection)  # fmt: skip
         model.config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=groups.collection)
         batch = NoisyBatch(golden["x0"], golden["x"], golden["t"], golden["sigma"], golden["dsigma"], torch.arange(4))
+        own = own_part_of_sequence(batch, groups.context_rank, groups.context_size)
+        micro_batch = MicroBatch(own, *positions_that_count(own.x_t, graph, multiple=1))
         losses = get_forward_backward_func()(
             forward_step_func=make_forward_step(graph, groups, loss_chunk_rows=7, num_microbatches=1),
-            data_iterator=iter([batch]), model=[ddp],
+            data_iterator=iter([micro_batch]), model=[ddp],
             num_microbatches=1, seq_length=options.seq_length, micro_batch_size=4, forward_only=False,
         )  # fmt: skip
         if groups.is_last_stage:

@@ -130,6 +130,19 @@ def test_resume_in_the_same_layout_is_bitwise(runs, continued, name):
         assert torch.equal(actual[key], tensor), key
 
 
+def test_loader_processes_change_no_bit(runs, continued):
+    for name in ("loss", "grad_norm", "validation_loss"):
+        assert torch.equal(metrics(runs["workers.resumed"], name), metrics(runs["plain.resumed"], name))
+    expected, actual = last(runs["plain.resumed"]), last(continued["workers"])
+    assert all(torch.equal(actual[key], tensor) for key, tensor in expected.items())
+
+
+def test_an_ema_interval_changes_the_average_alone(runs):
+    expected, actual = last(runs["plain.resumed"]), last(runs["ema-interval.resumed"])
+    for key, tensor in expected.items():
+        assert torch.equal(actual[key], tensor) != key.startswith("ema."), key
+
+
 def test_resharding_without_training_changes_no_bit(runs, tmp_path, byte_corpus):
     # In bfloat16, where weights, master weights and average are three things.
     source = runs["bf16.resumed"] / f"iter_{HALFWAY:07d}"

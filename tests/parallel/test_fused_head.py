@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sedd_megatron.config import ParallelOptions
+from sedd_megatron.data.micro_batch import positions_that_count
 from sedd_megatron.diffusion.graph import make_graph
 from sedd_megatron.parallel import cpu_backend
 
@@ -94,7 +95,7 @@ def test_gradient_from_bf16_logits_is_that_of_float64(graph_name, num_tokens, tp
     from sedd_megatron.diffusion.corruption import NoisyBatch
     from sedd_megatron.model.score_head import log_score_offset
     from sedd_megatron.parallel.fused_head import FusedHeadSettings, fused_head_score_entropy
-    from sedd_megatron.training.forward_step import positions_that_count, score_entropy_rows
+    from sedd_megatron.training.forward_step import score_entropy_rows
 
     graph, generator = make_graph(graph_name, num_tokens), torch.Generator().manual_seed(1)
     hidden = torch.randn(1, 1, 16, generator=generator).bfloat16()

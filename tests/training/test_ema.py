@@ -1,13 +1,14 @@
 """The moving average against its definition."""
 
+import pytest
 import torch
 
 from sedd_megatron.training.ema import ExponentialMovingAverage
 from sedd_megatron.training.main_parameters import MainParameter
 
 
-def average_of(main: torch.Tensor, copy_to_model, decay: float) -> ExponentialMovingAverage:
-    return ExponentialMovingAverage([MainParameter(main, None, None)], copy_to_model, decay)
+def average_of(main: torch.Tensor, copy_to_model, decay: float, interval: int = 1) -> ExponentialMovingAverage:
+    return ExponentialMovingAverage([MainParameter(main, None, None)], copy_to_model, decay, interval)
 
 
 def test_average_is_the_weighted_sum_of_all_weights():
@@ -23,6 +24,23 @@ def test_average_is_the_weighted_sum_of_all_weights():
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * past
     torch.testing.assert_close(ema.averages[0].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("interval", [1, 4, 7])
+def test_an_interval_is_taken_in_as_if_its_last_weights_had_been_there_throughout(interval):
+    weight = torch.randn(2, 3)
+    ema, expected = average_of(weight, lambda: None, decay=0.9, interval=interval), weight.double().clone()
+    for step in range(1, 200):
+        weight.add_(torch.randn(2, 3))
+        before = ema.averages[0].clone()
+        ema.update(step)
+        if step % interval:
+            assert torch.equal(ema.averages[0], before)
+            continue
+        for past in range(step - interval + 1, step + 1):
+            decay = min(0.9, (1 + past) / (10 + past))
+            expected = decay * expected + (1 - decay) * weight.double()
+        torch.testing.assert_close(ema.averages[0].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_swapping_in_gives_weights_and_averages_back_bitwise():
