@@ -86,6 +86,7 @@ RIGHT = (
     ),
     pytest_step("checkpoints of either layers", 240,
                 f"{SPECS}::test_a_checkpoint_is_the_same_model_in_the_other_layers"),
+    pytest_step("compilations", 150, f"{TRAINING}::test_nothing_is_compiled_after_the_first_step"),
     pytest_step("check of a layout", 150, f"{TRAINING}::test_verify_layout_passes_on_one_gpu"),
     pytest_step("FP8 resumes", 180, f"{TRAINING}::test_delayed_scaling_resumes_without_a_bump"),
 )  # fmt: skip
@@ -173,7 +174,7 @@ def plan(stages: Sequence[Stage]) -> str:
     for stage in stages:
         lines.append(f"{stage.at_once} at a time, {stage.leave:.0f} s left for what follows:")
         for step in stage.steps:
-            command = " ".join(step.command).replace(str(REPOSITORY) + "/", "").replace(sys.executable, "python", 1)
+            command = " ".join(["python", *step.command[1:]]).replace(str(REPOSITORY) + "/", "")
             lines.append(f"  {step.name}, at most {step.limit:.0f} s: {command}")
     return "\n".join(lines)
 

@@ -44,6 +44,13 @@ def test_verify_layout_passes_on_one_gpu(byte_corpus):
     assert "PASSED" in done.stdout
 
 
+def test_nothing_is_compiled_after_the_first_step(byte_corpus):
+    data = ["--data-path", str(byte_corpus)]
+    launch(
+        "../gpu/run_no_compilation.py", 1, [[*data, "--bf16"], [*data, "--bf16", "--transformer-impl", "local"], data]
+    )
+
+
 @pytest.fixture(scope="module")
 def bf16_run(tmp_path_factory, byte_corpus):
     folder = tmp_path_factory.mktemp("bf16")
