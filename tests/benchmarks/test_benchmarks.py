@@ -104,6 +104,15 @@ def test_sampling_compares_with_the_published_sampler(tmp_path):
     assert 7 <= float(event_driven[6].split()[0]) <= 8
 
 
+def test_draws_writes_its_tables(tmp_path):
+    text = table_of("draws", tmp_path, "--repeats", "2")
+    (row,) = cells(text, "philox_uniforms,")
+    assert float(row[1]) > 0
+    # Both choices come up, each where it is named.
+    assert cells(text, "16")[0][1].startswith("**")
+    assert cells(text, "1000")[0][1].endswith("**")
+
+
 def test_sampler_law_writes_its_table(tmp_path):
     text = table_of("sampler_law", tmp_path, "--draws", "3000", "--steps", "8", "--samplers", "euler", "event-driven")
     assert [row[1] for row in cells(text, "euler")] == ["absorb", "uniform"]
