@@ -7,6 +7,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from sedd_megatron.diffusion.score_reader import Asked, ChunkLaw, Scores, answers
+from sedd_megatron.model.fixed_shapes import CapturedCall, FixedShapes
 from sedd_megatron.model.score_head import log_score_offset
 from sedd_megatron.model.sedd_model import SEDDModel
 from sedd_megatron.parallel.groups import ParallelGroups
@@ -33,6 +34,10 @@ class ScoreNetwork:
             rows = CHUNK_ELEMENTS[groups.device.type] // columns
             self.chunk_rows = max(rows - rows % CHUNK_ROWS, CHUNK_ROWS)
         self.tile = torch.empty(self.chunk_rows * columns, dtype=torch.float32, device=groups.device)
+
+    def capture(self) -> None:
+        """Replay the kernels of each shape from here on instead of launching them one by one (fixed_shapes.py)."""
+        self.rows = FixedShapes(self.model.rows, partial(CapturedCall.of, pool=torch.cuda.graph_pool_handle()))
 
     @torch.no_grad()
     def __call__(

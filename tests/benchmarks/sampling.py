@@ -7,7 +7,7 @@ sum, as a trained network's have: with any other a sampler that reads the sum wo
 Cases with a precision of their own are timed without the opponent, whose samples would take minutes there. The goal
 for medium-long (SEDD-medium, event-driven) on an H100 is 1.5 s a sample:
 
-    python -m tests.benchmarks.sampling --cases medium-long --samplers event-driven --pairs 1
+    python -m tests.benchmarks.sampling --cases medium-long --samplers event-driven --pairs 1 [--cuda-graph]
 """
 
 import argparse
@@ -132,6 +132,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=["euler", "event-driven"])
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--published-steps", type=int, default=8, help="the opponent's steps in each pair")
+    parser.add_argument("--cuda-graph", action="store_true", help="as the flag of generate")
     parser.add_argument("--output", type=Path, help="a file of tests/benchmarks/results")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -142,6 +143,8 @@ def main(argv: Sequence[str]) -> None:
         case, num_steps, _ = CASES[name]
         with parallel_groups(options_of(case, "").parallel) as groups:
             bench = Bench(CASES[name], groups)
+            if arguments.cuda_graph:
+                bench.score_fn.capture()
             for sampler in arguments.samplers:
                 size = f"{case.layers} x {case.width}, {case.num_tokens}, {case.batch} x {case.length}, {num_steps}"
                 lines.say(f"| {name} | {size} | {sampler} | {row_of(bench, sampler, arguments)} |")

@@ -1,6 +1,7 @@
 """Published weights in this layout's model: what every rank draws with each sampler, and from which scores."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -108,6 +109,7 @@ def check(
     pipeline_size: int,
     divisor: int,
     device: str = "cpu",
+    captured: bool = False,
 ) -> None:
     published = Published.read(graph_name)
     parallel = ParallelOptions(
@@ -115,6 +117,7 @@ def check(
     )
     with parallel_groups(parallel) as groups:
         from sedd_megatron.diffusion.graph import make_graph
+        from sedd_megatron.model.fixed_shapes import FixedShapes
         from sedd_megatron.model.score_network import ScoreNetwork
         from sedd_megatron.training.build import build_model
 
@@ -123,6 +126,8 @@ def check(
         published.fill(model)
         model.eval()
         network = ScoreNetwork(model, groups)
+        if captured:
+            network.capture()
         drawn = draw_all(network, graph_name, groups)
         if pipeline_size == 1:
             check_scores(network, published.golden)
@@ -131,6 +136,12 @@ def check(
             # With the scores the same, one layout is enough.
             if tensor_size == 1:
                 check_waits(network, graph_name, groups, drawn)
+            # Filled up to the shapes of a few graphs, which here are plain calls.
+            network.rows = FixedShapes(model.rows, lambda function, inputs: partial(function, *inputs))
+            assert draw_all(network, graph_name, groups) == drawn
+            shapes = network.rows.calls
+            assert len(shapes) > 2
+            assert all(batch in (1, 2) and rows in (1, 2, 4, 7, 8, 16) for batch, _, rows in shapes)
         path = Path(folder) / f"{name}-{graph_name}-{torch.distributed.get_rank()}.json"
         path.write_text(json.dumps(drawn))
 
