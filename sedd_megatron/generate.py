@@ -16,7 +16,7 @@ from sedd_megatron.generation.requests import Frame, TextRequest, frames_of, rea
 from sedd_megatron.generation.settings import SamplingOptions, settings_of
 from sedd_megatron.options import option, parse_options
 from sedd_megatron.output_files import check_output, open_output
-from sedd_megatron.parallel.groups import is_first_rank, parallel_groups
+from sedd_megatron.parallel.groups import choose_device, is_first_rank, parallel_groups
 
 if TYPE_CHECKING:
     from sedd_megatron.diffusion import SamplingSettings
@@ -34,6 +34,7 @@ class GenerateOptions:
         MISSING, "folder that training saved to, one iter_* folder in it, or a published model (folder or hub name)"
     )
     bf16: bool = option(False, "compute in bfloat16; scores and draws stay float32 and float64")
+    cuda_graph: bool = option(False, "replay a round's kernels as one (CUDA graphs): faster where batches are small")
     requests: str | None = option(None, "file of requests, one JSON object a line with the keys named below, or tokens")
     output: str | None = option(None, "also write the samples to this file, one JSON object a line")
     trace: str | None = option(None, "also write a page (HTML) that replays how the samples came about")
@@ -48,6 +49,8 @@ def main() -> None:
         "sedd_megatron.generate",
         "Sample text from a trained model.",
     )
+    if options.cuda_graph:
+        _check_cuda_graph(layout)
     from sedd_megatron.saved_model import find_saved_model
 
     saved = find_saved_model(options.load, layout.device)
@@ -64,6 +67,8 @@ def main() -> None:
         model = saved.load(
             parallel, PrecisionOptions(bf16=options.bf16), lambda: stack.enter_context(parallel_groups(parallel))
         )
+        if options.cuda_graph:
+            model.score_fn.capture()
         output = stack.enter_context(open_output("--output", options.output)) if writes_output else None
         recorder = _recorder(options, settings)
         for texts in _make_all(model, frames, settings, options, sampling, recorder):
@@ -75,6 +80,18 @@ def main() -> None:
         seed = str(request.seed) if options.requests is None else f"of each line of {options.requests}"
         _write_trace(options, sampling, seed, saved, recorder)
         print(f"wrote {options.trace}", file=sys.stderr)
+
+
+def _check_cuda_graph(layout: LayoutOptions) -> None:
+    stages, device = layout.pipeline_model_parallel_size, layout.device
+    if stages > 1:
+        raise UserError(
+            f"--cuda-graph captures the layers of one stage, and --pipeline-model-parallel-size is {stages}; leave out "
+            "one of the two"
+        )
+    if choose_device(device).type == "cpu":
+        where = "--device is cpu" if device == "cpu" else f"--device {device} has found none"
+        raise UserError(f"--cuda-graph captures a GPU's kernels, and {where}; leave it out")
 
 
 def _frames(

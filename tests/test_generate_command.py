@@ -204,6 +204,10 @@ MISTAKES = {
                            "--output {folder}: cannot be written (Is a directory); name another file"),
     "trace": (["--trace", "{folder}/file/trace.html"], "--trace {folder}/file/trace.html: cannot be written ("),
     "trace is a folder": (["--trace", "{folder}"], "--trace {folder}: is a folder; name a file"),
+    "CUDA graph": (["--cuda-graph"], "--cuda-graph captures a GPU's kernels, and --device is cpu; leave it out"),
+    "CUDA graph of stages": (["--cuda-graph", "--pipeline-model-parallel-size", "2"],
+                             "--cuda-graph captures the layers of one stage, and --pipeline-model-parallel-size is 2; "
+                             "leave out one of the two"),
     "requests": (["--requests", "{folder}/file"],
                  "--requests {folder}/file: no line there; write one JSON object a line"),
     "no model": (["--load", "{folder}"],

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from sedd_megatron.diffusion.draws import Stream, philox_uniforms
 from sedd_megatron.diffusion.graph import AbsorbingGraph, UniformGraph
-from sedd_megatron.diffusion.integration import INTEGRATIONS, Draw, Integration, Process
+from sedd_megatron.diffusion.integration import INTEGRATIONS, Corrupted, Draw, Integration, Process
 from sedd_megatron.diffusion.score_entropy import ScoreEntropyCoefficients, ScoreSums
-from sedd_megatron.diffusion.score_reader import ScoreFn, Scores
+from sedd_megatron.diffusion.score_reader import ScoreFn, Scores, asked_positions
+from sedd_megatron.diffusion.transfers import to_device, to_host
 
 # (graph, scores, sigma [C], x_t [C], x_0 [C]) -> [C]
 Value = Callable[[AbsorbingGraph | UniformGraph, Scores, Tensor, Tensor, Tensor], Tensor]
@@ -136,51 +137,53 @@ class BoundEstimator:
         others. Draws depend on (seed, number of the sequence, number of the draw) alone: `first_draw` numbers them on,
         for further draws of the same sequences.
         """
+        device, x_0, given = x_0.device, to_host(x_0), to_host(given)
         strata = stratified(philox_uniforms(self.seed, Stream.EVALUATION_TIME, numbers, self.num_draws, first_draw))
         term = RandomTerm(Stream.EVALUATION_NOISE, self.integration.diffusion, score_entropy_of)
-        diffusion = self._draws(term, x_0, given, numbers, first_draw, strata)
+        diffusion = self._draws(term, x_0, given, numbers, first_draw, strata, device)
         # Hardly noise and a small term: an eighth of the draws leaves its error below that of the other.
         strata = strata[:, : max(self.num_draws // 8, 2)]
         term = RandomTerm(Stream.EVALUATION_LAST, self.integration.reconstruction, reconstruction_of)
-        reconstruction = self._draws(term, x_0, given, numbers, first_draw, strata)
+        reconstruction = self._draws(term, x_0, given, numbers, first_draw, strata, device)
         most = self.process.schedule(torch.ones((), dtype=torch.float64))
-        prior = prior_divergence(self.process.graph, most.sigma) * (~given).sum(1).cpu()
+        prior = prior_divergence(self.process.graph, most.sigma) * (~given).sum(1)
         mean, error = mean_of_strata(diffusion)
         variance = error**2 + reconstruction.var(1) / reconstruction.shape[1]
         return Bound(prior, mean, reconstruction.mean(1), variance.sqrt())
 
     def _draws(
-        self, term: RandomTerm, x_0: Tensor, given: Tensor, numbers: Sequence[int], first_draw: int, strata: Tensor
+        self,
+        term: RandomTerm,
+        x_0: Tensor,
+        given: Tensor,
+        numbers: Sequence[int],
+        first_draw: int,
+        strata: Tensor,
+        device: torch.device,
     ) -> Tensor:
         """One draw of the term for each of strata [B, K]; [B, K] float64."""
-        pairs = [(row, k) for row in range(len(x_0)) for k in range(strata.shape[1])]
-        values = torch.empty_like(strata)
-        for start in range(0, len(pairs), self.batch_size):
-            rows, k = map(list, zip(*pairs[start : start + self.batch_size], strict=True))
-            keys = [numbers[row] for row in rows], [first_draw + one for one in k]
-            values[rows, k] = self._sum_over_positions(term, x_0[rows], given[rows], *keys, strata[rows, k])
-        return values
+        numbers, sums, weights = torch.as_tensor(numbers), [], []
+        rows, draws = (pair.flatten() for pair in torch.meshgrid(*map(torch.arange, strata.shape), indexing="ij"))
+        for row, k in zip(rows.split(self.batch_size), draws.split(self.batch_size), strict=True):
+            uniforms = philox_uniforms(self.seed, term.stream, numbers[row], 2 * x_0.shape[1], first_draw + k)
+            uniforms = uniforms.view(len(row), 2, -1)
+            corrupted = term.draw(self.process, x_0[row], given[row], strata[row, k], uniforms)
+            sums.append(self._sum_over_positions(term, x_0[row], corrupted, device))
+            weights.append(corrupted.weight)
+        # Read at the end alone: the next batch is drawn while the device computes this one.
+        return (to_host(torch.cat(sums)) * torch.cat(weights)).view_as(strata)
 
-    def _sum_over_positions(
-        self, term: RandomTerm, x_0: Tensor, given: Tensor, numbers: list[int], steps: list[int], stratum: Tensor
-    ) -> Tensor:
-        """One draw of the term for each of x_0 [B, S], its weight included; [B] float64."""
-        (batch, length), device = x_0.shape, x_0.device
-        uniforms = philox_uniforms(self.seed, term.stream, numbers, 2 * length, steps).view(batch, 2, length)
-        corrupted = term.draw(self.process, x_0.cpu(), given.cpu(), stratum, uniforms)
-        active = corrupted.counts.any(1).nonzero()[:, 0]
-        total = torch.zeros(batch, dtype=torch.float64)
-        if len(active) == 0:
+    def _sum_over_positions(self, term: RandomTerm, x_0: Tensor, corrupted: Corrupted, device: torch.device) -> Tensor:
+        """The term's values at the positions of x_0 [B, S] that count, summed; [B] float64 on the device."""
+        total = torch.zeros(len(x_0), dtype=torch.float64, device=device)
+        if not corrupted.counts.any():
             return total
-        x_t, clean, sigma, counts = (
-            field[active].to(device) for field in (corrupted.x_t, x_0.cpu(), corrupted.sigma, corrupted.counts)
-        )
-        index = counts.flatten().nonzero()[:, 0]
-        sequence, own, clean = index // length, x_t.flatten()[index], clean.flatten()[index]
+        active, index, asked = asked_positions(corrupted.counts, device)
+        x_t, clean, sigma = (to_device(field, device) for field in (corrupted.x_t, x_0, corrupted.sigma))
+        own, clean, of = x_t.flatten()[index], clean.flatten()[index], active[asked.sequence]
 
-        def law(scores: Scores, part: slice) -> Tensor:
-            return term.value(self.process.graph, scores, sigma[sequence[part]], own[part], clean[part])
+        def law(scores: Scores, part: slice | Tensor) -> Tensor:
+            return term.value(self.process.graph, scores, sigma[of[part]], own[part], clean[part])
 
-        values = self.score_fn(x_t, sigma.float(), index, law, torch.float64)
-        total[active] = torch.zeros_like(sigma).index_add(0, sequence, values).cpu()
-        return total * corrupted.weight
+        values = self.score_fn(x_t[active], sigma[active].float(), asked, law, dtype=torch.float64)
+        return total.index_add(0, of, values)

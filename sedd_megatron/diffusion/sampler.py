@@ -13,8 +13,9 @@ from torch import Tensor
 from sedd_megatron.diffusion.draws import Stream
 from sedd_megatron.diffusion.graph import AbsorbingGraph, StepLaw, UniformGraph
 from sedd_megatron.diffusion.noise_schedule import NoiseLevel
-from sedd_megatron.diffusion.score_reader import Positions, ScoreReader, Scores
+from sedd_megatron.diffusion.score_reader import AGAIN, Positions, ScoreReader, Scores
 from sedd_megatron.diffusion.token_choice import TokenChoice
+from sedd_megatron.diffusion.transfers import to_device, to_host
 
 
 class Step(NamedTuple):
@@ -27,7 +28,7 @@ class Step(NamedTuple):
     now: NoiseLevel
     later: NoiseLevel
     delta_t: Tensor  # [B] float64, positive
-    free: Tensor  # [B, S] bool: may change; the others are given, or not due yet
+    free: Tensor  # [B, S] bool on the host: may change; the others are given, or not due yet
     draw: Callable[[Stream], Tensor]  # [B, S] float64 in [0, 1), this step's own of each stream
     choose: TokenChoice
     corrector_strength: float
@@ -57,14 +58,14 @@ def ancestral_step(network: ScoreReader, x: Tensor, step: Step) -> Tensor:
     """
     leave = torch.expm1(step.now.sigma - step.later.sigma) / torch.expm1(step.now.sigma)
     uniform = step.draw(Stream.SAMPLING) / leave[:, None]
-    due = step.free & step.graph.can_change(x) & (uniform < 1)
-    return _choose(network, x, step.now.sigma, due, uniform, step.choose)
+    due = step.free & network.can_change(step.graph, x) & to_host(uniform < 1)
+    return _choose(network, x, step, step.now.sigma, due, uniform)
 
 
 def event_step(network: ScoreReader, x: Tensor, step: Step) -> Tensor:
     """Absorbing: every free position takes a token. The loop has drawn before which are free at this step."""
-    due = step.free & step.graph.can_change(x)
-    return _choose(network, x, step.now.sigma, due, step.draw(Stream.SAMPLING), step.choose)
+    due = step.free & network.can_change(step.graph, x)
+    return _choose(network, x, step, step.now.sigma, due, step.draw(Stream.SAMPLING))
 
 
 def predictor_corrector_step(network: ScoreReader, x: Tensor, step: Step) -> Tensor:
@@ -88,47 +89,73 @@ def gibbs_correction(network: ScoreReader, x: Tensor, step: Step) -> Tensor:
     move at once costs an error of second order in the step. A corrector's place: arXiv 2205.14987, section 4.4.
     """
     uniform = step.draw(Stream.CORRECTOR) / (step.corrector_strength * step.delta_t).clamp_max(1)[:, None]
-    resampled = step.free & (uniform < 1)
     if step.graph.mask_token_id is None:
-
-        def law(scores: Scores, at: Positions) -> Tensor:
-            one = torch.ones_like(at.uniform)
-            return _leave(scores, StepLaw(one, None, one), at, step.choose)
-
-        return network.draw(x, step.later.sigma, resampled, uniform, law)
+        return _resample(network, x, step, step.free & to_host(uniform < 1), uniform)
     to_mask = -torch.expm1(-step.later.sigma)[:, None]
-    masked = torch.where(resampled & (uniform < to_mask), step.graph.mask_token_id, x)
-    due = resampled & (uniform >= to_mask) & step.graph.can_change(x)
-    return _choose(network, masked, step.later.sigma, due, (uniform - to_mask) / (1 - to_mask), step.choose)
+    # One read for all that the host has to know.
+    read = to_host(torch.stack([uniform < 1, uniform < to_mask, step.graph.can_change(x)]))
+    resampled, into_mask, can_change = step.free & read[0], read[1], read[2]
+    masked = resampled & into_mask
+    x = torch.where(to_device(masked, x.device), step.graph.mask_token_id, x)
+    network.know(can_change | masked)
+    due = resampled & ~into_mask & can_change
+    return _choose(network, x, step, step.later.sigma, due, (uniform - to_mask) / (1 - to_mask))
 
 
 def _move(network: ScoreReader, x: Tensor, step: Step, law_of: Callable[[Tensor, Tensor], StepLaw]) -> Tensor:
-    """All free positions by law_of(their sums of scores [C], their sequences [C])."""
+    """All free positions by law_of(their sums of scores [C], their sequences [C]).
+
+    Few leave, and only their rows are looked at one token at a time.
+    """
+
+    def leaving(scores: Scores, at: Positions) -> tuple[Tensor, Tensor]:
+        return _leave(scores, law_of(scores.sum_of(scores.values), at.sequence))
+
+    def stay_or_again(scores: Scores, at: Positions) -> Tensor:
+        _, leave = leaving(scores, at)
+        return torch.where(at.uniform < leave, AGAIN, at.state)
+
+    def token(scores: Scores, at: Positions) -> Tensor:
+        weights, leave = leaving(scores, at)
+        return step.choose(scores.whole_rows(weights), at.uniform / leave)
+
+    where = step.free & network.can_change(step.graph, x)
+    return network.draw(x, step.now.sigma, where, step.draw(Stream.SAMPLING), stay_or_again, token)
+
+
+def _resample(network: ScoreReader, x: Tensor, step: Step, where: Tensor, uniform: Tensor) -> Tensor:
+    """Uniform graph: a state for each position `where` is True, by its law at step.later given all others.
+
+    Most of these few leave, so that all are looked at one token at a time and nobody waits to learn which.
+    """
 
     def law(scores: Scores, at: Positions) -> Tensor:
-        return _leave(scores, law_of(scores.sum_of(scores.values), at.sequence), at, step.choose)
+        one = torch.ones_like(at.uniform)
+        weights, leave = _leave(scores, StepLaw(one, None, one))
+        return torch.where(at.uniform < leave, step.choose(scores.whole_rows(weights), at.uniform / leave), at.state)
 
-    where = step.free & step.graph.can_change(x)
-    return network.draw(x, step.now.sigma, where, step.draw(Stream.SAMPLING), law)
+    return network.draw(x, step.later.sigma, where, uniform, law)
 
 
-def _leave(scores: Scores, law: StepLaw, at: Positions, choose: TokenChoice) -> Tensor:
-    """New states [C]: few leave, and only their rows are looked at one token at a time."""
+def _leave(scores: Scores, law: StepLaw) -> tuple[Tensor, Tensor]:
+    """Of each position, the weights of where it may go [C, columns] and the probability to leave [C]."""
     weights = scores.values
     if law.floor is not None:
         weights = (weights - law.floor[:, None].to(weights.dtype)).clamp_min_(0)
     mass = law.scale * scores.sum_of(weights)
-    leave = mass / (mass + law.stay)
-    jumps = (at.uniform < leave).nonzero()[:, 0]
-    tokens = choose(scores.whole_rows(weights[jumps]), at.uniform[jumps] / leave[jumps])
-    return at.state.index_copy(0, jumps, tokens)
+    return weights, mass / (mass + law.stay)
 
 
-def _choose(
-    network: ScoreReader, x: Tensor, sigma: Tensor, due: Tensor, uniform: Tensor, choose: TokenChoice
-) -> Tensor:
+def _choose(network: ScoreReader, x: Tensor, step: Step, sigma: Tensor, due: Tensor, uniform: Tensor) -> Tensor:
     """A token for each masked position that is due [B, S] bool, in proportion to its scores."""
-    return network.draw(x, sigma, due, uniform, lambda scores, at: choose(scores.whole_rows(scores.values), at.uniform))
+    still_masked = network.can_change(step.graph, x) & ~due
+
+    def law(scores: Scores, at: Positions) -> Tensor:
+        return step.choose(scores.whole_rows(scores.values), at.uniform)
+
+    x = network.draw(x, sigma, due, uniform, law)
+    network.know(still_masked)
+    return x
 
 
 class Sampler(NamedTuple):

@@ -2,18 +2,20 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sedd_megatron.diffusion.draws import Stream, philox_uniforms
+from sedd_megatron.diffusion.draws import Key, Stream, device_key, philox_uniforms, philox_uniforms_at
 from sedd_megatron.diffusion.graph import AbsorbingGraph, UniformGraph, find_for_graph
 from sedd_megatron.diffusion.noise_schedule import GeometricSchedule, LogLinearSchedule, NoiseLevel
 from sedd_megatron.diffusion.sampler import SAMPLERS, Step, StepFunction, denoise_step
 from sedd_megatron.diffusion.score_reader import LogScoreFn, ScoreFn, ScoreReader, score_fn_of
 from sedd_megatron.diffusion.time_grid import sampling_times
 from sedd_megatron.diffusion.token_choice import TokenChoice
+from sedd_megatron.diffusion.transfers import to_device, to_host
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,26 @@ class SamplingSettings:
 class Draws(NamedTuple):
     """The key of each sequence's draws: a position's number in a step depends on nothing else."""
 
-    seeds: Sequence[int]  # [B]
-    samples: Sequence[int]  # [B], the numbers of the samples
+    seeds: Key  # [B]
+    samples: Key  # [B], the numbers of the samples
     first_position: int = 0  # of a later block of a longer text
+    device: torch.device | str = "cpu"  # where the numbers are made
 
-    def at(self, stream: Stream, steps: Sequence[int], length: int) -> Tensor:
-        """[B, length] float64 of each sequence's own step."""
-        count = self.first_position + length
-        return philox_uniforms(self.seeds, stream, self.samples, count, steps)[:, self.first_position :]
+    def on(self, device: torch.device | str) -> "Draws":
+        """The same numbers, made on another device."""
+        return Draws(device_key(self.seeds, device), device_key(self.samples, device), self.first_position, device)
+
+    def at(self, stream: Stream, steps: int | Sequence[int], length: int) -> Tensor:
+        """[B, length] float64 of one step for all, or of each sequence's own."""
+        return philox_uniforms(
+            self.seeds, stream, self.samples, length, steps, first=self.first_position, device=self.device
+        )
+
+    def at_each(self, stream: Stream, steps: Tensor) -> Tensor:
+        """[B, S] float64 of a step of its own for each position, steps [B, S] int64."""
+        position = torch.arange(steps.shape[1], device=self.device) + self.first_position
+        seeds, samples = (device_key(key, self.device)[:, None] for key in (self.seeds, self.samples))
+        return philox_uniforms_at(seeds, stream, samples, steps, position, self.device)
 
 
 class SamplingProgress(NamedTuple):
@@ -48,23 +62,24 @@ class SamplingProgress(NamedTuple):
     round: int  # from 1; 0 is what sampling starts from
     num_rounds: int
     steps: Tensor  # [B] int64, the step that each sequence was at: from 1, T + 1 is the denoising, 0 the start
-    states: Tensor  # [B, S] int64
-    calls: Tensor  # [B] int64, network calls so far
+    states: Tensor  # [B, S] int64, on the device: who looks at them makes the host wait
+    calls: Tensor  # [B] int64, network calls so far; as `steps` on the host
 
 
 class SamplingResult(NamedTuple):
     """Finished sequences."""
 
     states: Tensor  # [B, S] int64; tokens only, unless the denoising was left out
-    calls: Tensor  # [B] int64, how often each went through the network
+    calls: Tensor  # [B] int64 on the host, how often each went through the network
 
 
 class _Round(NamedTuple):
-    """One call of a step function: `steps` [B] int64 from 0, where T is the denoising; who may move there."""
+    """One call of a step function: `steps` [B] int64 from 0, where T is the denoising; who may move there, by what."""
 
     step: StepFunction
     steps: Tensor
     free: Tensor  # [B, S] bool
+    draw: Callable[[Stream], Tensor]  # [B, S] float64 on the device
 
 
 @torch.no_grad()
@@ -91,32 +106,27 @@ def run_sampler(
     """
     sampler = find_for_graph(SAMPLERS, settings.sampler, graph, "sampler")
     device, (num_sequences, length) = fixed_mask.device, fixed_mask.shape
-    # Times, steps and draws are made on the host, which then never waits for the device to learn them.
-    times = sampling_times(settings.time_grid, settings.num_steps, settings.time_eps)
+    # Times, steps and who may move are made on the host, which then never waits for the device to learn them.
+    times, free = sampling_times(settings.time_grid, settings.num_steps, settings.time_eps), ~to_host(fixed_mask)
     # Draws of step 0 make the prior, or the jump times; of step k + 1 the k-th step; of T + 1 the denoising.
-    first_draws = draws.at(Stream.SAMPLING, [0] * num_sequences, length)
-    x = torch.where(fixed_mask, fixed_tokens, graph.prior(first_draws).to(device))
+    first_draws = draws.at(Stream.SAMPLING, 0, length)
+    x = torch.where(fixed_mask, fixed_tokens, to_device(graph.prior(first_draws), device))
     if sampler.draws_jumps_first:
         # Of the absorbing graph, where all that is not given starts at the mask.
-        jump_steps = draw_jump_steps(schedule(times).sigma, first_draws)
-        jump_steps = jump_steps.masked_fill(fixed_mask.cpu(), settings.num_steps + 1)
-        num_rounds, rounds = _event_rounds(sampler.step, jump_steps, settings)
+        jump_steps = draw_jump_steps(schedule(times).sigma, first_draws).masked_fill(~free, settings.num_steps + 1)
+        num_rounds, rounds = _event_rounds(sampler.step, jump_steps, draws.on(device), settings)
     else:
-        num_rounds, rounds = _step_rounds(sampler.step, ~fixed_mask.cpu(), settings)
+        num_rounds, rounds = _step_rounds(sampler.step, free, draws.on(device), settings)
     network = ScoreReader(score_fn, num_sequences, device)
+    network.know(free)
     if on_round is not None:
         on_round(SamplingProgress(0, num_rounds, torch.zeros(num_sequences, dtype=torch.long), x, network.calls))
-    for number, (step_function, steps, free) in enumerate(rounds, start=1):
+    for number, (step_function, steps, may_move, draw) in enumerate(rounds, start=1):
         begin, end = times[steps], times[(steps + 1).clamp_max(settings.num_steps)]
-        now, later = (NoiseLevel(*(field.to(device) for field in schedule(t))) for t in (begin, end))
-
-        def draw(stream: Stream, numbers: list[int] = (steps + 1).tolist()) -> Tensor:  # noqa: B008
-            return draws.at(stream, numbers, length).to(device)
-
-        step = Step(
-            graph, now, later, (begin - end).to(device), free.to(device), draw, settings.choose,
-            settings.corrector_strength,
-        )  # fmt: skip
+        # In one copy: each has a price, whatever its size.
+        levels = to_device(torch.stack([*schedule(begin), *schedule(end), begin - end]), device)
+        now, later, delta_t = NoiseLevel(*levels[:2]), NoiseLevel(*levels[2:4]), levels[4]
+        step = Step(graph, now, later, delta_t, may_move, draw, settings.choose, settings.corrector_strength)
         x = step_function(network, x, step)
         if on_round is not None:
             on_round(SamplingProgress(number, num_rounds, steps + 1, x, network.calls))
@@ -140,17 +150,22 @@ def draw_jump_steps(sigmas: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(1 - masked[1:], uniform.contiguous(), right=True)
 
 
-def _step_rounds(step: StepFunction, free: Tensor, settings: SamplingSettings) -> tuple[int, Iterator[_Round]]:
+def _step_rounds(
+    step: StepFunction, free: Tensor, draws: Draws, settings: SamplingSettings
+) -> tuple[int, Iterator[_Round]]:
     """All sequences step by step; how many rounds, and these."""
 
     def rounds() -> Iterator[_Round]:
         for k in range(settings.num_steps + settings.denoise):
-            yield _Round(step if k < settings.num_steps else denoise_step, torch.full(free.shape[:1], k), free)
+            draw = partial(draws.at, steps=k + 1, length=free.shape[1])
+            yield _Round(step if k < settings.num_steps else denoise_step, torch.full(free.shape[:1], k), free, draw)
 
     return settings.num_steps + settings.denoise, rounds()
 
 
-def _event_rounds(step: StepFunction, jump_steps: Tensor, settings: SamplingSettings) -> tuple[int, Iterator[_Round]]:
+def _event_rounds(
+    step: StepFunction, jump_steps: Tensor, draws: Draws, settings: SamplingSettings
+) -> tuple[int, Iterator[_Round]]:
     """Each sequence from one of its own jumps to the next, so that every call of the network has a full batch.
 
     jump_steps [B, S]: T + 1 where a position never jumps. A sequence that has finished takes no part any more.
@@ -161,13 +176,15 @@ def _event_rounds(step: StepFunction, jump_steps: Tensor, settings: SamplingSett
     is_new = torch.ones_like(ordered, dtype=torch.bool)
     is_new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     num_rounds = int((is_new & (ordered < never)).sum(1).max())
+    # A position needs one number, of the step in which it jumps: all are drawn at once.
+    uniforms = draws.at_each(Stream.SAMPLING, to_device(jump_steps + 1, draws.device))
 
     def rounds() -> Iterator[_Round]:
         waiting = jump_steps.masked_fill(jump_steps > last_step, never)
         for _ in range(num_rounds):
             steps = waiting.amin(1)
             free = (waiting == steps[:, None]) & (steps < never)[:, None]
-            yield _Round(step, steps.clamp_max(settings.num_steps), free)
+            yield _Round(step, steps.clamp_max(settings.num_steps), free, lambda stream: uniforms)
             waiting = waiting.masked_fill(free, never)
 
     return num_rounds, rounds()

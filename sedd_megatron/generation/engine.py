@@ -78,7 +78,7 @@ class TextEngine:
         begin = time.monotonic()
         states = torch.tensor([frame.tokens for frame in frames], device=self.device)
         given = torch.tensor([frame.given for frame in frames], device=self.device)
-        known, calls = given.clone(), torch.zeros(len(frames), dtype=torch.long, device=self.device)
+        known, calls = given.clone(), torch.zeros(len(frames), dtype=torch.long)
         eod_id = self.tokenizer.eod_id if stop_at_eod else None
         windows = block_windows(states.shape[1], self.seq_length)
         for observer in observers:

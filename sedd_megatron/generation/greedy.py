@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from sedd_megatron.diffusion import AbsorbingGraph, GeometricSchedule, LogLinearSchedule
-from sedd_megatron.diffusion.score_reader import ScoreFn, Scores
+from sedd_megatron.diffusion.score_reader import ScoreFn, Scores, asked_positions
+from sedd_megatron.diffusion.transfers import to_host
 
 
 @torch.no_grad()
@@ -31,16 +32,16 @@ def greedy_gives(
     while len(active) > 0:
         x, masked = x_t[active], x_t[active] == graph.mask_token_id
         sigma = schedule((masked.sum(1) / num_free[active]).double()).sigma
-        index = masked.flatten().nonzero()[:, 0]
+        _, index, asked = asked_positions(to_host(masked), x.device)
         wanted = x_0[active].flatten()[index]
 
-        def share_if_right(scores: Scores, part: slice, wanted: Tensor = wanted) -> Tensor:
+        def share_if_right(scores: Scores, part: slice | Tensor, wanted: Tensor = wanted) -> Tensor:
             """The largest share of each position's scores; negative where it is not the wanted token's."""
             largest, token = scores.whole_rows(scores.values).max(-1)
             share = largest.double() / scores.sum_of(scores.values)
             return torch.where(token == wanted[part], share, -share)
 
-        shares = score_fn(x, sigma.float(), index, share_if_right, torch.float64)
+        shares = score_fn(x, sigma.float(), asked, share_if_right, dtype=torch.float64)
         by_position = torch.zeros_like(x, dtype=torch.float64).flatten().scatter(0, index, shares).view_as(x)
         first = by_position.abs().argmax(1, keepdim=True)
         right = by_position.gather(1, first)[:, 0] > 0

@@ -71,8 +71,7 @@ class ScoreHead(MegatronModule):
 
     def forward(self, hidden_states: Tensor, conditioning: Tensor) -> Tensor:
         """hidden_states [S, B, H], conditioning [B, cond_dim] -> logits [B, S, padded_vocab_size / TP]."""
-        factor, shift = self._modulation(conditioning)
-        logits, _ = self.linear(modulated_norm(hidden_states, factor, shift, self.norm.eps))
+        logits, _ = self.linear(self.normalized(hidden_states, conditioning))
         return logits.transpose(0, 1)
 
     def loss(
@@ -91,11 +90,10 @@ class ScoreHead(MegatronModule):
             )
         return self.linear(hidden_states, factor, shift, rows, settings, self.norm.eps)[0]
 
-    def modulated_rows(self, rows: Tensor, conditioning: Tensor, sequence: Tensor) -> Tensor:
-        """What `scores` multiplies: rows [R, H] of the sequences [R] after the final norm and adaLN."""
+    def normalized(self, hidden_states: Tensor, conditioning: Tensor) -> Tensor:
+        """What the linear layer multiplies: hidden_states [S, B, H] after the final norm and adaLN."""
         factor, shift = self._modulation(conditioning)
-        # Each row as a sequence of its own, of length 1.
-        return modulated_norm(rows[None], factor[:, sequence], shift[:, sequence], self.norm.eps)[0]
+        return modulated_norm(hidden_states, factor, shift, self.norm.eps)
 
     def scores(self, rows: Tensor, log_offset: Tensor, states: Tensor, num_tokens: int, out: Tensor) -> Tensor:
         """Scores, not their logarithms, of rows [C, H] for this rank's tokens; 0 at the row's own state.

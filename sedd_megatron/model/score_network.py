@@ -6,7 +6,8 @@ import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
-from sedd_megatron.diffusion.score_reader import ChunkLaw, Scores
+from sedd_megatron.diffusion.score_reader import Asked, ChunkLaw, Scores, answers
+from sedd_megatron.model.fixed_shapes import CapturedCall, FixedShapes
 from sedd_megatron.model.score_head import log_score_offset
 from sedd_megatron.model.sedd_model import SEDDModel
 from sedd_megatron.parallel.groups import ParallelGroups
@@ -27,35 +28,42 @@ class ScoreNetwork:
     def __init__(self, model: SEDDModel, groups: ParallelGroups) -> None:
         self.model, self.groups = model, groups
         self.stages = P2PCommunicator(groups.collection.pp, model.config)
-        self.chunk_rows, columns = 0, 0
+        self.rows, self.chunk_rows, columns = model.rows, 0, 0
         if model.post_process:
             columns = model.head.linear.weight.shape[0]
             rows = CHUNK_ELEMENTS[groups.device.type] // columns
             self.chunk_rows = max(rows - rows % CHUNK_ROWS, CHUNK_ROWS)
         self.tile = torch.empty(self.chunk_rows * columns, dtype=torch.float32, device=groups.device)
 
+    def capture(self) -> None:
+        """Replay the kernels of each shape from here on instead of launching them one by one (fixed_shapes.py)."""
+        self.rows = FixedShapes(self.model.rows, partial(CapturedCall.of, pool=torch.cuda.graph_pool_handle()))
+
     @torch.no_grad()
     def __call__(
-        self, x_t: Tensor, sigma: Tensor, index: Tensor, law: ChunkLaw, dtype: torch.dtype = torch.long
+        self,
+        x_t: Tensor,
+        sigma: Tensor,
+        asked: Asked,
+        law: ChunkLaw,
+        again: ChunkLaw | None = None,
+        dtype: torch.dtype = torch.long,
     ) -> Tensor:
-        """What the law gives, [R] of the dtype, for the positions index [R] into the flattened x_t [B, S]."""
+        """What the laws give, [R] of the dtype, for the asked positions of x_t [B, S]."""
         shape = (x_t.shape[1], x_t.shape[0], self.model.config.hidden_size)
         self.model.set_input_tensor(self.stages.recv_forward(shape, self.model.pre_process))
-        given = torch.empty(len(index), dtype=dtype, device=index.device)
+        given = torch.empty(len(asked.index), dtype=dtype, device=x_t.device)
         if self.model.post_process:
-            self._ask(law, x_t, sigma, index, given)
+            rows = self.rows(x_t, sigma, asked.table)[asked.row, asked.sequence]
+            log_offset, own = log_score_offset(self.model.graph, sigma)[asked.sequence], x_t.flatten()[asked.index]
+
+            def scores_of(part: slice | Tensor) -> Scores:
+                return self._scores(rows[part], log_offset[part], own[part])
+
+            answers(scores_of, given, self.chunk_rows, law, again)
         else:
             self.stages.send_forward(self.model.trunk(x_t, sigma)[0], is_last_stage=False)
         return self._from_last_stage(given)
-
-    def _ask(self, law: ChunkLaw, x_t: Tensor, sigma: Tensor, index: Tensor, out: Tensor) -> None:
-        model, sequence = self.model, index // x_t.shape[1]
-        rows, conditioning = model.rows(x_t, sigma, index)
-        rows = model.head.modulated_rows(rows, conditioning, sequence)
-        log_offset, own = log_score_offset(model.graph, sigma)[sequence], x_t.flatten()[index]
-        for start in range(0, len(index), self.chunk_rows):
-            part = slice(start, start + self.chunk_rows)
-            out[part] = law(self._scores(rows[part], log_offset[part], own[part]), part)
 
     def _scores(self, rows: Tensor, log_offset: Tensor, own: Tensor) -> Scores:
         head, num_tokens = self.model.head, self.model.graph.num_tokens

@@ -116,11 +116,11 @@ class SEDDModel(MegatronModule):
         )
         return hidden_states, conditioning
 
-    def rows(self, x_t: Tensor, sigma: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """`trunk` of the last stage at the positions index [R] into the flattened x_t [B, S], in sampling.
+    def rows(self, x_t: Tensor, sigma: Tensor, table: Tensor) -> Tensor:
+        """What the last stage's head multiplies at the positions table [Q, B] int64 of each sequence, in sampling.
 
         Returns:
-            [R, H] hidden states, from a last layer that computes no others; and the conditioning [B, cond_dim].
+            [Q, B, H], after the final norm, from a last layer that computes no other positions.
         """
         conditioning, rotation = self.sigma_embedding(sigma), self._rotation(x_t.shape[1])
         hidden_states = self._embed(x_t) if self.pre_process else self.decoder.input_tensor
@@ -128,9 +128,8 @@ class SEDDModel(MegatronModule):
         # Without Megatron's block around them: it adds activation recompute and FP8, which sampling does not have.
         for layer in layers:
             hidden_states, _ = layer(hidden_states, context=conditioning, rotary_pos_emb=rotation)
-        sequence, position = index // x_t.shape[1], index % x_t.shape[1]
-        positions, row = rows_by_sequence(sequence, position, len(x_t))
-        return last.forward_rows(hidden_states, positions, conditioning, rotation)[row, sequence], conditioning
+        rows = last.forward_rows(hidden_states, table, conditioning, rotation)
+        return self.head.normalized(rows, conditioning)
 
     def _embed(self, x_t: Tensor) -> Tensor:
         embedded = self.embedding(x_t)
@@ -166,16 +165,3 @@ class SEDDModel(MegatronModule):
                 replica_id = (self.stage, *tensor.replica_id[1:])
                 sharded[name] = dataclasses.replace(tensor, replica_id=replica_id)
         return sharded
-
-
-def rows_by_sequence(sequence: Tensor, position: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
-    """Positions [R] of ascending sequences [R] as a table [Q, B] with a column for each, and each one's row in it [R].
-
-    Q is the largest number of positions of a sequence; shorter columns are filled up with position 0.
-    """
-    counts = torch.bincount(sequence, minlength=num_sequences)
-    first = counts.cumsum(0) - counts
-    row = torch.arange(len(sequence), device=sequence.device) - first[sequence]
-    table = position.new_zeros(int(counts.max()), num_sequences)
-    table[row, sequence] = position
-    return table, row

@@ -20,7 +20,7 @@ from torch import Tensor
 from sedd_megatron.diffusion import SAMPLERS, SamplingSettings
 from sedd_megatron.diffusion.draws import Stream
 from sedd_megatron.diffusion.sampling import run_sampler
-from sedd_megatron.diffusion.score_reader import ChunkLaw, Scores
+from sedd_megatron.diffusion.score_reader import Asked, ChunkLaw, Scores, answers
 from sedd_megatron.diffusion.time_grid import sampling_times
 from tests.benchmarks.pairs import Lines, write_table
 from tests.diffusion.toy import (
@@ -90,7 +90,7 @@ def draw(name: str, sampler: str, arguments: argparse.Namespace) -> Tensor:
     for start in range(0, arguments.draws, arguments.batch):
         count = min(arguments.batch, arguments.draws - start)
         shape = (count, LENGTH) if SAMPLERS[sampler].draws_jumps_first else (1, count * LENGTH)
-        nothing = torch.zeros(shape, dtype=torch.long)
+        nothing, draws.num_rows = torch.zeros(shape, dtype=torch.long), shape[0]
         result = run_sampler(score_fn, graph, SCHEDULES[name], settings, draws, nothing, nothing.bool())
         samples.append(result.states.view(-1, LENGTH))
     return torch.cat(samples)
@@ -99,11 +99,19 @@ def draw(name: str, sampler: str, arguments: argparse.Namespace) -> Tensor:
 class VectorDraws:
     """In place of sampling.Draws: numbers of one torch generator, new ones at every call."""
 
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+    device = "cpu"
 
-    def at(self, stream: Stream, steps: Sequence[int], length: int) -> Tensor:
-        return torch.rand(len(steps), length, dtype=torch.float64, generator=self.generator)
+    def __init__(self, seed: int) -> None:
+        self.generator, self.num_rows = torch.Generator().manual_seed(seed), 0
+
+    def on(self, device: torch.device) -> "VectorDraws":
+        return self
+
+    def at(self, stream: Stream, steps: int, length: int) -> Tensor:
+        return torch.rand(self.num_rows, length, dtype=torch.float64, generator=self.generator)
+
+    def at_each(self, stream: Stream, steps: Tensor) -> Tensor:
+        return torch.rand(steps.shape, dtype=torch.float64, generator=self.generator)
 
 
 class TableScores:
@@ -114,13 +122,14 @@ class TableScores:
         scores.rows_of(schedule(times).sigma.float())
         self._make_rows()
 
-    def __call__(self, x_t: Tensor, sigma: Tensor, index: Tensor, law: ChunkLaw) -> Tensor:
+    def __call__(self, x_t: Tensor, sigma: Tensor, asked: Asked, *laws: ChunkLaw | None) -> Tensor:
         level = self.scores.rows_of(sigma)
         if len(self.scores.levels) != self.num_levels:
             self._make_rows()
         states = self.scores.tables.shape[1]
         row = level[:, None] * states + state_number(x_t.view(len(x_t), -1, LENGTH), self.scores.graph)
-        return law(Scores(self.rows[row.flatten()[index // LENGTH] * LENGTH + index % LENGTH]), slice(None))
+        rows = row.flatten()[asked.index // LENGTH] * LENGTH + asked.index % LENGTH
+        return answers(lambda part: Scores(self.rows[rows[part]]), torch.empty_like(rows), len(rows), *laws)
 
     def _make_rows(self) -> None:
         self.num_levels = len(self.scores.levels)

@@ -102,6 +102,20 @@ def test_sampling_compares_with_the_published_sampler(tmp_path):
     assert all(float(row[5][:-1]) > 0 for row in (euler, event_driven))
     # 32 positions in 8 steps leave hardly a step without a jump.
     assert 7 <= float(event_driven[6].split()[0]) <= 8
+    text = table_of("sampling", tmp_path, "--cases", "tiny-bf16", "--pairs", "1", "--samplers", "event-driven")
+    (alone,) = cells(text, "tiny-bf16")
+    assert alone[4:6] + alone[7:8] == [""] * 3
+    assert 7 <= float(alone[6].split()[0]) <= 8
+    assert float(alone[8]) >= 0
+
+
+def test_draws_writes_its_tables(tmp_path):
+    text = table_of("draws", tmp_path, "--repeats", "2")
+    (row,) = cells(text, "philox_uniforms,")
+    assert float(row[1]) > 0
+    # Both choices come up, each where it is named.
+    assert cells(text, "16")[0][1].startswith("**")
+    assert cells(text, "1000")[0][1].endswith("**")
 
 
 def test_sampler_law_writes_its_table(tmp_path):

@@ -12,7 +12,7 @@ from sedd_megatron.diffusion.categorical import sample_categorical
 from sedd_megatron.diffusion.draws import philox_uniforms
 from sedd_megatron.diffusion.sampler import SAMPLERS, Step
 from sedd_megatron.diffusion.sampling import Draws, run_sampler
-from sedd_megatron.diffusion.score_reader import ScoreReader, Scores
+from sedd_megatron.diffusion.score_reader import ScoreReader, Scores, answers
 from sedd_megatron.diffusion.time_grid import sampling_times
 from tests.diffusion.toy import independent_scores
 
@@ -49,9 +49,9 @@ def test_rare_tokens_have_their_share_after_4096_steps(sampler, rows, length):
 def equal_scores(row: torch.Tensor, chunk_rows: int = 64):
     """A ScoreFn that answers with the same scores [V] for all positions."""
 
-    def score_fn(x_t, sigma, index, law):
-        parts = [slice(start, start + chunk_rows) for start in range(0, len(index), chunk_rows)]
-        return torch.cat([law(Scores(row.expand(len(index[part]), -1)), part) for part in parts])
+    def score_fn(x_t, sigma, asked, *laws):
+        given = torch.empty_like(asked.index)
+        return answers(lambda part: Scores(row.expand(len(given[part]), -1)), given, chunk_rows, *laws)
 
     return score_fn
 

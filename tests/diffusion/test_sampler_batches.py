@@ -14,7 +14,7 @@ from sedd_megatron.diffusion import (
 from sedd_megatron.diffusion.draws import Stream, philox_uniforms
 from sedd_megatron.diffusion.sampler import Step
 from sedd_megatron.diffusion.sampling import Draws, run_sampler
-from sedd_megatron.diffusion.score_reader import ScoreReader, Scores, score_fn_of
+from sedd_megatron.diffusion.score_reader import ScoreReader, Scores, answers, score_fn_of
 from sedd_megatron.diffusion.time_grid import sampling_times
 from tests.diffusion.toy import CASES, GRAPHS, LENGTH, SCHEDULES, ExactScores, independent_scores
 
@@ -79,15 +79,62 @@ def test_a_later_block_gives_what_the_whole_gives_there(name, sampler):
     assert torch.equal(block, whole[:, first:])
 
 
+# Three sequences with more and more tokens given and one of nothing else; whole, and from position 6 at a temperature.
+RECORDED = {
+    ("absorb", "euler", 0): ("001001022021202 121010101101012 012110000112022 112210220002110", [6, 6, 6, 0]),
+    ("absorb", "euler", 6): ("022021202222002 201101112011011 011110021112022 112210220002110", [6, 6, 6, 0]),
+    ("absorb", "analytic", 0): ("001001022021202 121010101101012 012110000112022 112210220002110", [6, 6, 6, 0]),
+    ("absorb", "analytic", 6): ("022021202222002 201101112011011 011110021112022 112210220002110", [6, 6, 6, 0]),
+    ("absorb", "ancestral", 0): ("001001022021202 121010101101012 012110000112022 112210220002110", [6, 6, 4, 0]),
+    ("absorb", "ancestral", 6): ("022021202222002 201101112011011 011110021112022 112210220002110", [6, 6, 3, 0]),
+    ("absorb", "event-driven", 0): ("021002011221110 111022100201112 011110000112022 112210220002110", [6, 6, 3, 0]),
+    ("absorb", "event-driven", 6): ("011221110202000 000201112000011 011110021112022 112210220002110", [6, 4, 3, 0]),
+    ("absorb", "predictor-corrector", 0): (
+        "011011022021000 100000111101000 011110010112022 112210220002110",
+        [11, 10, 7, 0],
+    ),
+    ("absorb", "predictor-corrector", 6): (
+        "022021000222000 110101120011000 011110002112022 112210220002110",
+        [11, 10, 9, 0],
+    ),
+    ("uniform", "euler", 0): ("100011021011102 212112101010020 012110012112022 112210220002110", [7, 7, 7, 0]),
+    ("uniform", "euler", 6): ("021011102011000 011010120220000 012110020012002 112210220002110", [7, 7, 7, 0]),
+    ("uniform", "analytic", 0): ("001010221112000 210012101111020 012110000112012 112210220002110", [7, 7, 7, 0]),
+    ("uniform", "analytic", 6): ("221112000112120 101111120020010 010110010112012 112210220002110", [7, 7, 7, 0]),
+    ("uniform", "predictor-corrector", 0): (
+        "020011022102012 111221112000102 012110011112002 112210220002110",
+        [13, 13, 13, 0],
+    ),
+    ("uniform", "predictor-corrector", 6): (
+        "022102012000022 012000102010010 011110000112002 112210220002110",
+        [13, 13, 13, 0],
+    ),
+}
+
+
+@pytest.mark.parametrize("key", RECORDED, ids=lambda key: " ".join(map(str, key)))
+def test_a_seed_means_the_samples_that_it_has_always_meant(key):
+    (name, sampler, first), generator = key, torch.Generator().manual_seed(7)
+    tokens = torch.randint(0, 3, (4, 15), generator=generator)
+    given = torch.rand(4, 15, generator=generator) < torch.tensor([0.0, 0.2, 0.5, 1.0])[:, None]
+    choose = TokenChoice(0.8) if first else TokenChoice()
+    settings = SamplingSettings(sampler, num_steps=6, corrector_strength=4.0, choose=choose)
+    draws = Draws([3, 3, 2**62 + 5, 2**63 - 1], [0, 1, 10**10, 7], first)
+    score_fn = score_fn_of(ExactScores(GRAPHS[name]), 3)
+    result = run_sampler(score_fn, GRAPHS[name], SCHEDULES[name], settings, draws, tokens, given)
+    states, calls = RECORDED[key]
+    assert " ".join("".join(map(str, row)) for row in result.states.tolist()) == states
+    assert result.calls.tolist() == calls
+
+
 @pytest.mark.parametrize(("name", "sampler"), CASES)
 def test_a_network_that_answers_in_chunks_changes_nothing(name, sampler):
     graph = GRAPHS[name]
     scores = ExactScores(graph)
 
-    def in_chunks(x_t, sigma, index, law):
-        values = scores(x_t, sigma).flatten(0, 1)[index].exp().scatter(-1, x_t.flatten()[index, None], 0.0)
-        parts = [slice(start, start + 5) for start in range(0, len(index), 5)]
-        return torch.cat([law(Scores(values[part, : graph.num_tokens]), part) for part in parts])
+    def in_chunks(x_t, sigma, asked, *laws):
+        values = scores(x_t, sigma).flatten(0, 1)[asked.index].exp().scatter(-1, x_t.flatten()[asked.index, None], 0.0)
+        return answers(lambda part: Scores(values[part, : graph.num_tokens]), torch.empty_like(asked.index), 5, *laws)
 
     draws = Draws([2] * 9, range(9))
     assert torch.equal(run(name, sampler, draws, score_fn=in_chunks).states, run(name, sampler, draws).states)
@@ -121,11 +168,11 @@ class Recorder:
     def __init__(self, score_fn) -> None:
         self.score_fn, self.calls, self.sigmas = score_fn, [], []
 
-    def __call__(self, x_t, sigma, index, law):
-        rows, columns = index // x_t.shape[1], index % x_t.shape[1]
+    def __call__(self, x_t, sigma, asked, *laws):
+        rows, columns = asked.index // x_t.shape[1], asked.index % x_t.shape[1]
         self.calls.append((x_t[:, 0].tolist(), x_t, rows, columns))
         self.sigmas.append(sigma)
-        return self.score_fn(x_t, sigma, index, law)
+        return self.score_fn(x_t, sigma, asked, *laws)
 
 
 @pytest.mark.parametrize("sampler", ABSORBING)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sedd_megatron.diffusion import SAMPLERS, AbsorbingGraph, LogLinearSchedule, NoiseLevel, UniformGraph
-from sedd_megatron.diffusion.score_reader import ChunkLaw, LogScoreFn, ScoreFn, Scores
+from sedd_megatron.diffusion.score_reader import Asked, ChunkLaw, LogScoreFn, ScoreFn, Scores, answers
 from tests.diffusion.laws import chi_squared_p_value
 
 TOKENS, LENGTH = 3, 3
@@ -134,17 +134,16 @@ class ExactScores:
 def independent_scores(probs: Tensor, chunk_rows: int = 64) -> ScoreFn:
     """A ScoreFn of the absorbing graph where every token is drawn from probs [V], whatever the others are."""
 
-    def score_fn(x_t: Tensor, sigma: Tensor, index: Tensor, law: ChunkLaw) -> Tensor:
+    def score_fn(x_t: Tensor, sigma: Tensor, asked: Asked, *laws: ChunkLaw | None) -> Tensor:
         levels, level = sigma.unique(return_inverse=True)
         rows = probs / torch.expm1(levels)[:, None].to(probs.dtype)
-        states = []
-        for start in range(0, len(index), chunk_rows):
-            part = slice(start, start + chunk_rows)
-            which = level[torch.div(index[part], x_t.shape[1], rounding_mode="floor")]
+
+        def scores_of(part: slice | Tensor) -> Scores:
+            which = level[asked.sequence[part]]
             # A view where all rows are the same: memory does not grow with the rows, and the cache keeps it.
-            values = rows.expand(len(which), -1) if len(levels) == 1 else rows[which]
-            states.append(law(Scores(values), part))
-        return torch.cat(states)
+            return Scores(rows.expand(len(which), -1) if len(levels) == 1 else rows[which])
+
+        return answers(scores_of, torch.empty_like(asked.index), chunk_rows, *laws)
 
     return score_fn
 

@@ -1,6 +1,7 @@
 """Published weights in this layout's model: what every rank draws with each sampler, and from which scores."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,9 @@ from sedd_megatron.diffusion import (
     SamplingSettings,
     TokenChoice,
 )
+from sedd_megatron.diffusion.score_reader import asked_positions
 from sedd_megatron.parallel.groups import parallel_groups
+from tests.diffusion.simulated_device import WaitingOperations
 from tests.distributed.launch import own_jobs
 from tests.distributed.run_published_parity import Published
 
@@ -59,6 +62,19 @@ def draw_all(network, graph_name: str, groups) -> dict[str, list]:
     return drawn
 
 
+def check_waits(network, graph_name: str, groups, drawn: dict[str, list]) -> None:
+    """The network makes the host wait for nothing, however many chunks there are, but once for how many leave."""
+
+    def counting(x_t, sigma, asked, law, again=None, dtype=torch.long) -> torch.Tensor:
+        with WaitingOperations() as waiting:
+            given = network(x_t, sigma, asked, law, again, dtype)
+        assert waiting.names == ["aten.nonzero.default"] * (again is not None)
+        return given
+
+    counting.model = network.model
+    assert draw_all(counting, graph_name, groups) == drawn
+
+
 def check_scores(network, golden: dict[str, torch.Tensor]) -> None:
     """The scores of some positions are those of the whole table of log-scores, for the trained length and a shorter."""
     device, generator = network.tile.device, torch.Generator().manual_seed(3)
@@ -67,7 +83,8 @@ def check_scores(network, golden: dict[str, torch.Tensor]) -> None:
         # Few positions of one sequence and all of another.
         chosen = torch.rand(x.shape, generator=generator) < torch.tensor([[0.1], [0.4], [0.7], [1.0]])
         chosen[0, length // 2] = True
-        index = chosen.flatten().nonzero()[:, 0].to(device)
+        active, index, asked = asked_positions(chosen, device)
+        assert len(active) == len(x)
         rows, sums = [], []
 
         def law(scores, part: slice, rows=rows, sums=sums) -> torch.Tensor:
@@ -76,7 +93,7 @@ def check_scores(network, golden: dict[str, torch.Tensor]) -> None:
             return torch.arange(part.start, part.start + len(scores.values), device=device)
 
         with torch.no_grad():
-            states = network(x, sigma, index, law)
+            states = network(x, sigma, asked, law)
             expected = network.model.log_score(x, sigma).flatten(0, 1)[index].exp()
         expected = expected.scatter(-1, x.flatten()[index, None], 0.0)[:, : len(LETTERS)]
         assert torch.equal(states, torch.arange(len(index), device=device))
@@ -85,7 +102,14 @@ def check_scores(network, golden: dict[str, torch.Tensor]) -> None:
 
 
 def check(
-    folder: str, name: str, graph_name: str, tensor_size: int, pipeline_size: int, divisor: int, device: str = "cpu"
+    folder: str,
+    name: str,
+    graph_name: str,
+    tensor_size: int,
+    pipeline_size: int,
+    divisor: int,
+    device: str = "cpu",
+    captured: bool = False,
 ) -> None:
     published = Published.read(graph_name)
     parallel = ParallelOptions(
@@ -93,6 +117,7 @@ def check(
     )
     with parallel_groups(parallel) as groups:
         from sedd_megatron.diffusion.graph import make_graph
+        from sedd_megatron.model.fixed_shapes import FixedShapes
         from sedd_megatron.model.score_network import ScoreNetwork
         from sedd_megatron.training.build import build_model
 
@@ -101,13 +126,22 @@ def check(
         published.fill(model)
         model.eval()
         network = ScoreNetwork(model, groups)
+        if captured:
+            network.capture()
         drawn = draw_all(network, graph_name, groups)
         if pipeline_size == 1:
             check_scores(network, published.golden)
             network.chunk_rows, network.tile = 3, network.tile.new_empty(3 * model.head.linear.weight.shape[0])
             check_scores(network, published.golden)
             # With the scores the same, one layout is enough.
-            assert tensor_size > 1 or draw_all(network, graph_name, groups) == drawn
+            if tensor_size == 1:
+                check_waits(network, graph_name, groups, drawn)
+            # Filled up to the shapes of a few graphs, which here are plain calls.
+            network.rows = FixedShapes(model.rows, lambda function, inputs: partial(function, *inputs))
+            assert draw_all(network, graph_name, groups) == drawn
+            shapes = network.rows.calls
+            assert len(shapes) > 2
+            assert all(batch in (1, 2) and rows in (1, 2, 4, 7, 8, 16) for batch, _, rows in shapes)
         path = Path(folder) / f"{name}-{graph_name}-{torch.distributed.get_rank()}.json"
         path.write_text(json.dumps(drawn))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from sedd_megatron.data.tokenizers import CharTokenizer
 from sedd_megatron.diffusion import SAMPLERS, AbsorbingGraph, LogLinearSchedule, SamplingSettings, UniformGraph
 from sedd_megatron.diffusion.sampling import SamplingProgress
-from sedd_megatron.diffusion.score_reader import ChunkLaw, score_fn_of
+from sedd_megatron.diffusion.score_reader import Asked, ChunkLaw, score_fn_of
 from sedd_megatron.generation.engine import GeneratedText, TextEngine
 from sedd_megatron.generation.requests import Frame, TextRequest, frames_of
 
@@ -71,9 +71,9 @@ class Network:
         noisy = torch.exp(-sigma) * probs - torch.expm1(-sigma) / TOKENS
         return (noisy / noisy.gather(-1, x[..., None])).log()
 
-    def __call__(self, x_t: Tensor, sigma: Tensor, index: Tensor, law: ChunkLaw) -> Tensor:
-        self.asked.append(index.tolist())
-        return score_fn_of(self.log_score, TOKENS)(x_t, sigma, index, law)
+    def __call__(self, x_t: Tensor, sigma: Tensor, asked: Asked, *laws: ChunkLaw | None) -> Tensor:
+        self.asked.append(asked.index.tolist())
+        return score_fn_of(self.log_score, TOKENS)(x_t, sigma, asked, *laws)
 
 
 def engine_of(law: Law, graph: str = "absorb", ends: bool = True) -> TextEngine:
