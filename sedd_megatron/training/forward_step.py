@@ -10,6 +10,7 @@ from sedd_megatron.data.micro_batch import MicroBatch
 from sedd_megatron.diffusion import AbsorbingGraph, UniformGraph
 from sedd_megatron.diffusion.corruption import NoisyBatch
 from sedd_megatron.diffusion.score_entropy import ScoreEntropyCoefficients, weighted_loss
+from sedd_megatron.diffusion.transfers import to_device
 from sedd_megatron.model.score_head import log_score_offset
 from sedd_megatron.parallel.fused_head import FusedHeadSettings, ScoreEntropyRows
 from sedd_megatron.parallel.groups import ParallelGroups
@@ -42,12 +43,6 @@ def make_forward_step(
         return output, partial(_add_constant, constant, batch.x_t.shape[1])
 
     return forward_step
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on the device, without waiting for what the device is doing."""
-    # From memory that is not pinned a copy would first wait for all work before it. What is pinned stays as it is.
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def score_entropy_rows(

@@ -19,13 +19,14 @@ from sedd_megatron.data.micro_batch import MicroBatch, MicroBatchCollator
 from sedd_megatron.data.tokenizers import Tokenizer
 from sedd_megatron.data.windows import WindowDataset, Windows
 from sedd_megatron.diffusion.draws import Stream
+from sedd_megatron.diffusion.transfers import to_device
 from sedd_megatron.errors import UserError
 from sedd_megatron.parallel.fused_head import ROW_MULTIPLE
 from sedd_megatron.parallel.groups import ParallelGroups, seed_dropout
 from sedd_megatron.training.build import TrainingRun, build_run
 from sedd_megatron.training.checkpoint import CheckpointWriter, load_checkpoint
 from sedd_megatron.training.estimates import peak_tflops
-from sedd_megatron.training.forward_step import make_forward_step, to_device
+from sedd_megatron.training.forward_step import make_forward_step
 from sedd_megatron.training.main_parameters import copy_main_parameters_to_model
 from sedd_megatron.training.metrics import MetricsWriter
 from sedd_megatron.training.optimizer_step import step_optimizer

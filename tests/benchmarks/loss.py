@@ -20,6 +20,7 @@ from sedd_megatron.diffusion import LogLinearSchedule
 from sedd_megatron.diffusion.corruption import NoisyBatch, corrupt
 from sedd_megatron.diffusion.draws import Stream
 from sedd_megatron.diffusion.graph import make_graph
+from sedd_megatron.diffusion.transfers import to_device
 from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.parallel.fused_head import ROW_MULTIPLE, TILE_ELEMENTS
 from sedd_megatron.parallel.groups import parallel_groups
@@ -149,7 +150,7 @@ class TwoWays:
 
     def ours(self) -> None:
         from sedd_megatron.parallel.fused_head import FusedHeadSettings, fused_head_score_entropy
-        from sedd_megatron.training.forward_step import score_entropy_rows, to_device
+        from sedd_megatron.training.forward_step import score_entropy_rows
 
         device = self.groups.device
         position, num_rows = positions_that_count(self.host.x_t, self.graph, ROW_MULTIPLE[device.type])
