@@ -279,6 +279,12 @@ def _check_ranges(options: PretrainOptions) -> None:
         for name in names:
             value = values[name]
             _require(value is None or holds(value), f"{flag_of(name)} {value} must be {rule}")
+    training = options.training
+    _require(
+        training.ema_interval <= max(training.train_iters, 1),
+        f"--ema-interval {training.ema_interval} is above --train-iters {training.train_iters}: the average, by which "
+        "models are sampled and evaluated, would stay as it began; lower it",
+    )
     _require(options.training.min_lr <= options.training.lr,
              f"--min-lr {options.training.min_lr} must not be above --lr {options.training.lr}")  # fmt: skip
     decay_iters = options.training.lr_decay_iters or options.training.train_iters

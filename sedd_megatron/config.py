@@ -167,7 +167,7 @@ class TrainingOptions:
     ema_interval: int = option(
         1,
         "steps between updates of that average, each with the decay of them all; weights in between are taken to be "
-        "the last",
+        "the last, and steps after the last update are left out",
     )
     seed: int = option(1234, "seed of initialisation, sample order, noise and dropout")
 

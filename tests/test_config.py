@@ -74,6 +74,12 @@ FP8 = ["--bf16", "--fp8-format", "hybrid"]
         (["--global-batch-size", "9"], 1, "--global-batch-size 9 is not a multiple of --micro-batch-size 8 times 1"),
         (["--micro-batch-size", "0"], 1, "--micro-batch-size 0 must be at least 1"),
         (["--lr", "-1"], 1, "--lr -1.0 must be at least 0"),
+        (
+            ["--ema-interval", "100", "--train-iters", "3", "--lr-warmup-iters", "1"],
+            1,
+            "--ema-interval 100 is above --train-iters 3: the average, by which models are sampled and evaluated, "
+            "would stay as it began; lower it",
+        ),
         (["--ema-interval", "0"], 1, "--ema-interval 0 must be at least 1"),
         (["--loss-chunk-rows", "-1"], 1, "--loss-chunk-rows -1 must be at least 0"),
         (["--num-workers", "-1"], 1, "--num-workers -1 must be at least 0"),

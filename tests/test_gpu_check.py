@@ -246,7 +246,7 @@ def test_packages_come_out_of_the_tarball_behind_the_repository(tmp_path, monkey
         python(code), env=check.step_environment(packages), capture_output=True, text=True, cwd=tmp_path
     )
     assert done.stdout == f"carried {REPOSITORY / 'sedd_megatron' / '__init__.py'}\n", done.stderr
-    assert "torch missing" not in check.heading("a GPU", packages, ["1"])
+    assert "torch missing" not in check.heading(1, "a GPU", packages, ["1"])
     (carried / "site.tar.xz").write_bytes((carried / "site.tar.xz").read_bytes()[:60])
     with pytest.raises(tarfile.ReadError, match=r"site\.tar\.xz: damaged"):
         check.unpacked_packages(carried)

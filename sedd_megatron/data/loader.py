@@ -1,8 +1,10 @@
 """Which samples a rank reads, in Megatron's order, and their batches."""
 
 import atexit
+import functools
 import multiprocessing
 import signal
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -81,20 +83,31 @@ def _batches(
     loader = DataLoader(
         dataset, batch_sampler=sampler, collate_fn=collator, num_workers=num_workers, pin_memory=pin_memory
     )
+    others = set(multiprocessing.active_children())
     # Slurm and torchrun send SIGTERM to every process, and training has a step to finish before it ends: its workers
     # start with the signal blocked, and stay so.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
-        return iter(loader)
+        batches = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    _workers().update(set(multiprocessing.active_children()) - others)
+    return batches
 
 
-@atexit.register
-def _kill_workers() -> None:
-    """When this process ends in the middle of an iteration, multiprocessing sends SIGTERM to daemons and waits."""
+@functools.cache
+def _workers() -> weakref.WeakSet:
+    """The loaders' processes, which are killed when this one ends in the middle of an iteration.
+
+    multiprocessing would send them SIGTERM, which they do not hear, and wait.
+    """
+    workers = weakref.WeakSet()
+    atexit.register(_kill, workers)
+    return workers
+
+
+def _kill(workers: weakref.WeakSet) -> None:
     # Or torch raises here when the first of them is gone.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
+    for worker in workers:
+        worker.kill()

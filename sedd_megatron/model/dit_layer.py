@@ -64,7 +64,8 @@ class DiTLayer(TransformerLayer):
         For the last layer in sampling: the other positions give keys and values and nothing else. No gradient.
         """
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(context)
-        normalized = modulated_norm(hidden_states, self.input_layernorm(scale_1), shift_1, self.input_layernorm.eps)
+        factor, eps = self.input_layernorm(scale_1), self.input_layernorm.eps
+        normalized = modulated_norm(hidden_states, factor, shift_1, eps, self.training)
         output = self.self_attention.forward_rows(normalized, positions, rotary_pos_emb)
         rows = self._add_gated(take_rows(hidden_states, positions), gate_1, output)
         output = self._after_norm(self.pre_mlp_layernorm, False, rows, shift_2, scale_2, self._mlp)
@@ -74,7 +75,7 @@ class DiTLayer(TransformerLayer):
         self, norm: NormScale, recompute: bool, hidden_states: Tensor, shift: Tensor, scale: Tensor, block: Callable
     ) -> tuple[Tensor, Tensor | None]:
         """block(adaLN of the hidden states); where the norm is recomputed, the block's input is not kept."""
-        factor, adaptive_norm = norm(scale), partial(modulated_norm, eps=norm.eps)
+        factor, adaptive_norm = norm(scale), partial(modulated_norm, eps=norm.eps, training=self.training)
         if not (recompute and self.training):
             return block(adaptive_norm(hidden_states, factor, shift))
         # Read for what it is not: any value but None turns Transformer Engine's FP8 on in here.
@@ -87,7 +88,7 @@ class DiTLayer(TransformerLayer):
         """Megatron's MLP, with bias and GELU in one operation."""
 
         def mlp(hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-            return self.mlp.linear_fc2(bias_gelu(*self.mlp.linear_fc1(hidden_states)))
+            return self.mlp.linear_fc2(bias_gelu(*self.mlp.linear_fc1(hidden_states), self.training))
 
         if not (self.recompute_mlp and self.training):
             return mlp(hidden_states)
@@ -105,7 +106,8 @@ class DiTLayer(TransformerLayer):
         return te_checkpoint(mlp_with_bias, False, get_cuda_rng_tracker, self.tp_group, hidden_states), None
 
     def _add_gated(self, residual: Tensor, gate: Tensor, output_with_bias: tuple[Tensor, Tensor | None]) -> Tensor:
-        return add_gated(residual, gate, *output_with_bias, self.hidden_dropout if self.training else 0.0)
+        dropout = self.hidden_dropout if self.training else 0.0
+        return add_gated(residual, gate, *output_with_bias, dropout, self.training)
 
 
 class DiTSelfAttention(SelfAttention):
@@ -141,8 +143,8 @@ class DiTSelfAttention(SelfAttention):
 
     def _rotated(self, hidden_states: Tensor, rotary_pos_emb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = self.get_query_key_value_tensors(hidden_states)
-        cos, sin = rotary_pos_emb
-        return rotate(query, cos, sin), rotate(key, cos, sin), value
+        query, key = (rotate(states, *rotary_pos_emb, self.training) for states in (query, key))
+        return query, key, value
 
 
 class BidirectionalAttention(nn.Module):

@@ -2,7 +2,7 @@
 
 On a GPU torch.compile makes a kernel of the plain form, forward and backward. On a CPU, where a compiler may be missing
 and a new tensor costs more than the arithmetic on it, they are autograd functions that write in place. The plain forms
-are what both are compared with.
+are what both are compared with. `training` tells the compiler that shapes stay the same.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from sedd_megatron.parallel.compiled import call_compiled
 
 
-def modulated_norm(hidden: Tensor, factor: Tensor, shift: Tensor, eps: float) -> Tensor:
+def modulated_norm(hidden: Tensor, factor: Tensor, shift: Tensor, eps: float, training: bool) -> Tensor:
     """adaLN: normalized(hidden) * factor + shift, for hidden [S, B, H], factor and shift [1, B, H].
 
     Returns:
@@ -23,7 +23,7 @@ def modulated_norm(hidden: Tensor, factor: Tensor, shift: Tensor, eps: float) ->
         states are computed again in the backward pass.
     """
     if hidden.device.type == "cuda":
-        return call_compiled(plain_modulated_norm, hidden, factor, shift, eps)
+        return call_compiled(plain_modulated_norm, hidden, factor, shift, eps, training=training)
     return _ModulatedNorm.apply(hidden, factor, shift, eps)
 
 
@@ -58,10 +58,12 @@ class _ModulatedNorm(torch.autograd.Function):
         return grad_hidden.to(narrow.dtype), grad_factor, grad.sum(0, keepdim=True).to(ctx.shift_dtype), None
 
 
-def add_gated(residual: Tensor, gate: Tensor, output: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+def add_gated(
+    residual: Tensor, gate: Tensor, output: Tensor, bias: Tensor | None, dropout: float, training: bool
+) -> Tensor:
     """residual + gate * dropout(output + bias), for residual, output [S, B, H], gate [1, B, H] and bias [H]."""
     if output.device.type == "cuda":
-        return call_compiled(plain_add_gated, residual, gate, output, bias, dropout)
+        return call_compiled(plain_add_gated, residual, gate, output, bias, dropout, training=training)
     return plain_add_gated(residual, gate, output, bias, dropout)
 
 
@@ -74,10 +76,10 @@ def plain_add_gated(residual: Tensor, gate: Tensor, output: Tensor, bias: Tensor
     return torch.addcmul(residual, gate, output)
 
 
-def bias_gelu(hidden: Tensor, bias: Tensor) -> Tensor:
+def bias_gelu(hidden: Tensor, bias: Tensor, training: bool) -> Tensor:
     """GELU's tanh form of hidden + bias, for hidden [S, B, F] and bias [F]; on a CPU it overwrites `hidden`."""
     if hidden.device.type == "cuda":
-        return call_compiled(plain_bias_gelu, hidden, bias)
+        return call_compiled(plain_bias_gelu, hidden, bias, training=training)
     return _BiasGelu.apply(hidden, bias)
 
 
@@ -110,14 +112,14 @@ class _BiasGelu(torch.autograd.Function):
         return grad, grad.flatten(0, -2).sum(0)
 
 
-def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(states: Tensor, cos: Tensor, sin: Tensor, training: bool) -> Tensor:
     """Rotary embedding (arXiv 2104.09864) of states [S, B, heads, head size] by angles of cos and sin, each
     [S, 1, 1, head size].
 
     Element i turns with element i + head size / 2, by the same angle, which stands in both places.
     """
     if states.device.type == "cuda":
-        return call_compiled(plain_rotate, states, cos, sin)
+        return call_compiled(plain_rotate, states, cos, sin, training=training)
     return _Rotate.apply(states, cos, sin)
 
 

@@ -93,7 +93,7 @@ class ScoreHead(MegatronModule):
     def normalized(self, hidden_states: Tensor, conditioning: Tensor) -> Tensor:
         """What the linear layer multiplies: hidden_states [S, B, H] after the final norm and adaLN."""
         factor, shift = self._modulation(conditioning)
-        return modulated_norm(hidden_states, factor, shift, self.norm.eps)
+        return modulated_norm(hidden_states, factor, shift, self.norm.eps, self.training)
 
     def scores(self, rows: Tensor, log_offset: Tensor, states: Tensor, num_tokens: int, out: Tensor) -> Tensor:
         """Scores, not their logarithms, of rows [C, H] for this rank's tokens; 0 at the row's own state.

@@ -258,6 +258,8 @@ def load_checkpoint(run: TrainingRun, directory: Path) -> None:
     set_adam_step(run.optimizer, state["iteration"])
     run.iteration = state["iteration"]
     run.consumed_samples = state["consumed_samples"]
+    # By the interval of the run that saved it, which need not be this one's; checkpoints of before 0.6 have none.
+    run.ema.last_update = run.iteration - run.iteration % state["options"].get("ema_interval", 1)
     # The schedule depends on the number of samples alone, so that a resumed run may also change its options.
     run.scheduler.num_steps = 0
     run.scheduler.step(increment=state["scheduler_samples"])

@@ -21,7 +21,8 @@ class ExponentialMovingAverage:
 
     With an `interval` of N only every N-th step costs the pass over the weights. It takes the N steps together, as if
     the weights had been the same after each: the average is then ahead of the exact one by what the weights moved
-    within the interval. In between it stays what it was, for whoever asks.
+    within the interval. In between it stays what it was, for whoever asks; `last_update` is the step that it has taken
+    in last.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class ExponentialMovingAverage:
         self.main_parameters = main_parameters
         self.copy_to_model = copy_to_model
         self.averages = [main.tensor.detach().clone() for main in main_parameters]
+        self.last_update = 0
 
     @torch.no_grad()
     def update(self, num_updates: int) -> None:
@@ -44,10 +46,13 @@ class ExponentialMovingAverage:
         # By the step's number alone, so that a resumed run does what the unbroken one does.
         if num_updates % self.interval:
             return
-        steps = range(num_updates - self.interval + 1, num_updates + 1)
+        steps = range(self.last_update + 1, num_updates + 1)
+        self.last_update = num_updates
         decay = math.prod(min(self.decay, (1 + step) / (10 + step)) for step in steps)
         weights = [main.tensor.detach() for main in self.main_parameters]
-        torch._foreach_lerp_(self.averages, weights, 1 - decay)
+        # A replica's share of a small model may be empty.
+        if weights:
+            torch._foreach_lerp_(self.averages, weights, 1 - decay)
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:

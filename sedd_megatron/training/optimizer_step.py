@@ -23,8 +23,9 @@ def step_optimizer(optimizer: MegatronOptimizer, device: torch.device) -> Tensor
     # Its answer is about the loss scaling of fp16, which there is none of.
     optimizer.prepare_grads()
     square = _squared_norm_over_ranks(inner, device)
-    if inner.config.clip_grad > 0:
-        gradients = [parameter.grad for parameter in inner.get_parameters() if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in inner.get_parameters() if parameter.grad is not None]
+    # A rank's share of the distributed optimizer may be empty.
+    if gradients and inner.config.clip_grad > 0:
         CLIP[device.type](gradients, square.sqrt(), inner.config.clip_grad)
     optimizer.step_with_ready_grads()
     return square
@@ -33,7 +34,6 @@ def step_optimizer(optimizer: MegatronOptimizer, device: torch.device) -> Tensor
 def _squared_norm_over_ranks(optimizer: MegatronOptimizer, device: torch.device) -> Tensor:
     # Megatron's choice: each parameter once, however many ranks hold it.
     gradients = optimizer.get_main_grads_for_grad_norm()
-    # A rank's share of the distributed optimizer may be empty.
     norm = NORM[device.type](gradients) if gradients else torch.zeros((), device=device)
     square = norm.float().square()
     torch.distributed.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())

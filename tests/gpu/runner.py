@@ -106,6 +106,9 @@ class Runner:
             if timed_out:
                 ask_where_it_hangs(process, mark)
             kill_all(mark)
+            # Where the system tells no process's environment, its own session at least.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         seconds, code = time.monotonic() - start, process.returncode
         said = worth_reading(log.read_text(errors="replace").splitlines(), code == 0)
         if timed_out:

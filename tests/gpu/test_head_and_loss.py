@@ -27,8 +27,9 @@ def test_fused_head_in_many_chunks_and_tiles():
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_compiled_operations_are_the_plain_ones(name, dtype):
-    fused, plain, shapes, further = operations()[name]
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_operations_are_the_plain_ones(name, dtype, training):
+    fused, plain, shapes, further = operations(training)[name]
     num_derivatives = 1 if name == "rotate" else len(shapes)
     exact = outcome(plain, inputs(shapes), further, num_derivatives)
     actual = outcome(fused, [tensor.cuda() for tensor in inputs(shapes, dtype)], further, num_derivatives)

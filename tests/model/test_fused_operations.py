@@ -1,5 +1,7 @@
 """Each fused operation is its plain form in value and derivative, on a CPU and as compiled for a GPU."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -11,22 +13,22 @@ STATES, PER_SEQUENCE, PER_FEATURE = (S, B, H), (1, B, H), (H,)
 ROTATED, ANGLES = (S, B, HEADS, H), (S, 1, 1, H)
 
 
-def operations() -> dict[str, tuple]:
+def operations(training: bool = True) -> dict[str, tuple]:
     """Name -> the fused operation, its plain form, the shapes of its tensors, its further arguments."""
     if not torch.cuda.is_available():
         cpu_backend.install()
     from sedd_megatron.model import fused_operations as fused
 
+    arguments = {
+        "modulated_norm": ([STATES, PER_SEQUENCE, PER_SEQUENCE], [1e-5]),
+        "add_gated": ([STATES, PER_SEQUENCE, STATES, PER_FEATURE], [0.0]),
+        "bias_gelu": ([STATES, PER_FEATURE], []),
+        "rotate": ([ROTATED, ANGLES, ANGLES], []),
+    }
     return {
-        "modulated_norm": (
-            fused.modulated_norm, fused.plain_modulated_norm, [STATES, PER_SEQUENCE, PER_SEQUENCE], [1e-5],
-        ),
-        "add_gated": (
-            fused.add_gated, fused.plain_add_gated, [STATES, PER_SEQUENCE, STATES, PER_FEATURE], [0.0],
-        ),
-        "bias_gelu": (fused.bias_gelu, fused.plain_bias_gelu, [STATES, PER_FEATURE], []),
-        "rotate": (fused.rotate, fused.plain_rotate, [ROTATED, ANGLES, ANGLES], []),
-    }  # fmt: skip
+        name: (partial(getattr(fused, name), training=training), getattr(fused, f"plain_{name}"), *of_name)
+        for name, of_name in arguments.items()
+    }
 
 
 NAMES = ["modulated_norm", "add_gated", "bias_gelu", "rotate"]
@@ -80,7 +82,7 @@ def test_dropout_drops_and_scales():
 
     residual, gate, output, bias = inputs([(50, *shapes[0][1:]), *shapes[1:2], (50, *shapes[2][1:]), *shapes[3:]])
     torch.manual_seed(0)
-    kept = (add_gated(residual, gate, output, bias, 0.25) - residual) / (gate * (output + bias))
+    kept = (add_gated(residual, gate, output, bias, 0.25, training=True) - residual) / (gate * (output + bias))
     is_dropped = kept.abs() < 1e-12
     assert 0.2 < is_dropped.double().mean() < 0.3
     torch.testing.assert_close(kept[~is_dropped], torch.full_like(kept[~is_dropped], 1 / 0.75))
@@ -99,4 +101,6 @@ def test_the_norms_weight_meets_adalns_scale():
     with torch.no_grad():
         norm.weight.copy_(weight)
     expected = torch.nn.functional.layer_norm(hidden, [H], eps=1e-5) * weight * (1 + scale) + shift
-    torch.testing.assert_close(modulated_norm(hidden, norm(scale), shift, norm.eps), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        modulated_norm(hidden, norm(scale), shift, norm.eps, training=True), expected, rtol=1e-5, atol=1e-5
+    )

@@ -25,19 +25,22 @@ def test_each_kind_has_a_cache_of_its_own(_):
         for size in SIZES:
             arguments = [tensor.requires_grad_() for tensor in inputs(*size)]
             for share in (0.5, 0.0):
-                actual = call_compiled(scaled, *arguments, share)
-                torch.testing.assert_close(actual, scaled(*arguments, share))
+                for with_gradient in (True, False):
+                    # Without, as activation recompute has its first pass.
+                    with torch.set_grad_enabled(with_gradient):
+                        actual = call_compiled(scaled, *arguments, share, training=True)
+                        torch.testing.assert_close(actual, scaled(*arguments, share))
 
 
 @pytest.mark.parametrize("_", [needs_compiler(None)])
-def test_without_gradients_sizes_are_open(_):
+def test_outside_of_training_sizes_are_open(_):
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True, recompile_limit=1):
         for has_bias in (True, False):
             for size in SIZES:
                 hidden, factor, bias = inputs(*size)
                 arguments = hidden, factor, bias if has_bias else None, 0.5
-                torch.testing.assert_close(call_compiled(scaled, *arguments), scaled(*arguments))
+                torch.testing.assert_close(call_compiled(scaled, *arguments, training=False), scaled(*arguments))
         # One sequence, one position, and another width: kinds of their own.
         for size in ((6, 1), (1, 5), (1, 1), (5, 3, 16)):
             arguments = *inputs(*size), 0.5
-            torch.testing.assert_close(call_compiled(scaled, *arguments), scaled(*arguments))
+            torch.testing.assert_close(call_compiled(scaled, *arguments, training=False), scaled(*arguments))

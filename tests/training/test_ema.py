@@ -1,5 +1,7 @@
 """The moving average against its definition."""
 
+import math
+
 import pytest
 import torch
 
@@ -41,6 +43,24 @@ def test_an_interval_is_taken_in_as_if_its_last_weights_had_been_there_throughou
             decay = min(0.9, (1 + past) / (10 + past))
             expected = decay * expected + (1 - decay) * weight.double()
         torch.testing.assert_close(ema.averages[0].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1), (4, 3)])
+def test_another_interval_takes_each_step_in_once(before, after):
+    """Resumed in the middle of an interval: the decays of all steps up to the last update, each once."""
+    weight = torch.zeros(1)
+    ema = average_of(weight, lambda: None, decay=0.9, interval=before)
+    ema.averages[0].fill_(1.0)
+    for step in range(1, 11):
+        ema.update(step)
+    resumed = average_of(weight, lambda: None, decay=0.9, interval=after)
+    resumed.averages[0].copy_(ema.averages[0])
+    resumed.last_update = 10 - 10 % before
+    for step in range(11, 13):
+        resumed.update(step)
+    # Of weights that are 0 the average keeps the product of all decays.
+    expected = math.prod(min(0.9, (1 + step) / (10 + step)) for step in range(1, 13))
+    torch.testing.assert_close(resumed.averages[0], torch.tensor([expected]))
 
 
 def test_swapping_in_gives_weights_and_averages_back_bitwise():
