@@ -34,7 +34,7 @@ class GenerateOptions:
         MISSING, "folder that training saved to, one iter_* folder in it, or a published model (folder or hub name)"
     )
     bf16: bool = option(False, "compute in bfloat16; scores and draws stay float32 and float64")
-    cuda_graph: bool = option(False, "replay a round's kernels as one (CUDA graphs): faster where batches are small")
+    cuda_graph: bool = option(False, "replay a round's kernels as one (CUDA graphs), for small batches")
     requests: str | None = option(None, "file of requests, one JSON object a line with the keys named below, or tokens")
     output: str | None = option(None, "also write the samples to this file, one JSON object a line")
     trace: str | None = option(None, "also write a page (HTML) that replays how the samples came about")

@@ -16,6 +16,7 @@ import importlib.util
 import lzma
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -149,7 +150,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="bash tests/gpu/check.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("part", type=int, choices=PARTS)
-    parser.add_argument("--budget", type=float, default=340, help="seconds within which the part ends")
+    parser.add_argument("--budget", type=float, default=340, help="seconds within which the part ends; default: 340")
     parser.add_argument(
         "--packages",
         type=Path,
@@ -173,9 +174,10 @@ def plan(stages: Sequence[Stage]) -> str:
     """The steps in words."""
     lines = []
     for stage in stages:
-        lines.append(f"{stage.at_once} at a time, {stage.leave:.0f} s left for what follows:")
+        kept = f", the last {stage.leave:.0f} s kept for what follows" if stage.leave else ""
+        lines.append(f"{stage.at_once} at a time{kept}:")
         for step in stage.steps:
-            command = " ".join(["python", *step.command[1:]]).replace(str(REPOSITORY) + "/", "")
+            command = shlex.join(["python", *step.command[1:]]).replace(str(REPOSITORY) + "/", "")
             lines.append(f"  {step.name}, at most {step.limit:.0f} s: {command}")
     return "\n".join(lines)
 
