@@ -46,9 +46,9 @@ def test_verify_layout_passes_on_one_gpu(byte_corpus):
 
 def test_nothing_is_compiled_after_the_first_step(byte_corpus):
     data = ["--data-path", str(byte_corpus)]
-    launch(
-        "../gpu/run_no_compilation.py", 1, [[*data, "--bf16"], [*data, "--bf16", "--transformer-impl", "local"], data]
-    )
+    recompute = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
+    kinds = (["--bf16"], ["--bf16", *recompute], ["--bf16", "--transformer-impl", "local"], [])
+    launch("../gpu/run_no_compilation.py", 1, [[*data, *kind] for kind in kinds])
 
 
 @pytest.fixture(scope="module")
