@@ -43,7 +43,7 @@ setup(
             "tensorboard",
             "transformers>=4.56",
             # Runs and compiles the GPU's kernel without a GPU; tests of it are skipped where it is missing.
-            "triton>=3.6; platform_system == 'Linux'",
+            "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],
     },
 )
