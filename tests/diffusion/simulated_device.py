@@ -16,14 +16,15 @@ aten = torch.ops.aten
 # Any device but the CPU that torch does not ask its driver about.
 DEVICE = torch.device("meta")
 WAITING = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.bincount, aten._unique2, aten.unique_dim,
-           aten.unique_consecutive, aten.repeat_interleave, aten.equal, aten.is_nonzero}  # fmt: skip
+           aten.unique_consecutive, aten.repeat_interleave, aten.equal, aten.allclose, aten.is_nonzero}  # fmt: skip
+MASKS = {torch.bool, torch.uint8}  # torch reads an index of bytes as a mask, too
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 
 
 def waits_for_values(operation: Any, args: tuple) -> bool:
     """Whether the host has to see values before it can go on."""
-    by_bools = operation in INDEXING and any(index is not None and index.dtype == torch.bool for index in args[1])
-    return by_bools or operation in WAITING
+    by_mask = operation in INDEXING and any(index is not None and index.dtype in MASKS for index in args[1])
+    return by_mask or operation in WAITING
 
 
 class WaitingOperations(TorchDispatchMode):

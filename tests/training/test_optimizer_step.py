@@ -10,12 +10,11 @@ from sedd_megatron.data.tokenizers import ByteTokenizer
 from sedd_megatron.data.windows import open_windows
 from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.parallel.groups import groups_of_this_process
+from tests.diffusion.simulated_device import waits_for_values
 from tests.distributed.layouts import MODEL
 
-# What reads a device's numbers on the host: by its name in Python, and by the operator that it or other code becomes.
+# What reads a device's numbers on the host, by its name in Python; the operators are those of waits_for_values.
 READING_METHODS = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__contains__"}
-READING_OPERATORS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique_consecutive",
-                     "_unique2", "repeat_interleave", "bincount", "allclose"}  # fmt: skip
 
 
 def options_of(*flags: str):
@@ -117,13 +116,8 @@ class Waits(TorchDispatchMode):
         self._methods.__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        # Indexing with a mask first counts it.
-        by_mask = name in ("index", "index_put", "index_put_") and any(
-            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
-        )
-        if name in READING_OPERATORS or by_mask:
-            self.found.append(name)
+        if waits_for_values(func.overloadpacket, args):
+            self.found.append(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
 
 
