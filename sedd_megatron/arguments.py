@@ -285,13 +285,13 @@ def _check_ranges(options: PretrainOptions) -> None:
         f"--ema-interval {training.ema_interval} is above --train-iters {training.train_iters}: the average, by which "
         "models are sampled and evaluated, would stay as it began; lower it",
     )
-    _require(options.training.min_lr <= options.training.lr,
-             f"--min-lr {options.training.min_lr} must not be above --lr {options.training.lr}")  # fmt: skip
-    decay_iters = options.training.lr_decay_iters or options.training.train_iters
-    if options.training.lr_decay_style != "constant":
+    _require(training.min_lr <= training.lr,
+             f"--min-lr {training.min_lr} must not be above --lr {training.lr}")  # fmt: skip
+    decay_iters = training.lr_decay_iters or training.train_iters
+    if training.lr_decay_style != "constant":
         _require(
-            options.training.lr_warmup_iters < decay_iters,
-            f"--lr-warmup-iters {options.training.lr_warmup_iters} must be below the {decay_iters} steps of the decay "
+            training.lr_warmup_iters < decay_iters,
+            f"--lr-warmup-iters {training.lr_warmup_iters} must be below the {decay_iters} steps of the decay "
             "(--lr-decay-iters, or --train-iters)",
         )
 
