@@ -173,7 +173,9 @@ def test_an_answer_keeps_its_tokens_where_one_token_spans_it_and_its_context():
 
 def test_an_answer_without_tokens_is_an_error_that_names_its_document():
     (_, one) = requests("", ("abc", "a"), ("a", ""), task="quiz")
-    with pytest.raises(UserError, match=r"^task quiz, document 1: its answer '' has no token, so that nothing is asked"):
+    with pytest.raises(
+        UserError, match=r"^task quiz, document 1: its answer '' has no token, so that nothing is asked"
+    ):
         harness_model().loglikelihood([one])
 
 
