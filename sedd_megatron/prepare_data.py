@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from sedd_megatron.data.corpus import append_chunks, corpus_path, open_tokens, publish_corpus
-from sedd_megatron.data.digests import digests_path, find_fault
+from sedd_megatron.data.digests import digests_path, find_fault, has_digests
 from sedd_megatron.data.documents import TEXT8_CHARACTERS, DocumentSource, FileSource, Text8Source
 from sedd_megatron.data.encoding import encoded_chunks, token_dtype
 from sedd_megatron.data.hub_datasets import PRESETS, open_dataset
@@ -128,8 +128,8 @@ def check(options: PrepareOptions) -> None:
     """
     if replace(options, check=None) != PrepareOptions():
         raise UserError(f"--check {options.check}: reads a corpus and nothing else; leave all other flags out")
-    tokens = open_tokens(options.check, flag="--check")
-    if not digests_path(options.check).is_file():
+    if not has_digests(options.check):
+        open_tokens(options.check, flag="--check")
         raise UserError(
             f"--check {options.check}: has no {digests_path(options.check).name} beside it, as corpora of 0.6.0 and "
             "of others have none; prepare the data again to have one"
@@ -137,7 +137,8 @@ def check(options: PrepareOptions) -> None:
     fault = find_fault(options.check)
     if fault is not None:
         raise UserError(fault)
-    print(f"{options.check}: its {len(tokens):,} tokens and their index are what was written")
+    num_tokens = len(open_tokens(options.check, flag="--check"))
+    print(f"{options.check}: its {num_tokens:,} tokens and their index are what was written")
 
 
 def _check_unknown(options: PrepareOptions, tokenizer: Tokenizer, extent: Extent, key: str) -> None:

@@ -24,6 +24,11 @@ def digests_path(prefix: str) -> Path:
     return Path(f"{prefix}_digests.json")
 
 
+def has_digests(prefix: str) -> bool:
+    """Whether somebody wrote them."""
+    return os.path.isfile(digests_path(prefix))
+
+
 def write_digests(prefix: str) -> None:
     """Write down what PREFIX.bin and PREFIX.idx are now."""
     digests = {suffix: _describe(Path(f"{prefix}{suffix}")) for suffix in DIGESTED}
@@ -34,17 +39,17 @@ def find_fault(prefix: str) -> str | None:
     """What is wrong with the first file that is not as its digest says, in one line with the way out; None if all are.
 
     Reads both files whole.
-
-    Raises:
-        OSError: a file cannot be read.
     """
     try:
         digests = json.loads(digests_path(prefix).read_text(encoding="utf-8"))
         expected = [(Path(f"{prefix}{suffix}"), digests[suffix]["sha256"]) for suffix in DIGESTED]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"{digests_path(prefix)}: damaged; copy it again, or prepare the data again"
     for path, digest in expected:
-        found = _describe(path)["sha256"]
+        try:
+            found = _describe(path)["sha256"]
+        except OSError as error:
+            return f"{path}: cannot be read ({error.strerror}); mend that, or prepare the data again"
         if found != digest:
             return (
                 f"{path}: is not what was written: its sha256 is {found[:12]}..., must be {digest[:12]}...; copy it "
@@ -71,17 +76,14 @@ class DigestCheck:
         if sys.platform == "linux":  # where a thread has a priority of its own
             os.setpriority(os.PRIO_PROCESS, get_native_id(), LOWEST_PRIORITY)
         for prefix in prefixes:
-            try:
-                self._fault = find_fault(prefix)
-            except OSError as error:
-                self._fault = f"{error.filename}: cannot be read any more ({error.strerror}); mend that"
+            self._fault = find_fault(prefix)
             if self._fault is not None:
                 return
 
 
 def check_in_background(prefixes: Sequence[str]) -> DigestCheck:
     """Begin to check the corpora that have digests; of those that have none it is said, and nothing else."""
-    with_digests = [prefix for prefix in prefixes if digests_path(prefix).is_file()]
+    with_digests = [prefix for prefix in prefixes if has_digests(prefix)]
     for prefix in prefixes:
         if prefix not in with_digests:
             print(f"{prefix}: has no digests, and is used as it is", file=sys.stderr)

@@ -5,6 +5,7 @@ A description is description.json with the tokenizer's type, and the model files
 
 import io
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -247,7 +248,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         UserError: there is no folder, or a file of it is missing or unreadable.
     """
     path = directory / DESCRIPTION
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, of any name
         raise UserError(
             f"{path}: no tokenizer there; prepare the data with sedd_megatron.prepare_data, or give --tokenizer-type"
         )
@@ -275,6 +276,6 @@ def _cut(line: str) -> Iterator[str]:
 def _required_file(tokenizer_type: str, flag: str, value: str | None) -> Path:
     if value is None:
         raise UserError(f"--tokenizer-type {tokenizer_type} needs {flag}: the file of a trained tokenizer")
-    if not Path(value).is_file():
+    if not os.path.isfile(value):
         raise UserError(f"{flag} {value}: no such file; {tokenizer_type} needs one")
     return Path(value)
