@@ -129,7 +129,7 @@ def _texts_of_files(options: EvaluateOptions) -> list[str]:
     values = (value for value in source.values(options.json_key) if value is not None)
     texts = list(islice(values, options.max_documents))
     if source.num_nulls and is_first_rank():
-        print(f"left out {source.num_nulls:,} documents with null at key {options.json_key!r}")
+        print(f"left out {source.num_nulls:,} documents with null at key {options.json_key!r}", file=sys.stderr)
     return texts
 
 

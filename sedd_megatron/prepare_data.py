@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sys
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -187,7 +188,7 @@ def check_and_open(options: PrepareOptions) -> tuple[PrepareOptions, DocumentSou
     Raises:
         UserError: flags that do not belong together, or a source that is not there.
     """
-    if options.dataset in PRESETS and not Path(options.dataset).exists():
+    if options.dataset in PRESETS and not os.path.exists(options.dataset):
         options = replace(options, preset=options.preset or options.dataset, dataset=None)
     is_text8 = options.preset == "text8"
     if is_text8 and options.tokenizer_type is None:
@@ -259,7 +260,7 @@ def make_tokenizer(options: PrepareOptions, source: DocumentSource | TokenSource
     model = options.tokenizer_model
     if options.preset == "text8":
         return CharTokenizer(TEXT8_CHARACTERS)
-    if model is not None and (Path(model) / DESCRIPTION).is_file():
+    if model is not None and os.path.isfile(Path(model) / DESCRIPTION):
         tokenizer = load_tokenizer(Path(model))
         if tokenizer.tokenizer_type != options.tokenizer_type:
             raise UserError(
@@ -285,8 +286,8 @@ def digest_of(options: PrepareOptions, source: DocumentSource | TokenSource) -> 
     """Of all that decides the bytes: parts of one digest may be joined, and no others."""
     files = {}
     for name in filter(None, (options.tokenizer_model, options.vocab_file, options.merge_file)):
-        paths = sorted(Path(name).iterdir()) if Path(name).is_dir() else [Path(name)]
-        files[name] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()]
+        paths = sorted(Path(name).iterdir()) if os.path.isdir(name) else [Path(name)]
+        files[name] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if os.path.isfile(path)]
     decisive = {
         "source": source.identity(),
         "options": [options.json_keys, options.tokenizer_type, options.preset, options.train_tokenizer,

@@ -1,8 +1,8 @@
 """Files that texts come from: those of a folder, packed ones, and whether a file is a text or has one in each line.
 
 What a file holds is told by its content. It is line-delimited JSON if each of its first lines is a JSON object, and by
-the suffixes .jsonl and .ndjson. If more than half of them begin with a brace all the same, or all of it is one JSON
-value, it is refused, for nobody trains on braces: --input-format says what it is.
+the suffixes .jsonl and .ndjson. If more than half of them begin with a brace all the same, or it begins with an object
+over several lines or is a list, it is refused, for nobody means to train on braces: --input-format says what it is.
 """
 
 import bz2
@@ -177,7 +177,7 @@ def _has_json_lines(file: InputFile) -> bool:
             "is to be one in each line, text to train on it as it stands"
         )
     is_suspect = first in (b"{", b"[") and file.suffix not in SOURCE_SUFFIXES
-    if file.suffix == ".json" or (is_suspect and _is_json(file)):
+    if file.suffix == ".json" or (is_suspect and _begins_with_json(file)):
         raise UserError(
             f"{file.where}: is JSON, but not one object in each line; write it so (jq -c '.[]' for a list), or give "
             "--input-format text to train on it as it stands"
@@ -185,13 +185,15 @@ def _has_json_lines(file: InputFile) -> bool:
     return False
 
 
-def _is_json(file: InputFile) -> bool:
+def _begins_with_json(file: InputFile) -> bool:
+    """Whether it begins with an object that is not empty, or is one list."""
     with file.open() as (content, _):
         try:
-            json.loads(content.read().decode("utf-8-sig"))
+            text = content.read().decode("utf-8-sig").strip()
+            value, end = json.JSONDecoder().raw_decode(text)
         except (ValueError, RecursionError):
             return False
-    return True
+    return bool(value) and (isinstance(value, dict) or end == len(text))
 
 
 def _folder_files(folder: Path, flag: str, input_format: str | None) -> list[InputFile]:

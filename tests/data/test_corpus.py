@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sedd_megatron import prepare_data
 from sedd_megatron.data.corpus import corpus_path, open_tokens, unigram_entropy, write_corpus
 from sedd_megatron.data.documents import FileSource
 from sedd_megatron.data.input_files import InputFile, input_files
@@ -183,6 +184,31 @@ def test_command_takes_a_hub_name_from_the_cache(tmp_path, hugging_face_folder):
     assert done.returncode == 2
     assert done.stderr.startswith("error: --tokenizer-model group/unknown: neither a folder")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "text"),
+    [
+        ("--input", "no such file or folder"),
+        ("--tokenizer-model", "no such file"),
+        ("--output-prefix", "File name too long; give another path"),
+        ("--check", "no file "),
+        ("--dataset", "cannot be opened"),
+    ],
+)
+@pytest.mark.parametrize("name", ["x" * 5000, "x/" * 3000 + "x"])
+def test_names_that_no_file_can_have_are_one_line(tmp_path, monkeypatch, flag, name, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ok.txt").write_text("fine")
+    flags = {"--input": "ok.txt", "--output-prefix": "p", "--tokenizer-type": "SentencePieceTokenizer"}
+    if flag == "--dataset":
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        del flags["--input"]
+    flags = {flag: name} if flag == "--check" else flags | {flag: name}
+    monkeypatch.setattr(sys, "argv", ["prepare_data", *(word for pair in flags.items() for word in pair)])
+    with pytest.raises(UserError, match=text) as error:
+        prepare_data.main()
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -93,8 +93,14 @@ def test_a_text_of_braces_is_refused_with_the_flag_that_says_what_it_is(tmp_path
     ("name", "value"),
     [("a.json", [{"text": "x"}, {"text": "y"}]), ("a.txt", {"text": ["x"], "b": 1}), ("a", [1]), ("a.json", "x")],
 )
-def test_json_that_is_one_value_is_refused(tmp_path, name, value):
+def test_json_that_is_not_one_object_a_line_is_refused(tmp_path, name, value):
     path = written(tmp_path, name, json.dumps(value, indent=1) + "\n")
+    assert_refused_as_json(path)
+    if isinstance(value, dict):
+        assert_refused_as_json(written(tmp_path, name, 2 * path.read_bytes()))
+
+
+def assert_refused_as_json(path: Path) -> None:
     assert f"--input {path}: is JSON, but not one object in each line; write it so (jq -c" in refusal_of(path)
     assert texts_in(path, input_format="text") == [path.read_text()]
 
