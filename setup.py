@@ -28,11 +28,13 @@ setup(
     extras_require={
         # parallel/groups.py says why torch has to be newer there
         "gpu": ["torch>=2.11", "transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
-        "data": ["datasets>=4"],  # from 4 on it runs no code of a dataset
+        # datasets from 4 on runs no code of a dataset
+        "data": ["datasets>=4", "backports.zstd; python_version < '3.14'"],
         "harness": ["lm_eval>=0.4.13"],
         "log": ["tensorboard"],
         "quality": ["transformers>=4.56", "mauve-text>=0.4"],
         "test": [
+            "backports.zstd; python_version < '3.14'",
             "datasets>=4",
             "lm_eval>=0.4.13",
             "mauve-text>=0.4",

@@ -227,7 +227,8 @@ def weighted_corpora(data: DataOptions) -> list[WeightedCorpus]:
     corpora = []
     for text, prefix in zip(values[::2], values[1::2], strict=True):
         try:
-            weight = Fraction(text)
+            # A float first: a fraction would have all the digits of 1e99999999.
+            weight = Fraction(text) if "/" in text or 0 < float(text) < math.inf else Fraction(0)
         except (ValueError, ZeroDivisionError):
             weight = Fraction(0)
         _require(weight > 0, f"--data-path {text} {prefix}: the weight {text} must be a number above 0; {example}")

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sedd_megatron.config import LayoutOptions, ParallelOptions, PrecisionOptions
-from sedd_megatron.data.documents import FileSource, input_files
+from sedd_megatron.data.documents import FileSource
+from sedd_megatron.data.input_files import INPUT_FORMATS, input_files
 from sedd_megatron.diffusion.graph import find_for_graph
 from sedd_megatron.diffusion.integration import INTEGRATIONS
 from sedd_megatron.errors import UserError, run_command
@@ -38,7 +39,10 @@ class EvaluateOptions:
 
     load: str = option(MISSING, "folder that training saved to, one iter_* folder in it, or a published model")
     data: tuple[str, ...] | None = option(
-        None, "text files (a document each), .jsonl files (one a line), or folders of them"
+        None, "text files (a document each), files with a JSON object in each line (one a line), or folders of them"
+    )
+    input_format: str | None = option(
+        None, "what the files are, each a text or lines of JSON; told by their content if not given", INPUT_FORMATS
     )
     corpora: tuple[str, ...] | None = option(
         None,
@@ -46,7 +50,7 @@ class EvaluateOptions:
         choices=tuple(CORPORA),
     )
     data_dir: str | None = option(None, "folder with the corpora's files; without it they are fetched")
-    json_key: str = option("text", "key of the .jsonl lines")
+    json_key: str = option("text", "key of the lines' objects")
     max_documents: int | None = option(None, "only this many, from the first on")
     windowing: str = option("concatenate", "how documents become windows of the trained length", choices=WINDOWINGS)
     mc_samples: int = option(1000, "random draws per window, stratified")
@@ -121,11 +125,12 @@ def _texts(options: EvaluateOptions) -> dict[str, list[str]]:
 
 
 def _texts_of_files(options: EvaluateOptions) -> list[str]:
-    try:
-        return list(islice(FileSource(input_files(options.data)).texts(options.json_key), options.max_documents))
-    except UserError as error:
-        # Files are named as prepare_data's flag names them.
-        raise UserError(str(error).replace("--input", "--data", 1)) from error
+    source = FileSource(input_files(options.data, "--data", options.input_format), key_flag="--json-key")
+    values = (value for value in source.values(options.json_key) if value is not None)
+    texts = list(islice(values, options.max_documents))
+    if source.num_nulls and is_first_rank():
+        print(f"left out {source.num_nulls:,} documents with null at key {options.json_key!r}", file=sys.stderr)
+    return texts
 
 
 def report(name: str, units: "Sequence[UnitBound]", texts: Sequence[str], options: EvaluateOptions) -> str:
@@ -178,6 +183,8 @@ def _bound_units(
 def _check(options: EvaluateOptions) -> None:
     if (options.data is None) == (options.corpora is None):
         raise UserError("give --data FILES or --corpora NAMES, one of the two")
+    if options.data is None and options.input_format is not None:
+        raise UserError(f"--input-format {options.input_format}: belongs to --data; leave it out")
     rules = (
         ("mc_samples", options.mc_samples >= 2 and options.mc_samples % 2 == 0, "must be even and at least 2"),
         ("batch_size", options.batch_size >= 1, "must be at least 1"),

@@ -127,10 +127,18 @@ class HarnessModel(LM):
         """Of each (context, continuation): the log-likelihood in nats, and whether greedy decoding gives it.
 
         Under the uniform graph, which has no greedy order, and without `greedy` the second is False.
+
+        Raises:
+            UserError: a continuation without tokens, by its task and document.
         """
         questions = []
         for request in requests:
             context, continuation = self._encode_pair(*request.args)
+            if not continuation:
+                raise UserError(
+                    f"task {request.task_name}, document {request.doc_id}: its answer {request.args[1]!r} has no "
+                    "token, so that nothing is asked; mend the task, or leave the document out"
+                )
             questions.append(Question(draws_of(request), (*context, *continuation), len(context)))
         if self.absorbing:
             nats = [-bound for bound in self._bounds(questions)]
@@ -181,13 +189,20 @@ class HarnessModel(LM):
         return self._remember("generate_until", requests, answers)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokens of both, by the harness's convention: spaces between them belong to the continuation, and tokens are
+        """Tokens of both, by the harness's convention: blanks between them belong to the continuation, and tokens are
         those of the whole.
+
+        Where the whole does not begin with the context's tokens, as when one of its tokens spans both, the continuation
+        has the tokens of its own text: all answers to a question meet the same context.
         """
-        stem = context.rstrip()
-        whole = self.model.tokenizer.encode(context + continuation)
-        num_given = len(self.model.tokenizer.encode(stem)) if stem else 0
-        return whole[:num_given], whole[num_given:]
+        tokenizer, stem = self.model.tokenizer, context.rstrip()
+        continuation = context[len(stem) :] + continuation
+        if not stem:
+            return [], tokenizer.encode(continuation)
+        given, whole = tokenizer.encode(stem), tokenizer.encode(stem + continuation)
+        if whole[: len(given)] == given:
+            return given, whole[len(given) :]
+        return given, tokenizer.encode_inside(continuation)
 
     @cached_property
     def _estimator(self) -> "BoundEstimator":

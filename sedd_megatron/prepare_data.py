@@ -2,17 +2,21 @@
 
 import hashlib
 import json
+import os
 import sys
-from dataclasses import MISSING, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from sedd_megatron.data.corpus import append_texts, corpus_path, publish_corpus
-from sedd_megatron.data.documents import TEXT8_CHARACTERS, DocumentSource, FileSource, Text8Source, input_files
-from sedd_megatron.data.encoding import token_dtype
+from sedd_megatron.data.corpus import append_chunks, corpus_path, open_tokens, publish_corpus
+from sedd_megatron.data.digests import digests_path, find_fault, has_digests
+from sedd_megatron.data.documents import TEXT8_CHARACTERS, DocumentSource, FileSource, Text8Source
+from sedd_megatron.data.encoding import encoded_chunks, token_dtype
 from sedd_megatron.data.hub_datasets import PRESETS, open_dataset
-from sedd_megatron.data.parts import PartialCorpus, kept_tokenizer, parts_folder
+from sedd_megatron.data.input_files import INPUT_FORMATS, input_files
+from sedd_megatron.data.parts import Extent, PartialCorpus, kept_tokenizer, parts_folder
 from sedd_megatron.data.progress import Progress
+from sedd_megatron.data.token_files import INPUT_DTYPES, TokenSource
 from sedd_megatron.data.tokenizer_folder import DESCRIPTION
 from sedd_megatron.data.tokenizers import (
     TOKENIZER_TYPES,
@@ -30,9 +34,16 @@ from sedd_megatron.options import option, parse_options
 class PrepareOptions:
     """Preparation"""
 
-    output_prefix: str = option(MISSING, "writes PREFIX_text_document.bin and .idx")
+    output_prefix: str | None = option(None, "writes PREFIX_text_document.bin and .idx; required")
     tokenizer_type: str | None = option(None, "how text becomes tokens; required", choices=TOKENIZER_TYPES)
-    input: tuple[str, ...] | None = option(None, "text files, .jsonl files, or folders of them")
+    input: tuple[str, ...] | None = option(
+        None,
+        "text files, files with a JSON object in each line, or folders of them; gzip, bzip2, zstd; - is standard input",
+    )
+    input_format: str | None = option(
+        None, "what the files are, each a text or lines of JSON; told by their content if not given", INPUT_FORMATS
+    )
+    input_dtype: str | None = option(None, "the files are bare tokens of this type, as nanoGPT's are", INPUT_DTYPES)
     dataset: str | None = option(None, "instead of --input: a dataset of the hub, a folder of one, or a preset's name")
     preset: str | None = option(None, "known data; text8 may come from --input", choices=tuple(PRESETS))
     dataset_config: str | None = option(None, "the dataset's configuration")
@@ -49,9 +60,16 @@ class PrepareOptions:
     train_tokenizer: bool = option(False, "train the SentencePiece model on the input")
     vocab_size: int = option(8192, "its number of tokens")
     append_eod: bool = option(False, "end each document with the tokenizer's end-of-document token")
+    allow_special_tokens: bool = option(
+        False, "names of the tokenizer's special tokens in a text, as </s>, become these tokens; else they are text"
+    )
+    max_unknown_share: float = option(0.01, "share of the tokens that may be unknown to the tokenizer")
     workers: int = option(1, "processes that tokenize; the files are the same for any number")
     resume: bool = option(True, "go on from the last finished part of the same command if it was broken off")
     part_megabytes: int = option(64, "text of a part: what a broken preparation loses at most")
+    check: str | None = option(
+        None, "nothing but this: are PREFIX.bin and .idx, PREFIX as for --data-path, what was written"
+    )
 
 
 def main() -> None:
@@ -76,67 +94,108 @@ def prepare(options: PrepareOptions) -> None:
         UserError: input that is missing, damaged or does not fit the flags.
         OSError: a file or folder that cannot be read or written.
     """
+    if options.check is not None:
+        check(options)
+        return
     options, source = check_and_open(options)
     prefix = Path(options.output_prefix)
     with parts_folder(prefix.parent / f".{prefix.name}.parts", digest_of(options, source), options.resume) as folder:
         tokenizer = kept_tokenizer(folder, lambda: make_tokenizer(options, source))
         if options.append_eod and tokenizer.eod_id is None:
             raise UserError(f"--append-eod: {options.tokenizer_type} has no end-of-document token; leave the flag out")
-        rates = [write_parts(options, source, tokenizer, folder, key) for key in options.json_keys]
-        for key, rate in zip(options.json_keys, rates, strict=True):
+        if options.allow_special_tokens and not tokenizer.special_tokens:
+            raise UserError(f"--allow-special-tokens: {options.tokenizer_type} has none; leave the flag out")
+        written = [write_parts(options, source, tokenizer, folder, key) for key in options.json_keys]
+        for key, (extent, _) in zip(options.json_keys, written, strict=True):
+            _check_unknown(options, tokenizer, extent, key)
+        for key, (extent, rate) in zip(options.json_keys, written, strict=True):
             final = corpus_path(prefix, key)
             stats = publish_corpus(folder / final.name, tokenizer, final)
+            unknown = ""
+            if tokenizer.unknown_id is not None:
+                unknown = f"{extent.num_unknown:,} of them unknown ({extent.num_unknown / stats.num_tokens:.2%}), "
             print(
-                f"{stats.num_documents:,} documents, {stats.num_tokens:,} tokens of {tokenizer.num_tokens:,}, "
+                f"{stats.num_documents:,} documents, {stats.num_tokens:,} tokens of {tokenizer.num_tokens:,}, {unknown}"
                 f"unigram entropy {stats.unigram_entropy_nats:.3f} nats per token, {rate}\n--data-path {final}"
                 + (" --split 90,5,5" if options.preset == "text8" else "")
             )
 
 
-def write_parts(options: PrepareOptions, source: DocumentSource, tokenizer: Tokenizer, folder: Path, key: str) -> str:
-    """Tokenize what the finished parts of a key do not have yet; returns the rates."""
+def check(options: PrepareOptions) -> None:
+    """Say that the corpus --check is what was written.
+
+    Raises:
+        UserError: it is not, nobody wrote down what it was, or there are other flags.
+    """
+    if replace(options, check=None) != PrepareOptions():
+        raise UserError(f"--check {options.check}: reads a corpus and nothing else; leave all other flags out")
+    if not has_digests(options.check):
+        open_tokens(options.check, flag="--check")
+        raise UserError(
+            f"--check {options.check}: has no {digests_path(options.check).name} beside it, as corpora of 0.6.0 and "
+            "of others have none; prepare the data again to have one"
+        )
+    fault = find_fault(options.check)
+    if fault is not None:
+        raise UserError(fault)
+    num_tokens = len(open_tokens(options.check, flag="--check"))
+    print(f"{options.check}: its {num_tokens:,} tokens and their index are what was written")
+
+
+def _check_unknown(options: PrepareOptions, tokenizer: Tokenizer, extent: Extent, key: str) -> None:
+    share = extent.num_unknown / max(extent.num_tokens, 1)
+    if share > options.max_unknown_share:
+        raise UserError(
+            f"--max-unknown-share {options.max_unknown_share}: of the {extent.num_tokens:,} tokens at key {key!r} "
+            f"{share:.2%} are unknown to this {tokenizer.tokenizer_type}; give one that fits the text and --no-resume, "
+            "or raise the share"
+        )
+
+
+def write_parts(
+    options: PrepareOptions, source: DocumentSource | TokenSource, tokenizer: Tokenizer, folder: Path, key: str
+) -> tuple[Extent, str]:
+    """Tokenize what the finished parts of a key do not have yet; returns what there is now, and the rates."""
     partial = folder / corpus_path(Path(options.output_prefix), key).name
-    begin = PartialCorpus.finished_extent(partial, token_dtype(tokenizer.num_tokens))
+    dtype = token_dtype(tokenizer.num_tokens)
+    begin = PartialCorpus.finished_extent(partial, dtype)
     if begin.num_texts:
         print(f"going on after {begin.num_documents:,} documents of an earlier run (--no-resume starts anew)")
-    progress = Progress(source, begin)
-    try:
-        end = append_texts(
+    if isinstance(source, TokenSource):
+        chunks = source.chunks(tokenizer, begin.num_tokens)
+    else:
+        chunks = encoded_chunks(
             source.texts(key, begin.num_texts),
             tokenizer,
-            partial,
-            append_eod=options.append_eod,
-            workers=options.workers,
-            tokenizer_folder=folder / "tokenizer",
-            part_bytes=options.part_megabytes * 1_000_000,
-            on_progress=progress,
+            options.append_eod,
+            options.workers,
+            folder / "tokenizer",
+            options.allow_special_tokens,
         )
+    progress = Progress(source, begin)
+    try:
+        end = append_chunks(chunks, dtype, partial, part_bytes=options.part_megabytes * 1_000_000, on_progress=progress)
     finally:
         progress.close()
-    return progress.rates(end)
+    if source.num_nulls:
+        print(f"left out {source.num_nulls:,} documents with null at key {key!r}")
+    return end, progress.rates(end)
 
 
-def check_and_open(options: PrepareOptions) -> tuple[PrepareOptions, DocumentSource]:
+def check_and_open(options: PrepareOptions) -> tuple[PrepareOptions, DocumentSource | TokenSource]:
     """The options with what a preset means filled in, and where their texts come from.
 
     Raises:
         UserError: flags that do not belong together, or a source that is not there.
     """
-    if options.dataset in PRESETS and not Path(options.dataset).exists():
+    if options.dataset in PRESETS and not os.path.exists(options.dataset):
         options = replace(options, preset=options.preset or options.dataset, dataset=None)
     is_text8 = options.preset == "text8"
     if is_text8 and options.tokenizer_type is None:
         options = replace(options, tokenizer_type=CharTokenizer.tokenizer_type)
     _check_flags(options, is_text8)
     if options.input is not None:
-        files = input_files(options.input)
-        plain = [path for path in files if path.suffix != ".jsonl"]
-        keys = " ".join(options.json_keys)
-        if plain and keys != "text":
-            raise UserError(
-                f"--json-keys {keys}: {plain[0]} has no keys; leave the flag out, or give .jsonl files alone"
-            )
-        source: DocumentSource = FileSource(files)
+        source = _open_input(options)
     else:
         preset = PRESETS.get(options.preset or "")
         name = options.dataset or preset.name
@@ -146,10 +205,26 @@ def check_and_open(options: PrepareOptions) -> tuple[PrepareOptions, DocumentSou
     return options, Text8Source(source) if is_text8 else source
 
 
+def _open_input(options: PrepareOptions) -> FileSource | TokenSource:
+    folder = Path(options.output_prefix).parent
+    if options.input_dtype is not None:
+        return TokenSource(input_files(options.input, input_format="text", spool_folder=folder), options.input_dtype)
+    files = input_files(options.input, input_format=options.input_format, spool_folder=folder)
+    plain = [file.path for file in files if not file.is_json_lines]
+    keys = " ".join(options.json_keys)
+    if plain and keys != "text":
+        raise UserError(
+            f"--json-keys {keys}: {plain[0]} has no keys; leave the flag out, or give files of JSON lines alone"
+        )
+    return FileSource(files)
+
+
 def _check_flags(options: PrepareOptions, is_text8: bool) -> None:
     given = [flag for flag, value in (("--input", options.input), ("--dataset", options.dataset)) if value is not None]
     rules = [
         (len(given) < 2, "--input and --dataset: give one of them"),
+        (options.output_prefix is not None, "missing --output-prefix: required; --help explains"),
+        (bool(options.output_prefix), "--output-prefix: is empty; give the beginning of the files' names"),
         (given or options.preset, "missing --input, --dataset or --preset: one is required; --help explains"),
         (not given or options.preset in (None, "text8"),
          f"--preset {options.preset}: comes from the hub; leave {' '.join(given)} out"),
@@ -161,6 +236,14 @@ def _check_flags(options: PrepareOptions, is_text8: bool) -> None:
         (not is_text8 or options.json_keys == ("text",), "--json-keys: text8 has one text; leave the flag out"),
         (len(set(options.json_keys)) == len(options.json_keys),
          f"--json-keys {' '.join(options.json_keys)}: names a key twice; name each once"),
+        (options.input is not None or (options.input_format is None and options.input_dtype is None),
+         "--input-format and --input-dtype belong to --input; leave them out"),
+        (0 <= options.max_unknown_share <= 1,
+         f"--max-unknown-share {options.max_unknown_share} must be from 0 to 1"),
+        (options.input_dtype is None or not (options.append_eod or options.allow_special_tokens or options.input_format
+                                             or options.json_keys != ("text",)),
+         "--input-dtype: bare tokens are taken as they are; leave --append-eod, --allow-special-tokens, --input-format "
+         "and --json-keys out"),
         (options.workers >= 1, f"--workers {options.workers} must be at least 1"),
         (options.part_megabytes >= 1, f"--part-megabytes {options.part_megabytes} must be at least 1"),
         (not options.train_tokenizer or options.tokenizer_type == SentencePieceTokenizer.tokenizer_type,
@@ -172,18 +255,25 @@ def _check_flags(options: PrepareOptions, is_text8: bool) -> None:
             raise UserError(message)
 
 
-def make_tokenizer(options: PrepareOptions, source: DocumentSource) -> Tokenizer:
+def make_tokenizer(options: PrepareOptions, source: DocumentSource | TokenSource) -> Tokenizer:
     """The tokenizer that the flags ask for, learnt from the texts where it has to be."""
     model = options.tokenizer_model
     if options.preset == "text8":
         return CharTokenizer(TEXT8_CHARACTERS)
-    if model is not None and (Path(model) / DESCRIPTION).is_file():
+    if model is not None and os.path.isfile(Path(model) / DESCRIPTION):
         tokenizer = load_tokenizer(Path(model))
         if tokenizer.tokenizer_type != options.tokenizer_type:
             raise UserError(
                 f"--tokenizer-type {options.tokenizer_type}: {model} holds a {tokenizer.tokenizer_type}; name that one"
             )
         return tokenizer
+    if isinstance(source, TokenSource):
+        if options.train_tokenizer or options.tokenizer_type == CharTokenizer.tokenizer_type:
+            raise UserError(
+                f"--input-dtype {options.input_dtype}: there is no text to learn a tokenizer from; give "
+                "--tokenizer-model FOLDER_tokenizer of the corpus that the tokens are of"
+            )
+        return build_tokenizer(options.tokenizer_type, model, options.vocab_file, options.merge_file)
     texts = (text for key in options.json_keys for text in source.texts(key))
     if options.train_tokenizer:
         return SentencePieceTokenizer.train(texts, options.vocab_size)
@@ -192,16 +282,16 @@ def make_tokenizer(options: PrepareOptions, source: DocumentSource) -> Tokenizer
     return build_tokenizer(options.tokenizer_type, model, options.vocab_file, options.merge_file)
 
 
-def digest_of(options: PrepareOptions, source: DocumentSource) -> str:
+def digest_of(options: PrepareOptions, source: DocumentSource | TokenSource) -> str:
     """Of all that decides the bytes: parts of one digest may be joined, and no others."""
     files = {}
     for name in filter(None, (options.tokenizer_model, options.vocab_file, options.merge_file)):
-        paths = sorted(Path(name).iterdir()) if Path(name).is_dir() else [Path(name)]
-        files[name] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()]
+        paths = sorted(Path(name).iterdir()) if os.path.isdir(name) else [Path(name)]
+        files[name] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if os.path.isfile(path)]
     decisive = {
         "source": source.identity(),
         "options": [options.json_keys, options.tokenizer_type, options.preset, options.train_tokenizer,
-                    options.vocab_size, options.append_eod],
+                    options.vocab_size, options.append_eod, options.allow_special_tokens],
         "tokenizer files": files,
         "libraries": [version("sentencepiece"), version("tokenizers")],
     }  # fmt: skip

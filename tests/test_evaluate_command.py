@@ -79,6 +79,25 @@ def test_corpora_by_name(trained, tmp_path):
     assert said.endswith("published perplexities are per token of GPT-2's 50,257, and this model has 256\n")
 
 
+def test_data_is_read_for_what_it_holds(tmp_path, capsys):
+    path = tmp_path / "x.json"
+    path.write_text('{"text": "one", "n": 1}\n{"text": null}\n{"text": "two"}\n')
+
+    def texts(**change) -> list[str]:
+        return evaluate._texts_of_files(evaluate.EvaluateOptions(load="x", data=(str(path),), **change))
+
+    assert texts() == ["one", "two"]
+    assert capsys.readouterr().err == "left out 1 documents with null at key 'text'\n"
+    assert texts(max_documents=1) == ["one"]
+    assert texts(input_format="text") == [path.read_text()]
+    with pytest.raises(UserError) as error:
+        texts(json_key="body")
+    assert str(error.value) == f"--data {path} line 1: no text at key 'body'; name the right one with --json-key"
+    path.write_text('{\n"text": "one"\n}\n')
+    with pytest.raises(UserError, match=r"^--data \S+x.json: is JSON, but not one object in each line; write it so"):
+        texts()
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -89,6 +108,8 @@ def test_corpora_by_name(trained, tmp_path):
             ["--data", "x", "--output", "/dev/null/x"],
             "--output /dev/null/x: cannot be written (File exists); name another file",
         ),
+        (["--corpora", "ptb", "--input-format", "text"], "--input-format text: belongs to --data; leave it out"),
+        (["--data", ""], "--data : no such file or folder; check the path"),
         (["--data", "nowhere.txt"], "--data nowhere.txt: no such file or folder; check the path"),
     ],
 )

@@ -7,10 +7,12 @@ from functools import cached_property
 from types import SimpleNamespace
 
 import pytest
+import tokenizers as hf
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
+from sedd_megatron.data.library_tokenizers import HuggingFaceTokenizer
 from sedd_megatron.data.tokenizers import CharTokenizer
 from sedd_megatron.diffusion.score_reader import score_fn_of
 from sedd_megatron.errors import UserError
@@ -147,7 +149,34 @@ def test_spaces_between_context_and_continuation_belong_to_the_continuation():
     model = HarnessModel(dataclasses.replace(model.model, tokenizer=CharTokenizer("ab ")), model.options)
     assert model._encode_pair("ab ", "b") == ([0, 1], [2, 1])
     assert model._encode_pair(" ", "b") == ([], [2, 1])
-    assert model._encode_pair("a", "") == ([0], [])
+
+
+def spanning_model(**options) -> HarnessModel:
+    """The toy's three tokens are Ans, wer and Answer, which spans a context Ans and its answer wer."""
+    words = hf.Tokenizer(hf.models.WordLevel({"Ans": 0, "wer": 1, "Answer": 2}))
+    words.pre_tokenizer = hf.pre_tokenizers.Split(hf.Regex("Answer|Ans|wer"), "isolated")
+    tokenizer = HuggingFaceTokenizer(words, None)
+    assert tokenizer.encode("AnswerAns") == [2, 0]
+    model = harness_model(**options)
+    return HarnessModel(dataclasses.replace(model.model, tokenizer=tokenizer), model.options, None, model.time_eps)
+
+
+def test_an_answer_keeps_its_tokens_where_one_token_spans_it_and_its_context():
+    model = spanning_model(mc_samples=8, time_eps=1e-3)
+    answers = model.loglikelihood(requests("", *((2 * "wer" + "Ans", answer) for answer in ("wer", "Ans", "Answer"))))
+    # The last three tokens count: of wer, Ans and each answer.
+    expected = conditional_law({0: 1, 1: 0})[1, 0]
+    found = torch.tensor([nats for nats, _ in answers]).exp()
+    torch.testing.assert_close(found, expected[[1, 0, 2]].float(), rtol=0.01, atol=0)
+    assert [is_greedy for _, is_greedy in answers] == [bool(expected[token] == expected.max()) for token in (1, 0, 2)]
+
+
+def test_an_answer_without_tokens_is_an_error_that_names_its_document():
+    (_, one) = requests("", ("abc", "a"), ("a", ""), task="quiz")
+    with pytest.raises(
+        UserError, match=r"^task quiz, document 1: its answer '' has no token, so that nothing is asked"
+    ):
+        harness_model().loglikelihood([one])
 
 
 def test_texts_follow_the_law_given_the_context():

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sedd_megatron.data.encoding import encoded_chunks, token_dtype
+from sedd_megatron.data.digests import write_digests
+from sedd_megatron.data.encoding import EncodedChunk, encoded_chunks, token_dtype
 from sedd_megatron.data.parts import Extent, PartialCorpus
 from sedd_megatron.data.tokenizer_folder import replace_folder
 from sedd_megatron.data.tokenizers import Tokenizer
@@ -20,6 +21,7 @@ from sedd_megatron.errors import UserError
 # Megatron's .idx file: magic, version 1, dtype code, number of sequences, number of documents + 1 (indexed_dataset.py).
 INDEX_HEADER = struct.Struct("<9sQBQQ")
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
+INDEX_BLOCK = 1 << 22
 INDEX_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 
 
@@ -34,8 +36,9 @@ class CorpusStats:
 
 
 def corpus_path(prefix: Path, key: str = "text") -> Path:
-    """What --data-path has to be for the corpus that `write_corpus` writes."""
-    return prefix.parent / f"{prefix.name}_{key}_document"
+    """What --data-path has to be for the corpus that `write_corpus` writes; % and / of a key become %25 and %2F."""
+    name = key.replace("%", "%25").replace("/", "%2F").replace("\0", "%00")
+    return prefix.parent / f"{prefix.name}_{name}_document"
 
 
 def write_corpus(
@@ -50,33 +53,31 @@ def write_corpus(
     final.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent) as folder:
         partial = Path(folder) / final.name
-        append_texts(texts, tokenizer, partial, append_eod=append_eod)
+        append_chunks(encoded_chunks(texts, tokenizer, append_eod), token_dtype(tokenizer.num_tokens), partial)
         return publish_corpus(partial, tokenizer, final)
 
 
-def append_texts(
-    texts: Iterable[str],
-    tokenizer: Tokenizer,
+def append_chunks(
+    chunks: Iterable[EncodedChunk],
+    dtype: type[np.integer],
     partial: Path,
     *,
-    append_eod: bool = False,
-    workers: int = 1,
-    tokenizer_folder: Path | None = None,
     part_bytes: int | None = None,
     on_progress: Callable[[Extent], None] | None = None,
 ) -> Extent:
     """Write tokens behind the finished parts of PARTIAL, as one more part or in parts of `part_bytes` of text.
 
     Args:
-        texts: those that the finished parts do not have yet.
+        chunks: those that the finished parts do not have yet.
+        dtype: of the corpus' tokens.
         on_progress: called after each chunk with what there is now.
 
     Returns:
         What there is at the end.
     """
-    corpus = PartialCorpus(partial, token_dtype(tokenizer.num_tokens))
+    corpus = PartialCorpus(partial, dtype)
     try:
-        for chunk in encoded_chunks(texts, tokenizer, append_eod, workers, tokenizer_folder):
+        for chunk in chunks:
             corpus.append(chunk)
             if part_bytes is not None and corpus.extent.num_bytes - corpus.finished.num_bytes >= part_bytes:
                 corpus.finish_part()
@@ -109,6 +110,7 @@ def publish_corpus(partial: Path, tokenizer: Tokenizer, final: Path) -> CorpusSt
     Path(f"{partial}_stats.json").write_text(json.dumps(asdict(stats), indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(f"{partial}_tokenizer", ignore_errors=True)
     tokenizer.save(Path(f"{partial}_tokenizer"))
+    write_digests(str(partial))
     _publish(partial, final)
     return stats
 
@@ -119,31 +121,19 @@ def unigram_entropy(counts: np.ndarray) -> float:
     return float((frequencies * np.log(1 / frequencies)).sum()) if len(frequencies) else 0.0
 
 
-def open_tokens(data_path: str) -> np.memmap:
-    """All tokens of a .bin/.idx pair as one read-only array in the order of the documents.
+def open_tokens(data_path: str, flag: str = "--data-path") -> np.memmap:
+    """All tokens of a .bin/.idx pair, which `flag` names, as one read-only array in the order of the documents.
 
     Raises:
         UserError: a file is missing, foreign or damaged; named.
     """
     index, tokens = Path(f"{data_path}.idx"), Path(f"{data_path}.bin")
     for path in (index, tokens):
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path.is_file, of any name
             raise UserError(
-                f"--data-path {data_path}: no file {path}; give the prefix that sedd_megatron.prepare_data printed"
+                f"{flag} {data_path}: no file {path}; give the prefix that sedd_megatron.prepare_data printed"
             )
-    with index.open("rb") as file:
-        header = file.read(INDEX_HEADER.size)
-    if len(header) < INDEX_HEADER.size or not header.startswith(INDEX_MAGIC):
-        raise UserError(f"{index}: not a Megatron index file; make one with sedd_megatron.prepare_data")
-    _, version, dtype_code, num_sequences, num_documents = INDEX_HEADER.unpack(header)
-    expected_size = INDEX_HEADER.size + num_sequences * (4 + 8) + num_documents * 8
-    if version != 1 or dtype_code not in INDEX_DTYPES or index.stat().st_size != expected_size:
-        raise UserError(
-            f"{index}: damaged, or of a version that Megatron-Core 0.16 does not write; prepare the data again"
-        )
-    dtype = np.dtype(INDEX_DTYPES[dtype_code])
-    lengths = np.fromfile(index, dtype=np.int32, count=num_sequences, offset=INDEX_HEADER.size)
-    num_tokens = int(lengths.sum(dtype=np.int64))
+    dtype, num_tokens = _read_index(index)
     if tokens.stat().st_size != num_tokens * dtype.itemsize:
         raise UserError(
             f"{tokens}: has {tokens.stat().st_size} bytes, its index says {num_tokens * dtype.itemsize}; it is cut "
@@ -152,6 +142,53 @@ def open_tokens(data_path: str) -> np.memmap:
     if num_tokens == 0:
         raise UserError(f"{tokens}: holds no tokens; prepare the data again from files with text")
     return np.memmap(tokens, dtype=dtype, mode="r")
+
+
+def _read_index(index: Path) -> tuple[np.dtype, int]:
+    """The type and number of the tokens; every pointer is held against the lengths."""
+    with index.open("rb") as file:
+        header = file.read(INDEX_HEADER.size)
+    if len(header) < INDEX_HEADER.size or not header.startswith(INDEX_MAGIC):
+        raise UserError(f"{index}: not a Megatron index file; make one with sedd_megatron.prepare_data")
+    _, version, dtype_code, num_sequences, num_documents = INDEX_HEADER.unpack(header)
+    if version != 1 or dtype_code not in INDEX_DTYPES:
+        what = f"of version {version}" if version != 1 else f"of numbers that are no tokens (type {dtype_code})"
+        raise UserError(f"{index}: is {what}, which Megatron-Core 0.16 does not write for text; prepare the data again")
+    # Sizes first: a damaged count would ask for any amount of memory.
+    size, expected_size = index.stat().st_size, INDEX_HEADER.size + num_sequences * (4 + 8) + num_documents * 8
+    if num_sequences > 0 and size == expected_size + num_sequences:
+        raise UserError(
+            f"{index}: is of a multimodal dataset, with a mode for each sequence, and this trains on text; prepare its "
+            "text by itself"
+        )
+    if size != expected_size:
+        raise UserError(
+            f"{index}: has {size} bytes, its header says {expected_size}; it is damaged: prepare the data again"
+        )
+    dtype = np.dtype(INDEX_DTYPES[dtype_code])
+    return dtype, _check_pointers(index, num_sequences, num_documents, dtype.itemsize)
+
+
+def _check_pointers(index: Path, num_sequences: int, num_documents: int, itemsize: int) -> int:
+    """The number of tokens, if sequences follow each other as their lengths say, and documents are runs of them."""
+    offsets = [INDEX_HEADER.size + num_sequences * bytes_before for bytes_before in (0, 4, 4 + 8)]
+    counts, num_tokens = (num_sequences, num_sequences, num_documents), 0
+    lengths, pointers, documents = (
+        np.memmap(index, dtype, "r", offset, (count,)) if count > 0 else np.empty(0, dtype)
+        for dtype, offset, count in zip((np.int32, np.int64, np.int64), offsets, counts, strict=True)
+    )
+    is_sound = num_documents > 0 and documents[0] == 0 and documents[-1] == num_sequences
+    # In blocks, because every rank of a machine does so at once.
+    for start in range(0, num_sequences, INDEX_BLOCK):
+        block = slice(start, start + INDEX_BLOCK)
+        ends = num_tokens + np.cumsum(lengths[block], dtype=np.int64)
+        is_sound &= bool(lengths[block].min() >= 0 and (pointers[block] == (ends - lengths[block]) * itemsize).all())
+        num_tokens = int(ends[-1])
+    for start in range(0, num_documents, INDEX_BLOCK):
+        is_sound &= bool((np.diff(documents[start : start + INDEX_BLOCK + 1]) >= 0).all())
+    if not is_sound:
+        raise UserError(f"{index}: its pointers are not those of its lengths: it is damaged; prepare the data again")
+    return num_tokens
 
 
 def _write_index(path: Path, lengths: np.ndarray, dtype: type[np.integer]) -> None:
@@ -179,5 +216,5 @@ def _publish(partial: Path, final: Path) -> None:
     # Without its index a corpus does not exist: take the old one away before anything beside it changes.
     Path(f"{final}.idx").unlink(missing_ok=True)
     replace_folder(Path(f"{partial}_tokenizer"), Path(f"{final}_tokenizer"))
-    for suffix in ("_stats.json", ".bin", ".idx"):
+    for suffix in ("_stats.json", "_digests.json", ".bin", ".idx"):
         os.replace(f"{partial}{suffix}", f"{final}{suffix}")

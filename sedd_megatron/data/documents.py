@@ -1,6 +1,5 @@
 """Where texts come from: files, folders, text8. A source gives the same texts in the same order every time."""
 
-import codecs
 import json
 import re
 import sys
@@ -9,9 +8,9 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
+from sedd_megatron.data.input_files import InputFile, lines_of
 from sedd_megatron.errors import UserError
 
-TEXT_SUFFIXES = (".txt", ".text", ".md", ".py", ".jsonl")
 TEXT8_CHARACTERS = " abcdefghijklmnopqrstuvwxyz"
 TEXT8_LENGTH = 100_000_000
 
@@ -23,6 +22,7 @@ class DocumentSource(Protocol):
     unit: str  # what `total` and `position` count
     total: int | None
     position: int
+    num_nulls: int  # of the texts that were read, how many are null: they become empty ones
 
     def identity(self) -> Any:
         """Plain values that change when the texts may have changed, without reading them."""
@@ -32,46 +32,62 @@ class DocumentSource(Protocol):
 
 
 class FileSource:
-    """Text files, one document each, and .jsonl files, a document per line."""
+    """Text files, one document each, and files with a JSON object in each line, which is a document."""
 
     unit = "B"
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.files = tuple(files)
-        self.name = f"--input {self.files[0]}"
-        self.total = sum(path.stat().st_size for path in self.files)
-        self.position = 0
+    def __init__(self, files: Sequence[InputFile], key_flag: str = "--json-keys") -> None:
+        """`key_flag` is the flag that names keys, for errors."""
+        self.files, self._key_flag = tuple(files), key_flag
+        self.name = self.files[0].where
+        self.total = sum(file.size for file in self.files)
+        self.position = self.num_nulls = 0
 
     def identity(self) -> Any:
         """Paths, sizes and times of change."""
-        status = [(path, path.stat()) for path in self.files]
-        return [[str(path.resolve()), one.st_size, one.st_mtime_ns] for path, one in status]
+        return [file.identity() for file in self.files]
 
     def texts(self, key: str, skip: int = 0) -> Iterator[str]:
-        """The value at `key` of each line of .jsonl files, and the other files whole.
+        """The value at `key` of each line of JSON, an empty text for null, and the other files whole.
 
         Raises:
             UserError: naming the file and line that is not UTF-8, not JSON or lacks the key.
         """
-        self.position = 0
-        for path in self.files:
-            if path.suffix == ".jsonl":
-                with path.open("rb") as lines:
-                    for number, line in enumerate(lines, start=1):
-                        self.position += len(line)
-                        if not line.strip():
-                            continue
-                        if skip > 0:
-                            skip -= 1
-                        else:
-                            yield _json_text(line, key, f"--input {path} line {number}")
+        return (text or "" for text in self.values(key, skip))
+
+    def values(self, key: str, skip: int = 0) -> Iterator[str | None]:
+        """The same with None for null."""
+        self.position = self.num_nulls = before = 0
+        for file in self.files:
+            if skip > 0 and not file.is_json_lines:
+                skip, before = skip - 1, before + file.size
                 continue
-            self.position += path.stat().st_size
-            if skip > 0:
-                skip -= 1
-            else:
+            with file.open() as (content, packed):
                 # Line ends as they are: text that is read back must be the text that was written.
-                yield _utf8(path.read_bytes(), f"--input {path}")
+                parts = lines_of(content) if file.is_json_lines else [(None, content.read())]
+                for number, part in parts:
+                    self.position = before + packed.tell()
+                    if file.is_json_lines and part.isspace():
+                        continue
+                    if skip > 0:
+                        skip -= 1
+                    elif file.is_json_lines:
+                        yield self._json_text(part, key, f"{file.where} line {number}")
+                    else:
+                        yield _utf8(part, file.where).removeprefix("\ufeff")
+            before += file.size
+
+    def _json_text(self, line: bytes, key: str, where: str) -> str | None:
+        try:
+            value = json.loads(_utf8(line, where))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not JSON; each line must be an object") from error
+        if not isinstance(value, dict) or key not in value:
+            raise UserError(f"{where}: no text at key {key!r}; name the right one with {self._key_flag}")
+        if value[key] is None:
+            self.num_nulls += 1
+            return None
+        return valid_text(value[key], key, where, self._key_flag)
 
 
 class Text8Source:
@@ -84,6 +100,11 @@ class Text8Source:
         self.source = source
         self.name = source.name
         self.position = 0
+
+    @property
+    def num_nulls(self) -> int:
+        """The other source's."""
+        return self.source.num_nulls
 
     def identity(self) -> Any:
         """The other source's, under this one's name."""
@@ -109,26 +130,6 @@ class Text8Source:
             yield text[first:last]
 
 
-def input_files(inputs: Sequence[str]) -> list[Path]:
-    """The files that --input names; a folder stands for the text files in it, in the order of their names.
-
-    Files of a folder that are not UTF-8 are left out, with one warning on stderr; the check reads each file once.
-
-    Raises:
-        UserError: a path that is not there, or a folder without text files.
-    """
-    files = []
-    for name in inputs:
-        path = Path(name)
-        if path.is_dir():
-            files += _folder_files(path)
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise UserError(f"--input {name}: no such file or folder; check the path")
-    return files
-
-
 def text_lines(flag: str, path: Path) -> list[str]:
     """The lines of a small text file that a flag names; a byte order mark is no part of the first.
 
@@ -152,19 +153,19 @@ def json_lines(flag: str, path: Path, way_out: str) -> Iterator[tuple[int, Any]]
             continue
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{flag} {path}, line {number}: not JSON ({error}); {way_out}") from error
         yield number, value
 
 
-def valid_text(value: Any, key: str, where: str) -> str:
-    """`value`, if it is text that every tokenizer can take.
+def valid_text(value: Any, key: str, where: str, key_flag: str = "--json-keys") -> str:
+    """`value`, if it is text that every tokenizer can take; `key_flag` names keys.
 
     Raises:
         UserError: opening with `where`.
     """
     if not isinstance(value, str):
-        raise UserError(f"{where}: no text at key {key!r}; name the right one with --json-keys")
+        raise UserError(f"{where}: no text at key {key!r}; name the right one with {key_flag}")
     try:
         # JSON can write half of a surrogate pair, as \ud800; no tokenizer can.
         value.encode("utf-8")
@@ -175,41 +176,8 @@ def valid_text(value: Any, key: str, where: str) -> str:
     return value
 
 
-def _folder_files(folder: Path) -> list[Path]:
-    found = sorted(p for p in folder.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())
-    skipped = {path for path in found if not _is_utf8(path)}
-    readable = [path for path in found if path not in skipped]
-    if not readable:
-        raise UserError(
-            f"--input {folder}: no UTF-8 file in it ends with {', '.join(TEXT_SUFFIXES)}; name the files one by one"
-        )
-    if skipped:
-        print(f"warning: left out {len(skipped)} files that are not UTF-8, first {min(skipped)}", file=sys.stderr)
-    return readable
-
-
-def _is_utf8(path: Path) -> bool:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                decoder.decode(chunk)
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
 def _utf8(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 at byte {error.start}; convert it or leave it out") from error
-
-
-def _json_text(line: bytes, key: str, where: str) -> str:
-    try:
-        value = json.loads(_utf8(line, where))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON; each line must be an object") from error
-    return valid_text(value.get(key) if isinstance(value, dict) else None, key, where)

@@ -1,6 +1,7 @@
 """Texts to token arrays, in this process or in several, in the order of the texts."""
 
 import os
+import re
 import signal
 import threading
 from collections import deque
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sedd_megatron.data.library_tokenizers import names_pattern
 from sedd_megatron.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from sedd_megatron.errors import UserError
 
@@ -29,6 +31,7 @@ class EncodedChunk(NamedTuple):
     lengths: np.ndarray  # [documents] int32
     num_texts: int
     num_bytes: int  # of the texts in UTF-8
+    num_unknown: int  # of the tokens, those that stand for text without a token
 
 
 def token_dtype(num_tokens: int) -> type[np.integer]:
@@ -36,9 +39,16 @@ def token_dtype(num_tokens: int) -> type[np.integer]:
     return np.uint16 if num_tokens < FIRST_NUM_TOKENS_OF_32_BITS else np.int32
 
 
-def encode_chunk(texts: Sequence[str], tokenizer: Tokenizer, append_eod: bool) -> EncodedChunk:
-    """Encode texts; with append_eod each document ends with the tokenizer's eod_id."""
-    dtype, encode = token_dtype(tokenizer.num_tokens), _array_encoder(tokenizer)
+def encode_chunk(
+    texts: Sequence[str], tokenizer: Tokenizer, append_eod: bool, allow_special_tokens: bool = False
+) -> EncodedChunk:
+    """Encode texts; with append_eod each document ends with the tokenizer's eod_id.
+
+    With allow_special_tokens the names of special tokens in a text become these tokens, and what follows one is encoded
+    as a text of its own.
+    """
+    dtype = token_dtype(tokenizer.num_tokens)
+    encode = _special_encoder(tokenizer) if allow_special_tokens else _array_encoder(tokenizer)
     end = np.array([tokenizer.eod_id], dtype) if append_eod else np.empty(0, dtype)
     arrays, lengths = [np.empty(0, dtype)], []
     for text in texts:
@@ -47,11 +57,22 @@ def encode_chunk(texts: Sequence[str], tokenizer: Tokenizer, append_eod: bool) -
             arrays += [ids, end]
             lengths.append(len(ids) + len(end))
     num_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
-    return EncodedChunk(np.concatenate(arrays), np.array(lengths, np.int32), len(texts), num_bytes)
+    tokens = np.concatenate(arrays)
+    return EncodedChunk(tokens, np.array(lengths, np.int32), len(texts), num_bytes, count_unknown(tokens, tokenizer))
+
+
+def count_unknown(tokens: np.ndarray, tokenizer: Tokenizer) -> int:
+    """How many of the tokens stand for text that the tokenizer has no token for."""
+    return 0 if tokenizer.unknown_id is None else int(np.count_nonzero(tokens == tokenizer.unknown_id))
 
 
 def encoded_chunks(
-    texts: Iterable[str], tokenizer: Tokenizer, append_eod: bool, workers: int = 1, tokenizer_folder: Path | None = None
+    texts: Iterable[str],
+    tokenizer: Tokenizer,
+    append_eod: bool,
+    workers: int = 1,
+    tokenizer_folder: Path | None = None,
+    allow_special_tokens: bool = False,
 ) -> Iterator[EncodedChunk]:
     """All texts as chunks in their order, the same ones for any number of processes.
 
@@ -63,14 +84,14 @@ def encoded_chunks(
     """
     chunks = _chunks(texts)
     if workers == 1:
-        yield from (encode_chunk(chunk, tokenizer, append_eod) for chunk in chunks)
+        yield from (encode_chunk(chunk, tokenizer, append_eod, allow_special_tokens) for chunk in chunks)
         return
     # Spawned, because a fork of a process with threads, as tokenizer libraries have, may hang.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin_worker)
     pending = deque()
     try:
         for chunk in chunks:
-            pending.append(pool.submit(_encode_in_worker, chunk, tokenizer_folder, append_eod))
+            pending.append(pool.submit(_encode_in_worker, chunk, tokenizer_folder, append_eod, allow_special_tokens))
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
         while pending:
@@ -116,6 +137,20 @@ def _array_encoder(tokenizer: Tokenizer):
     return lambda text: np.array(tokenizer.encode(text), dtype)
 
 
+def _special_encoder(tokenizer: Tokenizer):
+    dtype = token_dtype(tokenizer.num_tokens)
+    names = re.compile(f"({names_pattern(tokenizer.special_tokens).pattern})")
+
+    def encode(text: str) -> np.ndarray:
+        ids = []
+        for part in names.split(text):
+            special = tokenizer.special_tokens.get(part)
+            ids += tokenizer.encode(part) if special is None else [special]
+        return np.array(ids, dtype)
+
+    return encode
+
+
 def _begin_worker() -> None:
     # One process is one thread's work: the libraries' own threads would only compete.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -130,8 +165,10 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_in_worker(texts: Sequence[str], tokenizer_folder: Path, append_eod: bool) -> EncodedChunk:
-    return encode_chunk(texts, _worker_tokenizer(tokenizer_folder), append_eod)
+def _encode_in_worker(
+    texts: Sequence[str], tokenizer_folder: Path, append_eod: bool, allow_special_tokens: bool
+) -> EncodedChunk:
+    return encode_chunk(texts, _worker_tokenizer(tokenizer_folder), append_eod, allow_special_tokens)
 
 
 @lru_cache(maxsize=1)

@@ -46,14 +46,14 @@ class DatasetSource:
         self._rows = rows
         self._identity = identity
         self.total = rows.num_rows if hasattr(rows, "num_rows") else None
-        self.position = 0
+        self.position = self.num_nulls = 0
 
     def identity(self) -> Any:
         """The library's own fingerprint, or the files with their revision or time of change."""
         return self._identity
 
     def texts(self, key: str, skip: int = 0) -> Iterator[str]:
-        """The text column `key`.
+        """The text column `key`; an empty text for null.
 
         Raises:
             UserError: there is no such column, a row has no text in it, or reading fails.
@@ -63,7 +63,7 @@ class DatasetSource:
             raise UserError(
                 f"{self.name}: no column {key!r} among {', '.join(columns)}; name the right one with --json-keys"
             )
-        self.position = skip
+        self.position, self.num_nulls = skip, 0
         if skip == self.total:
             return
         try:
@@ -72,7 +72,8 @@ class DatasetSource:
             for batch in rest.select_columns([key]).iter(batch_size=ROWS_AT_ONCE):
                 for value in batch[key]:
                     self.position += 1
-                    yield valid_text(value, key, f"{self.name} row {self.position}")
+                    self.num_nulls += value is None
+                    yield "" if value is None else valid_text(value, key, f"{self.name} row {self.position}")
         except UserError:
             raise
         except Exception as error:  # whatever the library's readers and the network raise

@@ -2,7 +2,10 @@
 
 import json
 import re
+import string
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,7 @@ class GPT2BPETokenizer:
         self._tokenizer.decoder = hf_tokenizers.decoders.ByteLevel()
         self.num_tokens = _num_ids(self._tokenizer)
         self.eod_id = self._tokenizer.token_to_id(GPT2_END_OF_TEXT)
+        self.special_tokens = {} if self.eod_id is None else {GPT2_END_OF_TEXT: self.eod_id}
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, in which <|endoftext|> is text like any other."""
@@ -52,6 +56,10 @@ class GPT2BPETokenizer:
             for encoding in self._tokenizer.encode_batch_fast(pieces[start : start + PIECES_AT_ONCE]):
                 ids += encoding.ids
         return ids
+
+    def encode_inside(self, text: str) -> list[int]:
+        """As encode: a text begins with no blank of its own."""
+        return self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids."""
@@ -74,14 +82,25 @@ class HuggingFaceTokenizer:
         # A tokenizer.json may ask for documents to be cut at a model's length; a corpus wants all of them.
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        # Names of special tokens in a text are text. The library keeps this out of what it saves.
+        tokenizer.encode_special_tokens = True
         self.eod_token = eod_token
         self.num_tokens = _num_ids(tokenizer)
         self.eod_id = tokenizer.token_to_id(eod_token) if eod_token else None
         model = json.loads(tokenizer.to_str())["model"]
         self.unknown_id = _unknown_id(tokenizer, model)
         self._alphabet = _incomplete_alphabet(model) if self.unknown_id is None else None
-        added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
-        self._added = re.compile("|".join(map(re.escape, added)) or "(?!)")
+        added = tokenizer.get_added_tokens_decoder().items()
+        self.special_tokens = {token.content: id for id, token in added if token.special}
+        if self.eod_id is not None:
+            self.special_tokens[eod_token] = self.eod_id
+        self._added = names_pattern(token.content for _, token in added if not token.special)
+        words = tokenizer.get_vocab(with_added_tokens=False)
+        self._special_words = {name: id for name, id in self.special_tokens.items()
+                               if name in words and id != self.unknown_id}  # fmt: skip
+        # Where a model has other tokens for what continues a word: a word to continue.
+        continues = model.get("continuing_subword_prefix")
+        self._letters = [letter for letter in string.ascii_lowercase if continues and letter in words]
 
     @classmethod
     def from_name(cls, name: str) -> "HuggingFaceTokenizer":
@@ -111,15 +130,54 @@ class HuggingFaceTokenizer:
         Raises:
             UserError: the text has a character that there is no token for, known or unknown.
         """
+        return self._encode(text, self._tokenizer)
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Ids of text inside a text: without the blank that a text begins with, and inside a word where it begins with
+        a letter.
+
+        Raises:
+            UserError: as for encode.
+        """
+        for letter in self._letters:
+            start, ids = self._encode(letter, self._inside), self._encode(letter + text, self._inside)
+            if ids[: len(start)] == start:
+                return ids[len(start) :]
+        return self._encode(text, self._inside)
+
+    def _encode(self, text: str, tokenizer: hf_tokenizers.Tokenizer) -> list[int]:
+        ids = self._encode_piece(text, tokenizer)
+        if set(self._special_words.values()).isdisjoint(ids):
+            return ids
+        # A model that has the name among its own words finds it in text (where a normalizer makes capitals small, in
+        # either), but not in two halves of it.
+        first, *others = _halved(names_pattern(self._special_words, re.IGNORECASE), text)
+        ids = self._encode_piece(first, tokenizer)
+        for other in others:
+            ids += self._encode_piece(other, self._inside)
+        return ids
+
+    def _encode_piece(self, text: str, tokenizer: hf_tokenizers.Tokenizer) -> list[int]:
         if self._alphabet is not None:
             self._refuse_unknown(text, self._alphabet)
         try:
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
+            return tokenizer.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the library raises bare Exceptions
             raise UserError(
                 f"the text has a character that this tokenizer has no token for ({one_line(error)}); leave it out, or "
                 "use a tokenizer with an unknown token or with bytes"
             ) from error
+
+    @cached_property
+    def _inside(self) -> hf_tokenizers.Tokenizer:
+        """The tokenizer without what puts a blank before a text, or takes one away there."""
+        description = json.loads(self._tokenizer.to_str())
+        changed = {part: _without_prefix(description[part]) for part in ("normalizer", "pre_tokenizer")}
+        if all(changed[part] == description[part] for part in changed):
+            return self._tokenizer
+        tokenizer = hf_tokenizers.Tokenizer.from_str(json.dumps(description | changed))
+        tokenizer.encode_special_tokens = True
+        return tokenizer
 
     def _refuse_unknown(self, text: str, alphabet: set[str]) -> None:
         # The library drops such characters from a BPE without a word.
@@ -149,6 +207,30 @@ class HuggingFaceTokenizer:
 def _num_ids(tokenizer: hf_tokenizers.Tokenizer) -> int:
     # Not the number of tokens: a vocabulary may leave ids out, and the ids index the model's rows.
     return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+
+def names_pattern(names: Iterable[str], flags: int = 0) -> re.Pattern[str]:
+    """What finds any of these names; nothing, if there are none."""
+    # The longest first: one may begin with another.
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)", flags)
+
+
+def _halved(names: re.Pattern[str], text: str) -> list[str]:
+    """The text cut in the middle of each name."""
+    middles = [(found.start() + found.end()) // 2 for found in names.finditer(text)]
+    return [text[first:last] for first, last in pairwise([0, *middles, len(text)])]
+
+
+def _without_prefix(component: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A normalizer or pre-tokenizer of a tokenizer.json, without what it does to the beginning of a text."""
+    if component is None or component["type"] == "Prepend":
+        return None
+    changes = {"prepend_scheme": "never", "add_prefix_space": False, "strip_left": False}
+    component = component | {name: value for name, value in changes.items() if name in component}
+    for parts in {"normalizers", "pretokenizers"} & component.keys():
+        component[parts] = [part for part in map(_without_prefix, component[parts]) if part is not None]
+    return component
 
 
 def _missing_bytes(tokens: Iterable[str]) -> set[str]:
@@ -181,7 +263,7 @@ def _configured_eod(config: Path) -> str | None:
     try:
         eod = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
         return eod["content"] if isinstance(eod, dict) else eod
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{config}: damaged ({one_line(error)}); use another copy, or leave it out") from error
 
 

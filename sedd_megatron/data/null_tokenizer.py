@@ -1,7 +1,8 @@
 """A tokenizer for models that came without one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from sedd_megatron.data.tokenizer_folder import write_description
 from sedd_megatron.errors import UserError
@@ -13,6 +14,7 @@ class NullTokenizer:
     tokenizer_type = "NullTokenizer"
     eod_id = None
     unknown_id = None
+    special_tokens: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, num_tokens: int) -> None:
         self.num_tokens = num_tokens
@@ -30,6 +32,10 @@ class NullTokenizer:
                     "without its tokenizer; give ids, or put the tokenizer's files beside the model"
                 )
         return [int(word) for word in text.split()]
+
+    def encode_inside(self, text: str) -> list[int]:
+        """As encode."""
+        return self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Numbers with blanks between them."""

@@ -38,6 +38,7 @@ class Extent:
     num_documents: int = 0
     num_tokens: int = 0
     num_bytes: int = 0  # of text
+    num_unknown: int = 0  # of the tokens
 
     def plus(self, chunk: EncodedChunk) -> "Extent":
         """After one more chunk."""
@@ -46,6 +47,7 @@ class Extent:
             self.num_documents + len(chunk.lengths),
             self.num_tokens + len(chunk.tokens),
             self.num_bytes + chunk.num_bytes,
+            self.num_unknown + chunk.num_unknown,
         )
 
 

@@ -5,8 +5,11 @@ A description is description.json with the tokenizer's type, and the model files
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import sentencepiece
@@ -17,6 +20,8 @@ from sedd_megatron.data.tokenizer_folder import DESCRIPTION, write_description
 from sedd_megatron.errors import UserError
 
 TRAINING_LINE_CHARACTERS = 8192
+# SentencePiece's sign for it.
+BLANK = "\u2581"
 
 
 class Tokenizer(Protocol):
@@ -26,9 +31,16 @@ class Tokenizer(Protocol):
     num_tokens: int
     eod_id: int | None
     unknown_id: int | None  # what stands for text that there is no token for
+    special_tokens: Mapping[str, int]  # by their names, which are text like any other where they stand in a text
 
     def encode(self, text: str) -> list[int]:
-        """Token ids below num_tokens."""
+        """Token ids below num_tokens of a whole text, or of its beginning."""
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Token ids of text that has something before it: without the blank that some tokenizers begin a text with.
+
+        decode(encode(a) + encode_inside(b)) is a + b, if encode and decode keep a + b.
+        """
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text; bytes that are not UTF-8 become the replacement character."""
@@ -44,10 +56,15 @@ class ByteTokenizer:
     num_tokens = 256
     eod_id = None
     unknown_id = None
+    special_tokens: Mapping[str, int] = MappingProxyType({})
 
     def encode(self, text: str) -> list[int]:
         """UTF-8 bytes."""
         return list(text.encode("utf-8"))
+
+    def encode_inside(self, text: str) -> list[int]:
+        """As encode."""
+        return self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of UTF-8 bytes."""
@@ -64,6 +81,7 @@ class CharTokenizer:
     tokenizer_type = "CharTokenizer"
     eod_id = None
     unknown_id = None
+    special_tokens: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, characters: str) -> None:
         self.characters = characters
@@ -92,6 +110,10 @@ class CharTokenizer:
                 "leave it out, or train with ByteTokenizer"
             ) from error
 
+    def encode_inside(self, text: str) -> list[int]:
+        """As encode."""
+        return self.encode(text)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of character ids."""
         return "".join(self.characters[i] for i in ids)
@@ -116,6 +138,9 @@ class SentencePieceTokenizer:
         eos = self._processor.eos_id()
         self.eod_id = eos if eos >= 0 else None
         self.unknown_id = self._processor.unk_id()
+        # Control symbols; the library finds their names in no text.
+        controls = filter(self._processor.is_control, range(self.num_tokens))
+        self.special_tokens = {self._processor.id_to_piece(id): id for id in controls}
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "SentencePieceTokenizer":
@@ -151,6 +176,22 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of the most probable segmentation."""
         return self._processor.encode(text)
+
+    def encode_inside(self, text: str) -> list[int]:
+        """As encode, without a dummy prefix; a blank that the text begins with stays."""
+        plain, keeping_blanks, prefixed = self._inside
+        # A model that removes extra blanks takes the first one for extra; its dummy prefix is one.
+        lost = keeping_blanks.normalize(text)[:1] == BLANK != plain.normalize(text)[:1]
+        return (prefixed if lost else plain).encode(text)
+
+    @cached_property
+    def _inside(self) -> list[sentencepiece.SentencePieceProcessor]:
+        """The model without a dummy prefix, without it and keeping extra blanks, and with it."""
+        # A second normalizer_spec (field 3 of a ModelProto) is merged into the first: add_dummy_prefix is its field 3,
+        # remove_extra_whitespaces its field 4.
+        changes = (b"\x18\x00", b"\x18\x00\x20\x00", b"\x18\x01")
+        models = (self.model + bytes([0x1A, len(change)]) + change for change in changes)
+        return [sentencepiece.SentencePieceProcessor(model_proto=model) for model in models]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of pieces and bytes."""
@@ -207,7 +248,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         UserError: there is no folder, or a file of it is missing or unreadable.
     """
     path = directory / DESCRIPTION
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, of any name
         raise UserError(
             f"{path}: no tokenizer there; prepare the data with sedd_megatron.prepare_data, or give --tokenizer-type"
         )
@@ -221,7 +262,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         if tokenizer_type == HuggingFaceTokenizer.tokenizer_type:
             tokenizer = HuggingFaceTokenizer.from_name(str(directory))
             return HuggingFaceTokenizer(tokenizer._tokenizer, description["eod_token"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({error}); prepare the data again, or use another copy") from error
     return build_tokenizer(
         tokenizer_type, str(directory / "tokenizer.model"), str(directory / "vocab.json"), str(directory / "merges.txt")
@@ -235,6 +276,6 @@ def _cut(line: str) -> Iterator[str]:
 def _required_file(tokenizer_type: str, flag: str, value: str | None) -> Path:
     if value is None:
         raise UserError(f"--tokenizer-type {tokenizer_type} needs {flag}: the file of a trained tokenizer")
-    if not Path(value).is_file():
+    if not os.path.isfile(value):
         raise UserError(f"{flag} {value}: no such file; {tokenizer_type} needs one")
     return Path(value)

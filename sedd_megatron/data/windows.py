@@ -158,7 +158,7 @@ def split_ranges(split: str, num_windows: int) -> list[tuple[int, int]]:
         weights = [float(part) for part in split.split(",")]
     except ValueError:
         weights = []
-    if len(weights) != 3 or not all(0 <= weight < float("inf") for weight in weights) or sum(weights) == 0:
+    if len(weights) != 3 or not all(weight >= 0 for weight in weights) or not 0 < sum(weights) < float("inf"):
         raise UserError(f"--split {split}: must be three weights for training, validation and test, as 969,30,1")
     shares = np.cumsum([0.0, *weights]) / sum(weights)
     bounds = [round(share * num_windows) for share in shares]

@@ -138,7 +138,7 @@ def _text_rows(path: Path, corpus: Corpus) -> Iterator[str]:
 
 def _json_rows(path: Path, corpus: Corpus) -> Iterator[str]:
     try:
-        lines = path.read_bytes().decode("utf-8").split("\n")
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({one_line(error)}); use another copy") from error
     for number, line in enumerate(lines, start=1):
@@ -146,7 +146,7 @@ def _json_rows(path: Path, corpus: Corpus) -> Iterator[str]:
             continue
         try:
             values = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not JSON ({error}); use another copy") from error
         names = [column for column in (corpus.column, "text") if isinstance(values, dict) and column in values]
         if not names or not isinstance(values[names[0]], str):

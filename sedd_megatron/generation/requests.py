@@ -153,7 +153,7 @@ def _check_numbers(request: TextRequest, first_sample: int, wording: _Wording) -
 def _prompt_row(request: TextRequest, tokenizer: Tokenizer, seq_length: int, wording: _Wording) -> list[int | None]:
     length = request.length or seq_length
     before = _encode(request.prompt, "prompt", tokenizer, wording)
-    after = _encode(request.suffix, "suffix", tokenizer, wording)
+    after = _encode(request.suffix, "suffix", tokenizer, wording, inside=True)
     given = len(before) + len(after)
     if given > length:
         longer = wording.name("length")
@@ -174,19 +174,19 @@ def _infill_row(request: TextRequest, tokenizer: Tokenizer, wording: _Wording) -
     for run in MASK_RUN.finditer(request.infill):
         if run[1] is not None and int(run[1]) == 0:
             raise wording.error(f"{infill}: {run[0]} fills in nothing; write a number of at least 1, or leave it out")
-        row += _encode(request.infill[end : run.start()], "infill", tokenizer, wording)
+        row += _encode(request.infill[end : run.start()], "infill", tokenizer, wording, inside=end > 0)
         row += [None] * int(run[1] or 1)
         end = run.end()
-    row += _encode(request.infill[end:], "infill", tokenizer, wording)
+    row += _encode(request.infill[end:], "infill", tokenizer, wording, inside=True)
     if None not in row:
         raise wording.error(f"{infill} has nothing to fill in; write [MASK] or [MASK*12] where tokens are wanted")
     return row
 
 
-def _encode(text: str, field: str, tokenizer: Tokenizer, wording: _Wording) -> list[int]:
+def _encode(text: str, field: str, tokenizer: Tokenizer, wording: _Wording, inside: bool = False) -> list[int]:
     try:
         text.encode("utf-8")
-        ids = tokenizer.encode(text)
+        ids = tokenizer.encode_inside(text) if inside else tokenizer.encode(text)
     except UnicodeEncodeError as error:
         raise wording.error(
             f"{wording.name(field)}: {text[error.start]!r} is not a character; write the text in UTF-8"

@@ -12,8 +12,10 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from sedd_megatron.arguments import weighted_corpora
 from sedd_megatron.config import PretrainOptions
 from sedd_megatron.data.collator import NoisingCollator
+from sedd_megatron.data.digests import check_in_background
 from sedd_megatron.data.loader import training_batches, validation_batches
 from sedd_megatron.data.micro_batch import MicroBatch, MicroBatchCollator
 from sedd_megatron.data.tokenizers import Tokenizer
@@ -22,7 +24,7 @@ from sedd_megatron.diffusion.draws import Stream
 from sedd_megatron.diffusion.transfers import to_device
 from sedd_megatron.errors import UserError
 from sedd_megatron.parallel.fused_head import ROW_MULTIPLE
-from sedd_megatron.parallel.groups import ParallelGroups
+from sedd_megatron.parallel.groups import ParallelGroups, is_first_rank
 from sedd_megatron.training.build import TrainingRun, build_run
 from sedd_megatron.training.checkpoint import CheckpointWriter, load_checkpoint
 from sedd_megatron.training.estimates import peak_tflops
@@ -43,7 +45,8 @@ def train(
     """Train until `train_iters`, or until SIGTERM asks to save and leave; returns the finished run.
 
     Raises:
-        UserError: a damaged checkpoint, or a loss that is not finite; the last checkpoint stays as it is.
+        UserError: a damaged checkpoint, data that is not what was written, or a loss that is not finite; the last
+            checkpoint stays as it is.
     """
     run = build_run(options, tokenizer, groups)
     if checkpoint is not None:
@@ -70,9 +73,15 @@ def _train_and_save(run: TrainingRun, windows: Windows, writer: CheckpointWriter
     options, metrics = run.options, _open_metrics(run)
     batches = training_iterators(run, windows.train)
     stop_requested = _catch_sigterm()
+    digests = None
+    if is_first_rank():
+        digests = check_in_background([prefix for _, prefix in weighted_corpora(options.data)])
     while run.iteration < options.training.train_iters:
-        flags = [bool(stop_requested), writer is not None and writer.is_writing]
-        step, (stopping, writing) = train_step(run, batches, flags)
+        fault = None if digests is None else digests.fault()
+        flags = [bool(stop_requested), writer is not None and writer.is_writing, fault is not None]
+        step, (stopping, writing, is_damaged) = train_step(run, batches, flags)
+        if is_damaged:
+            raise UserError(f"{fault or 'the data is not what was written'}; nothing is saved from here on")
         if metrics is not None:
             metrics.train_step(step, options.training.global_batch_size * options.model.seq_length)
         if _is_due(run.iteration, options.logging.eval_interval) and len(windows.valid) > 0:

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sedd_megatron import prepare_data
 from sedd_megatron.data.corpus import corpus_path, open_tokens, unigram_entropy, write_corpus
-from sedd_megatron.data.documents import FileSource, input_files
+from sedd_megatron.data.documents import FileSource
+from sedd_megatron.data.input_files import InputFile, input_files
 from sedd_megatron.data.tokenizers import ByteTokenizer, load_tokenizer
 from sedd_megatron.errors import UserError
 from tests.data.test_tokenizers import SOURCES
@@ -68,7 +70,7 @@ def test_files_of_a_folder_that_are_not_utf8_are_left_out_and_counted(tmp_path, 
     for name, content in [("a.txt", b"fine"), ("b.txt", b"\xff\xfe"), ("deep/c.md", b"\xc3"), ("deep/d.py", b"x = 1")]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    assert [path.name for path in input_files([str(tmp_path)])] == ["a.txt", "d.py"]
+    assert [file.path.name for file in input_files([str(tmp_path)])] == ["a.txt", "d.py"]
     assert capsys.readouterr().err == f"warning: left out 2 files that are not UTF-8, first {tmp_path / 'b.txt'}\n"
     for name in ("a.txt", "deep/d.py"):
         (tmp_path / name).unlink()
@@ -90,7 +92,7 @@ def test_bad_lines_of_jsonl_are_named(tmp_path, line, text):
     path = tmp_path / "in.jsonl"
     path.write_bytes(b'{"text": "good"}\n' + line + b"\n")
     with pytest.raises(UserError, match=rf"in.jsonl line 2: .*{text}"):
-        list(FileSource([path]).texts("text"))
+        list(FileSource([InputFile(path, is_json_lines=True)]).texts("text"))
 
 
 def refusal(tmp_path, change) -> str:
@@ -182,6 +184,31 @@ def test_command_takes_a_hub_name_from_the_cache(tmp_path, hugging_face_folder):
     assert done.returncode == 2
     assert done.stderr.startswith("error: --tokenizer-model group/unknown: neither a folder")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "text"),
+    [
+        ("--input", "no such file or folder"),
+        ("--tokenizer-model", "no such file"),
+        ("--output-prefix", "File name too long; give another path"),
+        ("--check", "no file "),
+        ("--dataset", "cannot be opened"),
+    ],
+)
+@pytest.mark.parametrize("name", ["x" * 5000, "x/" * 3000 + "x"])
+def test_names_that_no_file_can_have_are_one_line(tmp_path, monkeypatch, flag, name, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ok.txt").write_text("fine")
+    flags = {"--input": "ok.txt", "--output-prefix": "p", "--tokenizer-type": "SentencePieceTokenizer"}
+    if flag == "--dataset":
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        del flags["--input"]
+    flags = {flag: name} if flag == "--check" else flags | {flag: name}
+    monkeypatch.setattr(sys, "argv", ["prepare_data", *(word for pair in flags.items() for word in pair)])
+    with pytest.raises(UserError, match=text) as error:
+        prepare_data.main()
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

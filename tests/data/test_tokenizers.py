@@ -209,14 +209,16 @@ def test_text_that_a_tokenizer_would_drop_is_refused():
     assert tokenizer.encode("aéb").ids == tokenizer.encode("ab").ids, "the library has learned to refuse it"
     tokenizer.pre_tokenizer = hf.pre_tokenizers.WhitespaceSplit()
     tokenizer.normalizer = hf.normalizers.Lowercase()
-    tokenizer.add_special_tokens(["<|end|>"])
+    tokenizer.add_tokens(["<|end|>"])
+    tokenizer.add_special_tokens(["|"])
     ours = HuggingFaceTokenizer(tokenizer, None)
     # Blanks are between its words, and capitals and the added token have their ids.
     assert ours.encode("AB a<|end|>b") == [2, 0, 3, 1]
     with pytest.raises(UserError, match=r"^character 'é' has no token in this tokenizer; leave it out, or use a "):
         ours.encode("ab aéb")
-    with pytest.raises(UserError, match=r"^character '<' has no token"):
-        ours.encode("a <b")
+    for text, missing in (("a <b", "<"), ("a <|END|> b", "<"), ("a|b", r"\|")):
+        with pytest.raises(UserError, match=rf"^character '{missing}' has no token"):
+            ours.encode(text)
     suffixed = hf.Tokenizer(hf.models.BPE({"a": 0, "b</w>": 1}, [], end_of_word_suffix="</w>"))
     assert HuggingFaceTokenizer(suffixed, None).encode("ab") == [0, 1]
     for model in (hf.models.Unigram([("a", -1.0)]), hf.models.WordLevel({"a": 0}), hf.models.WordPiece({"a": 0})):

@@ -156,6 +156,9 @@ def test_validation_is_the_same_every_time_and_bounded(data_path):
         ({"split": "a,b,c"}, "must be three weights"),
         ({"split": "0,0,0"}, "must be three weights"),
         ({"split": "-1,1,1"}, "must be three weights"),
+        ({"split": "nan,1,1"}, "must be three weights"),
+        ({"split": "inf,1,1"}, "must be three weights"),
+        ({"split": "1e308,1e308,1"}, "must be three weights"),
         ({"split": "0,1,1"}, "leaves no training window"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Runs whose learning rate is far too high; every rank has to end by itself, with the line that the job gives."""
+"""Runs that cannot go on: every rank has to end by itself, with the line that its job gives."""
 
 import pytest
 

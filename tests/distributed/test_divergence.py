@@ -1,5 +1,7 @@
 """A loss or a gradient norm that is not finite ends every rank at its step, and nothing is saved of that step."""
 
+import shutil
+
 import pytest
 
 from tests.distributed.compare import metrics, whole_tensors
@@ -23,3 +25,21 @@ def test_every_rank_ends_at_the_step_that_is_not_finite(flags, tmp_path, byte_co
         assert metrics(tmp_path / name, "iteration").tolist() == [1, 2]
         assert sorted(path.name for path in (tmp_path / name).glob("iter_*")) == ["iter_0000001", "iter_0000002"]
         assert all(tensor.isfinite().all() for tensor in whole_tensors(tmp_path / name / "iter_0000002").values())
+
+
+def test_every_rank_ends_where_the_data_is_not_what_was_written(tmp_path, byte_corpus):
+    """A flipped bit leaves a token that is one; nothing but its digest tells."""
+    for path in byte_corpus.parent.glob(f"{byte_corpus.name}*"):
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
+    changed = tmp_path / f"{byte_corpus.name}.bin"
+    content = bytearray(changed.read_bytes())
+    content[len(content) // 2 & ~1] ^= 1
+    changed.write_bytes(content)
+    arguments = [*MODEL, "--data-path", str(tmp_path / byte_corpus.name), "--save", str(tmp_path / "save"),
+                 "--train-iters", "9", "--save-interval", "1", "--eval-interval", "0"]  # fmt: skip
+    # The first rank alone reads it all, and knows which file it is.
+    message = (
+        rf"^({changed}: is not what was written: its sha256 is |the data is not what was written).*; nothing is saved"
+    )
+    launch("run_divergence.py", 2, [(arguments, message)])
+    assert not list((tmp_path / "save").glob("iter_*"))

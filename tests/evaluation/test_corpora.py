@@ -104,7 +104,7 @@ def test_json_lines_and_parts_in_their_order(tmp_path):
         lines = [json.dumps({"article": text, "abstract": "no"}) for text in texts]
         (tmp_path / f"pubmed-validation-{part}.jsonl").write_text("\n".join(lines) + "\n")
     assert documents_of("pubmed", tmp_path) == ["first\nline", "second", "third"]
-    (tmp_path / "lambada-test.jsonl").write_text('{"text": "\u201cYes\u201d "}\n', encoding="utf-8")
+    (tmp_path / "lambada-test.jsonl").write_text('\ufeff{"text": "\u201cYes\u201d "}\n', encoding="utf-8")
     assert documents_of("lambada", tmp_path) == ['\n"Yes"']
 
 
@@ -140,6 +140,7 @@ def test_a_missing_file_is_named(tmp_path, name):
     [
         ("lm1b-test.txt", b"\xff\xfe", "lm1b-test.txt: cannot be read as UTF-8 text .*; use another copy$"),
         ("lm1b-test.jsonl", b"{", "lm1b-test.jsonl, line 1: not JSON .*; use another copy$"),
+        ("lm1b-test.jsonl", b"[" * 100_000, r"lm1b-test.jsonl, line 1: not JSON \(maximum recursion"),
         ("lm1b-test.jsonl", b'\n{"a": 1}', "line 2: no text at 'text'; write one JSON object a line with it$"),
         ("lm1b-test.jsonl", b'["text"]', "line 1: no text at 'text'; write one JSON object a line with it$"),
         (

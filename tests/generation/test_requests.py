@@ -166,6 +166,8 @@ MISTAKES = [
     ("[]", f"not a JSON object; {EXAMPLE}"),
     ('"prompt"', f"not a JSON object; {EXAMPLE}"),
     ("prompt: a", f"not JSON (Expecting value: line 1 column 1 (char 0)); {EXAMPLE}"),
+    ("[" * 100_000, f"not JSON (maximum recursion depth exceeded while decoding a JSON array from a unicode string); "
+     f"{EXAMPLE}"),
     ('{"prompt": "a"', f"not JSON (Expecting ',' delimiter: line 1 column 15 (char 14)); {EXAMPLE}"),
 ]  # fmt: skip
 

@@ -1,0 +1,99 @@
+"""Digests of a corpus' files, kept beside them: whether .bin and .idx still are what was written.
+
+    PREFIX_digests.json     {".bin": {"bytes": 4096, "sha256": "..."}, ".idx": {...}}
+
+A flipped bit in a .bin is another token, which nothing else can tell from the right one.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Thread, get_native_id
+
+DIGESTED = (".bin", ".idx")
+# What takes no longer is known before the first step.
+SECONDS_TO_WAIT = 1.0
+LOWEST_PRIORITY = 19
+
+
+def digests_path(prefix: str) -> Path:
+    """Where the digests of PREFIX.bin and PREFIX.idx are, if there are any."""
+    return Path(f"{prefix}_digests.json")
+
+
+def has_digests(prefix: str) -> bool:
+    """Whether somebody wrote them."""
+    return os.path.isfile(digests_path(prefix))
+
+
+def write_digests(prefix: str) -> None:
+    """Write down what PREFIX.bin and PREFIX.idx are now."""
+    digests = {suffix: _describe(Path(f"{prefix}{suffix}")) for suffix in DIGESTED}
+    digests_path(prefix).write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
+
+
+def find_fault(prefix: str) -> str | None:
+    """What is wrong with the first file that is not as its digest says, in one line with the way out; None if all are.
+
+    Reads both files whole.
+    """
+    try:
+        digests = json.loads(digests_path(prefix).read_text(encoding="utf-8"))
+        expected = [(Path(f"{prefix}{suffix}"), digests[suffix]["sha256"]) for suffix in DIGESTED]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return f"{digests_path(prefix)}: damaged; copy it again, or prepare the data again"
+    for path, digest in expected:
+        try:
+            found = _describe(path)["sha256"]
+        except OSError as error:
+            return f"{path}: cannot be read ({error.strerror}); mend that, or prepare the data again"
+        if found != digest:
+            return (
+                f"{path}: is not what was written: its sha256 is {found[:12]}..., must be {digest[:12]}...; copy it "
+                "again, or prepare the data again"
+            )
+    return None
+
+
+class DigestCheck:
+    """Reads corpora in a thread of low priority, once."""
+
+    def __init__(self, prefixes: Sequence[str]) -> None:
+        self._fault: str | None = None
+        # A daemon, so that a run that is finished does not wait for it.
+        thread = Thread(target=self._check, args=(tuple(prefixes),), daemon=True)
+        thread.start()
+        thread.join(SECONDS_TO_WAIT)
+
+    def fault(self) -> str | None:
+        """What was found to be wrong so far, as find_fault says it."""
+        return self._fault
+
+    def _check(self, prefixes: Sequence[str]) -> None:
+        if sys.platform == "linux":  # where a thread has a priority of its own
+            os.setpriority(os.PRIO_PROCESS, get_native_id(), LOWEST_PRIORITY)
+        for prefix in prefixes:
+            self._fault = find_fault(prefix)
+            if self._fault is not None:
+                return
+
+
+def check_in_background(prefixes: Sequence[str]) -> DigestCheck:
+    """Begin to check the corpora that have digests; of those that have none it is said, and nothing else."""
+    with_digests = [prefix for prefix in prefixes if has_digests(prefix)]
+    for prefix in prefixes:
+        if prefix not in with_digests:
+            print(f"{prefix}: has no digests, and is used as it is", file=sys.stderr)
+    return DigestCheck(with_digests)
+
+
+def _describe(path: Path) -> dict[str, int | str]:
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+            size += len(chunk)
+    return {"bytes": size, "sha256": digest.hexdigest()}

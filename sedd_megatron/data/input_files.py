@@ -1,0 +1,274 @@
+"""Files that texts come from: those of a folder, packed ones, and whether a file is a text or has one in each line.
+
+What a file holds is told by its content. It is line-delimited JSON if each of its first lines is a JSON object, and by
+the suffixes .jsonl and .ndjson. If more than half of them begin with a brace all the same, or it begins with an object
+over several lines or is a list, it is refused, for nobody means to train on braces: --input-format says what it is.
+"""
+
+import bz2
+import codecs
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from sedd_megatron.errors import UserError, one_line
+
+INPUT_FORMATS = ("text", "jsonl")
+STANDARD_INPUT = "-"
+SOURCE_SUFFIXES = (".md", ".py")
+TEXT_SUFFIXES = (".txt", ".text", *SOURCE_SUFFIXES)
+JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
+PACKED_SUFFIXES = (".gz", ".bz2", ".zst")
+LONGEST_SIGN = 10  # bytes at the beginning of a file that tell its packing
+FIRST_LINES, FIRST_BYTES = 1000, 1 << 24
+SHOWN_NAMES = 3
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file that a flag names, or that lies in a folder that it names."""
+
+    path: Path
+    flag: str = "--input"
+    is_json_lines: bool = False
+    spool: IO[bytes] | None = None  # what came by standard input
+
+    @property
+    def where(self) -> str:
+        """As errors call it."""
+        return f"{self.flag} {self.path}"
+
+    @property
+    def suffix(self) -> str:
+        """In small letters, without that of its packing."""
+        suffixes = [suffix.lower() for suffix in self.path.suffixes]
+        return next((suffix for suffix in reversed(suffixes) if suffix not in PACKED_SUFFIXES), "")
+
+    @property
+    def size(self) -> int:
+        """In bytes, packed as it is."""
+        return os.fstat(self.spool.fileno()).st_size if self.spool else self.path.stat().st_size
+
+    def identity(self) -> list[Any]:
+        """Plain values that change when the content may have changed."""
+        if self.spool is None:
+            status = self.path.stat()
+            return [str(self.path.resolve()), status.st_size, status.st_mtime_ns, self.is_json_lines]
+        with self.open_packed() as content:
+            digest = hashlib.sha256()
+            while chunk := content.read(1 << 20):
+                digest.update(chunk)
+        return [STANDARD_INPUT, digest.hexdigest(), self.is_json_lines]
+
+    @contextmanager
+    def open_packed(self) -> Iterator[IO[bytes]]:
+        """Its bytes as they are."""
+        with os.fdopen(os.dup(self.spool.fileno()), "rb") if self.spool else self.path.open("rb") as file:
+            file.seek(0)
+            yield file
+
+    @contextmanager
+    def open(self) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+        """Its content unpacked, and the file itself, which says how much of it was read.
+
+        Raises:
+            UserError: it is packed and damaged, or by zstd and the package for it is missing.
+        """
+        with self.open_packed() as file:
+            start = file.read(LONGEST_SIGN)
+            file.seek(0)
+            unpack = _unpacker(start, self.where)
+            if unpack is None:
+                yield file, file
+                return
+            try:
+                with unpack(file) as content:
+                    yield content, file
+            except UserError:
+                raise
+            except Exception as error:  # each packing has errors of its own, among them plain OSErrors
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise
+                raise UserError(
+                    f"{self.where}: damaged or cut short, and cannot be unpacked ({one_line(error)}); use another copy"
+                ) from error
+
+
+def input_files(
+    names: Sequence[str], flag: str = "--input", input_format: str | None = None, spool_folder: Path | None = None
+) -> list[InputFile]:
+    """The files that a flag names; a folder stands for the text files in it, in the order of their names.
+
+    Files of a folder that are not UTF-8 or of another kind are left out, with a warning on stderr for each reason; the
+    check reads each file once.
+
+    Args:
+        input_format: what all of them are, one of INPUT_FORMATS; None to tell by their content.
+        spool_folder: where standard input, named -, is kept while this process lives; None takes none.
+
+    Raises:
+        UserError: a path that is not there, a folder without text files, or a file that may be of either format.
+    """
+    files = []
+    for name in names:
+        if name == STANDARD_INPUT and spool_folder is not None:
+            files.append(InputFile(Path(name), flag, spool=_spooled(spool_folder)))
+        elif name and os.path.isdir(name):
+            files += _folder_files(Path(name), flag, input_format)
+        elif os.path.isfile(name):
+            files.append(InputFile(Path(name), flag))
+        else:
+            raise UserError(f"{flag} {name}: no such file or folder; check the path")
+    if names.count(STANDARD_INPUT) > 1:
+        raise UserError(f"{flag} {STANDARD_INPUT}: standard input is read once; name it once")
+    return [_of_its_kind(file, input_format) for file in files]
+
+
+def lines_of(content: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Numbers from 1 and lines; a byte order mark is no part of the first."""
+    for number, line in enumerate(content, start=1):
+        yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+
+
+def object_of(line: bytes) -> dict[str, Any] | None:
+    """The JSON object that a line is; None for anything else."""
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _of_its_kind(file: InputFile, input_format: str | None) -> InputFile:
+    if input_format is None:
+        is_json_lines = file.suffix in JSON_LINES_SUFFIXES or _has_json_lines(file)
+    else:
+        is_json_lines = input_format == "jsonl"
+    return InputFile(file.path, file.flag, is_json_lines, file.spool)
+
+
+def _has_json_lines(file: InputFile) -> bool:
+    num_lines = num_braced = num_objects = num_bytes = 0
+    first = b""
+    with file.open() as (content, _):
+        for line in (line.lstrip() for _, line in lines_of(content) if not line.isspace()):
+            first = first or line[:1]
+            is_braced = line.startswith(b"{")
+            num_braced += is_braced
+            # As long as all were objects, for parsing takes its time.
+            num_objects += is_braced and num_objects == num_lines and object_of(line) is not None
+            num_lines, num_bytes = num_lines + 1, num_bytes + len(line)
+            if num_lines == FIRST_LINES or num_bytes >= FIRST_BYTES:
+                break
+    if num_lines > 0 and num_objects == num_lines:
+        return True
+    if 2 * num_braced > num_lines:
+        raise UserError(
+            f"{file.where}: most lines begin with a brace, but not all are JSON objects; --input-format jsonl if there "
+            "is to be one in each line, text to train on it as it stands"
+        )
+    is_suspect = first in (b"{", b"[") and file.suffix not in SOURCE_SUFFIXES
+    if file.suffix == ".json" or (is_suspect and _begins_with_json(file)):
+        raise UserError(
+            f"{file.where}: is JSON, but not one object in each line; write it so (jq -c '.[]' for a list), or give "
+            "--input-format text to train on it as it stands"
+        )
+    return False
+
+
+def _begins_with_json(file: InputFile) -> bool:
+    """Whether it begins with an object that is not empty, or is one list."""
+    with file.open() as (content, _):
+        try:
+            text = content.read().decode("utf-8-sig").strip()
+            value, end = json.JSONDecoder().raw_decode(text)
+        except (ValueError, RecursionError):
+            return False
+    return bool(value) and (isinstance(value, dict) or end == len(text))
+
+
+def _folder_files(folder: Path, flag: str, input_format: str | None) -> list[InputFile]:
+    kept, others, undecodable = [], [], []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        file = InputFile(path, flag)
+        if not _is_of_texts(file, input_format):
+            others.append(path)
+        elif not _is_utf8(file):
+            undecodable.append(path)
+        else:
+            kept.append(file)
+    if not kept:
+        suffixes = ", ".join((*TEXT_SUFFIXES, *JSON_LINES_SUFFIXES))
+        raise UserError(f"{flag} {folder}: no UTF-8 file in it ends with {suffixes}; name the files one by one")
+    if others:
+        shown = ", ".join(str(path.relative_to(folder)) for path in others[:SHOWN_NAMES])
+        more = ", ..." if len(others) > SHOWN_NAMES else ""
+        print(f"warning: {flag} {folder}: left out {len(others)} files of other kinds: {shown}{more}", file=sys.stderr)
+    if undecodable:
+        print(f"warning: left out {len(undecodable)} files that are not UTF-8, first {undecodable[0]}", file=sys.stderr)
+    return kept
+
+
+def _is_of_texts(file: InputFile, input_format: str | None) -> bool:
+    if file.suffix == ".json" and input_format is None:
+        # Most often settings or the like, which nobody means who names their folder.
+        with file.open() as (content, _):
+            return object_of(next(lines_of(content), (1, b""))[1]) is not None
+    return file.suffix in (*TEXT_SUFFIXES, *JSON_LINES_SUFFIXES)
+
+
+def _is_utf8(file: InputFile) -> bool:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with file.open() as (content, _):
+        try:
+            while chunk := content.read(1 << 20):
+                decoder.decode(chunk)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            return False
+    return True
+
+
+def _spooled(folder: Path) -> IO[bytes]:
+    """Standard input in a file without a name, which can be read again: by what learns from it, and for each key."""
+    folder.mkdir(parents=True, exist_ok=True)
+    spool = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  it lives as long as the process
+    shutil.copyfileobj(sys.stdin.buffer, spool, 1 << 20)
+    spool.flush()
+    return spool
+
+
+def _unpacker(start: bytes, where: str) -> Callable[[IO[bytes]], IO[bytes]] | None:
+    """What unpacks a file that begins like this; None if it is not packed."""
+    if start.startswith(b"\x1f\x8b"):
+        return gzip.open
+    # With the sign of a block or of the end: BZh alone may begin a text.
+    if start.startswith(b"BZh") and start[4:] in (b"1AY&SY", b"\x17\x72\x45\x38\x50\x90"):
+        return bz2.open
+    # A frame of zstd, or one that it skips.
+    if start.startswith(b"\x28\xb5\x2f\xfd") or (start[1:4] == b"\x2a\x4d\x18" and start[0] & 0xF0 == 0x50):
+        return _zstd(where).open
+    return None
+
+
+def _zstd(where: str) -> Any:
+    try:
+        # Not the package zstandard: it takes a file that is cut short for a whole one.
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            from backports import zstd
+    except ImportError as error:
+        raise UserError(
+            f"{where}: is packed by zstd, which needs the package backports.zstd: pip install 'sedd_megatron[data]'"
+        ) from error
+    return zstd

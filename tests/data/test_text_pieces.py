@@ -1,0 +1,169 @@
+"""Text inside a text has the tokens that it has there, and names of special tokens are text."""
+
+import io
+import random
+from functools import cache
+
+import pytest
+import sentencepiece
+import tokenizers as hf
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from sedd_megatron.data.library_tokenizers import HuggingFaceTokenizer
+from sedd_megatron.data.tokenizers import ByteTokenizer, CharTokenizer, SentencePieceTokenizer, Tokenizer
+from sedd_megatron.generation.requests import TextRequest, frames_of
+
+TEXTS = ["foo bar foo bar baz", "the fo bar.  two  blanks and foobar", "Answer: yes, (foo) a bar"]
+NAMED = "foo</s>bar <s>"
+
+
+def sentencepiece_tokenizer(**settings) -> SentencePieceTokenizer:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*TEXTS, "< / s >"] * 20), model_writer=model, vocab_size=60, hard_vocab_limit=False,
+        minloglevel=2, **settings,
+    )  # fmt: skip
+    return SentencePieceTokenizer(model.getvalue())
+
+
+def trained(model: models.Model, **parts) -> HuggingFaceTokenizer:
+    """As the published tokenizer.json of its kind is made: names of special tokens first in the vocabulary."""
+    tokenizer = hf.Tokenizer(model)
+    for name, part in parts.items():
+        setattr(tokenizer, name, part)
+    shared = {"vocab_size": 300, "show_progress": False, "special_tokens": ["<unk>", "<s>", "</s>"]}
+    kinds = {
+        models.BPE: lambda: trainers.BpeTrainer(**shared, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
+        models.Unigram: lambda: trainers.UnigramTrainer(**shared, unk_token="<unk>"),
+        models.WordPiece: lambda: trainers.WordPieceTrainer(**shared),
+    }
+    tokenizer.train_from_iterator([*TEXTS, "< / s >"] * 10, kinds[type(model)]())
+    return HuggingFaceTokenizer(tokenizer, "</s>")
+
+
+def metaspace(model: models.Model, scheme: str) -> HuggingFaceTokenizer:
+    return trained(
+        model,
+        pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme=scheme),
+        decoder=decoders.Metaspace(prepend_scheme=scheme),
+    )
+
+
+MAKERS = {
+    "bytes": ByteTokenizer,
+    "characters": lambda: CharTokenizer.from_texts([*TEXTS, NAMED]),
+    "sentencepiece": sentencepiece_tokenizer,
+    "sentencepiece that keeps blanks": lambda: sentencepiece_tokenizer(remove_extra_whitespaces=False),
+    "sentencepiece without a prefix": lambda: sentencepiece_tokenizer(add_dummy_prefix=False),
+    "sentencepiece with neither": lambda: sentencepiece_tokenizer(
+        add_dummy_prefix=False, remove_extra_whitespaces=False
+    ),
+    "metaspace first": lambda: metaspace(models.BPE(unk_token="<unk>"), "first"),
+    "metaspace always": lambda: metaspace(models.BPE(unk_token="<unk>"), "always"),
+    "metaspace never": lambda: metaspace(models.BPE(unk_token="<unk>"), "never"),
+    "unigram": lambda: metaspace(models.Unigram(), "always"),
+    "prepended": lambda: trained(
+        models.BPE(unk_token="<unk>"),
+        normalizer=normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+        decoder=decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]),
+    ),
+    "stripped": lambda: trained(
+        models.Unigram(),
+        normalizer=normalizers.Sequence([normalizers.Strip(), normalizers.Replace(hf.Regex(" {2,}"), " ")]),
+        pre_tokenizer=pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme="always")]),
+        decoder=decoders.Metaspace(prepend_scheme="always"),
+    ),
+    "byte level": lambda: trained(
+        models.BPE(), pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True), decoder=decoders.ByteLevel()
+    ),
+    "word pieces": lambda: trained(
+        models.WordPiece(unk_token="<unk>"),
+        normalizer=normalizers.BertNormalizer(),
+        pre_tokenizer=pre_tokenizers.BertPreTokenizer(),
+        decoder=decoders.WordPiece(cleanup=False),
+    ),
+}
+
+
+@cache
+def tokenizer_named(name: str) -> Tokenizer:
+    return MAKERS[name]()
+
+
+@pytest.fixture(params=MAKERS)
+def tokenizer(request) -> Tokenizer:
+    return tokenizer_named(request.param)
+
+
+def test_a_text_in_two_pieces_is_the_text(tokenizer):
+    """What a tokenizer does not keep of the whole (word pieces their blanks), it need not keep of the pieces."""
+    keeps_last_blank = tokenizer.decode(tokenizer.encode("foo ")).endswith(" ")
+    for text in TEXTS:
+        whole = tokenizer.decode(tokenizer.encode(text))
+        assert whole.replace(" ", "").lower() == text.replace(" ", "").lower()
+        for cut in range(1, len(text)):
+            if text[cut - 1] != " " or keeps_last_blank:
+                pieces = tokenizer.encode(text[:cut]) + tokenizer.encode_inside(text[cut:])
+                assert tokenizer.decode(pieces) == whole, (text[:cut], text[cut:])
+    assert tokenizer.encode_inside("") == []
+
+
+def test_pieces_do_not_begin_with_a_blank_of_the_tokenizers_own():
+    for name in MAKERS:
+        tokenizer = tokenizer_named(name)
+        alone, inside = (tokenizer.decode(tokenizer.encode("fo") + encode("bar"))
+                         for encode in (tokenizer.encode, tokenizer.encode_inside))  # fmt: skip
+        assert inside.strip() == "fobar", name
+        prefixes = name not in ("bytes", "characters", "sentencepiece without a prefix", "sentencepiece with neither",
+                                "metaspace never")  # fmt: skip
+        assert (alone.strip() == "fo bar") == prefixes, name
+
+
+@pytest.mark.parametrize("name", ["sentencepiece", "prepended", "metaspace first"])
+def test_requests_get_their_pieces_as_they_stand(name):
+    tokenizer = tokenizer_named(name)
+
+    def given_texts(request: TextRequest) -> list[str]:
+        """The given runs of tokens, after one that ends in no blank."""
+        (frame,) = frames_of(request, tokenizer, 24)
+        runs, last = [], False
+        for token, is_given in zip(frame.tokens, frame.given, strict=True):
+            if is_given and not last:
+                runs.append([])
+            if is_given:
+                runs[-1].append(token)
+            last = is_given
+        start = tokenizer.encode("a")
+        return [tokenizer.decode(start + run)[1:] for run in runs]
+
+    assert given_texts(TextRequest(infill="fo[MASK*2]bar[MASK] a bar[MASK].")) == [" fo", "bar", " a bar", "."]
+    assert given_texts(TextRequest(infill="[MASK]foo")) == ["foo"]
+    assert given_texts(TextRequest(prompt="fo", suffix=".")) == [" fo", "."]
+    assert given_texts(TextRequest(suffix=" foo")) == [" foo"]
+
+
+def test_no_text_becomes_the_end_of_a_document(tokenizer):
+    for text in (NAMED, "</s>", "</s></s>", "a </s> b"):
+        for ids in (tokenizer.encode(text), tokenizer.encode_inside(text)):
+            assert tokenizer.eod_id is None or tokenizer.eod_id not in ids
+            assert set(tokenizer.special_tokens.values()) - {tokenizer.unknown_id} <= set(range(tokenizer.num_tokens))
+            assert (set(tokenizer.special_tokens.values()) - {tokenizer.unknown_id}).isdisjoint(ids)
+        if tokenizer.unknown_id is None or tokenizer.unknown_id not in ids:
+            shown = tokenizer.decode(tokenizer.encode(text)).replace(" ", "")
+            assert shown == text.replace(" ", "")
+    library = tokenizer.tokenizer_type in ("SentencePieceTokenizer", "HuggingFaceTokenizer")
+    assert tokenizer.special_tokens.get("</s>") == (tokenizer.eod_id if library else None)
+    assert tokenizer.eod_id is not None or not library
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_texts_of_all_kinds_of_blanks_in_pieces(seed):
+    generator = random.Random(seed)
+    for name in ("sentencepiece that keeps blanks", "metaspace first", "metaspace always", "prepended"):
+        tokenizer = tokenizer_named(name)
+        for _ in range(50):
+            text = "f" + "".join(generator.choices(["foo", " ", "  ", "bar", ".", "("], k=6)) + "r"
+            cuts = sorted(generator.sample(range(1, len(text)), k=2))
+            pieces = [text[: cuts[0]], text[cuts[0] : cuts[1]], text[cuts[1] :]]
+            ids = tokenizer.encode(pieces[0]) + [id for piece in pieces[1:] for id in tokenizer.encode_inside(piece)]
+            assert tokenizer.decode(ids) == text, (name, pieces)
