@@ -2,13 +2,13 @@
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sedd_megatron.config import ParallelOptions, PrecisionOptions
-from sedd_megatron.errors import UserError, run_command
+from sedd_megatron.errors import UserError, print_output, run_command
 from sedd_megatron.options import option, parse_options
 from sedd_megatron.parallel.groups import groups_of_this_process
 
@@ -28,19 +28,29 @@ class ConvertOptions:
     to_published: str | None = option(None, "folder to write config.json, model.safetensors and the tokenizer to")
 
 
-def main() -> None:
-    """Parse the flags and convert, one way or the other."""
+def check(argv: Sequence[str]) -> ConvertOptions:
+    """The flags, which name one way.
+
+    Raises:
+        UserError: the first mistake.
+    """
     (options,) = parse_options(
-        (ConvertOptions,), sys.argv[1:], "sedd_megatron.convert", "Convert published models to checkpoints and back."
+        (ConvertOptions,), argv, "sedd_megatron.convert", "Convert published models to checkpoints and back."
     )
     given = {name for name, value in asdict(options).items() if value is not None}
-    if given == {"from_published", "save"}:
-        print(f"saved {from_published(options.from_published, Path(options.save))}")
-    elif given == {"load", "to_published"}:
-        to_published(options.load, Path(options.to_published))
-        print(f"wrote {options.to_published}")
-    else:
+    if given not in ({"from_published", "save"}, {"load", "to_published"}):
         raise UserError("give --from-published with --save, or --load with --to-published, and nothing else")
+    return options
+
+
+def main() -> None:
+    """Parse the flags and convert, one way or the other."""
+    options = check(sys.argv[1:])
+    if options.save is not None:
+        print_output(f"saved {from_published(options.from_published, Path(options.save))}")
+    else:
+        to_published(options.load, Path(options.to_published))
+        print_output(f"wrote {options.to_published}")
 
 
 def from_published(source: str, root: Path) -> Path:

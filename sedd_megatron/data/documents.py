@@ -152,7 +152,7 @@ def json_lines(flag: str, path: Path, way_out: str) -> Iterator[tuple[int, Any]]
             continue
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{flag} {path}, line {number}: not JSON ({error}); {way_out}") from error
         yield number, value
 

@@ -146,7 +146,7 @@ def _json_rows(path: Path, corpus: Corpus) -> Iterator[str]:
             continue
         try:
             values = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not JSON ({error}); use another copy") from error
         names = [column for column in (corpus.column, "text") if isinstance(values, dict) and column in values]
         if not names or not isinstance(values[names[0]], str):
