@@ -13,6 +13,8 @@ from sedd_megatron.options import option, parse_options
 from sedd_megatron.parallel.groups import groups_of_this_process
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sedd_megatron.model.sedd_model import SEDDModel
     from sedd_megatron.saved_model import SavedModel
     from sedd_megatron.training.checkpoint_format import Shard
@@ -22,7 +24,11 @@ if TYPE_CHECKING:
 class ConvertOptions:
     """Conversion: --from-published with --save, or --load with --to-published"""
 
-    from_published: str | None = option(None, "folder or hub name with config.json and model.safetensors")
+    from_published: str | None = option(
+        None,
+        "folder or hub name with config.json and model.safetensors; or a folder of a run of the published training "
+        "code, or one .pth file in it",
+    )
     save: str | None = option(None, "folder to write a checkpoint to: any layout loads it, to sample or to train on")
     load: str | None = option(None, "folder that training saved to, or one iter_* folder in it")
     to_published: str | None = option(None, "folder to write config.json, model.safetensors and the tokenizer to")
@@ -56,7 +62,8 @@ def main() -> None:
 def from_published(source: str, root: Path) -> Path:
     """Write a checkpoint at iteration 0 with the published weights as weights and as moving average.
 
-    Adam's moments are zeros: training continues as from a fresh start with these weights.
+    A run of the published training code has both apart, and so has its checkpoint. Adam's moments are zeros: training
+    continues as from a fresh start with these weights.
 
     Raises:
         UserError: no published model there, one that does not fit, or `root` has checkpoints already.
@@ -69,6 +76,9 @@ def from_published(source: str, root: Path) -> Path:
     if (root / LATEST).exists():
         raise UserError(f"--save {root}: has checkpoints already; name another folder")
     network = _whole_network(saved)
+    averages = {name: sharded.data.detach().clone() for name, sharded in network.sharded_tensors().items()}
+    if saved.open_trained_weights is not None:
+        saved.open_trained_weights()(network)
     state = {
         "options": asdict(saved.model_options) | asdict(saved.diffusion),
         "num_tokens": saved.num_tokens,
@@ -76,7 +86,7 @@ def from_published(source: str, root: Path) -> Path:
         "consumed_samples": 0,
         "scheduler_samples": 0,
     }
-    return save_checkpoint(root, _fresh_shards(network), state, saved.tokenizer)
+    return save_checkpoint(root, _fresh_shards(network, averages), state, saved.tokenizer)
 
 
 def to_published(source: str, final: Path) -> None:
@@ -88,12 +98,16 @@ def to_published(source: str, final: Path) -> None:
     from sedd_megatron.saved_model import find_saved_model
 
     saved = find_saved_model(source, "cpu")
+    from sedd_megatron.model.published_weights import published_name
     from sedd_megatron.training.published_format import published_config, write_published_folder
 
     if final.exists():
         raise UserError(f"--to-published {final}: is there already; name a new folder")
     config = published_config(saved.model_options, saved.diffusion, saved.num_tokens)
     network = _whole_network(saved)
+    for sharded in network.sharded_tensors().values():
+        if not sharded.data.isfinite().all():
+            raise UserError(f"--load {source}: {published_name(sharded)} has values that are not finite; load another")
     partial = final.parent / f".{final.name}.partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -110,16 +124,16 @@ def _whole_network(saved: "SavedModel") -> "SEDDModel":
     return saved.load(parallel, PrecisionOptions(), lambda: groups_of_this_process(parallel)).network
 
 
-def _fresh_shards(network: "SEDDModel") -> Iterator["Shard"]:
+def _fresh_shards(network: "SEDDModel", averages: "dict[str, Tensor]") -> Iterator["Shard"]:
     """The tensors of a run's checkpoint before its first step (training/checkpoint.py, run_shards)."""
     import torch
 
     from sedd_megatron.training.checkpoint_format import Shard
     from sedd_megatron.training.ema import KEY_PREFIX
 
-    for sharded in network.sharded_tensors().values():
+    for name, sharded in network.sharded_tensors().items():
         yield Shard.of(sharded)
-        yield Shard.of(sharded, KEY_PREFIX + sharded.key)
+        yield Shard.of(sharded, KEY_PREFIX + sharded.key, averages[name])
         for moment in ("exp_avg", "exp_avg_sq"):
             yield Shard.of(sharded, f"optimizer.state.{moment}.{sharded.key}", torch.zeros_like(sharded.data))
 

@@ -44,6 +44,8 @@ class SavedModel:
     tokenizer: Tokenizer
     # Checks the files of weights, on every rank at once; what it returns fills this rank's part of a network.
     open_weights: Callable[[], Callable[["SEDDModel"], None]]
+    # The same of the weights that a run of the published training code trained, where those are their average.
+    open_trained_weights: Callable[[], Callable[["SEDDModel"], None]] | None = None
 
     @property
     def graph(self) -> AbsorbingGraph | UniformGraph:
@@ -118,8 +120,11 @@ def _published_model(path: Path) -> SavedModel:
     from sedd_megatron.training.published_format import read_published_folder
 
     folder = read_published_folder(path)
-    tokenizer = _tokenizer_beside(path, folder.num_tokens)
-    return SavedModel(path, folder.model_options, folder.diffusion, folder.num_tokens, tokenizer, folder.open_weights)
+    tokenizer = _tokenizer_beside(folder.path, folder.num_tokens)
+    trained = None if folder.run_checkpoint is None else partial(folder.open_weights, trained=True)
+    return SavedModel(
+        path, folder.model_options, folder.diffusion, folder.num_tokens, tokenizer, folder.open_weights, trained
+    )
 
 
 def _tokenizer_beside(path: Path, num_tokens: int) -> Tokenizer:

@@ -21,6 +21,7 @@ from sedd_megatron.parallel.groups import (
     is_first_rank,
 )
 
+
 @dataclass(frozen=True)
 class UnitBound:
     """The bound on -log p of one document, or of one window of the concatenation, in nats."""
