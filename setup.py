@@ -34,6 +34,7 @@ setup(
         "quality": ["transformers>=4.56", "mauve-text>=0.4"],
         "test": [
             "datasets>=4",
+            "hypothesis>=6.100",
             "lm_eval>=0.4.13",
             "mauve-text>=0.4",
             "pillow",
