@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import psutil
@@ -271,15 +271,15 @@ def check_fp8_sizes(options: PretrainOptions) -> None:
     )
 
 
-def check_layout(layout: LayoutOptions) -> None:
-    """Check what every command's layout must keep to, by itself."""
+def check_layout(layout: LayoutOptions, name_of: Callable[[str], str] = flag_of) -> None:
+    """Check what every command's layout must keep to, by itself; `name_of` says how an error names an option."""
     for name, most in (
         ("tensor_model_parallel_size", MOST),
         ("pipeline_model_parallel_size", MOST),
         ("distributed_timeout_minutes", MOST_MINUTES),
     ):
         value = getattr(layout, name)
-        _require(1 <= value <= most, f"{flag_of(name)} {value} must be at least 1 and at most {most:,}")
+        _require(1 <= value <= most, f"{name_of(name)} {value} must be at least 1 and at most {most:,}")
 
 
 def _check_weights_fit(model: ModelOptions, parallel: ParallelOptions) -> None:

@@ -313,7 +313,7 @@ def check_arguments(
     if missing:
         raise UserError(f"--model_args: missing {', '.join(missing)}; write --model_args load=FOLDER")
     load, options, sampling, layout = instances_of(values, MODEL_ARGUMENTS)
-    check_layout(layout)
+    check_layout(layout, str)
     check_numbers(options)
     saved = find_saved_model(load.load, layout.device)
     settings_of(sampling, saved.graph, str)

@@ -31,7 +31,8 @@ from tests.training.test_convert import published_folder  # noqa: E402
 # What stands in the folder that the commands are started in.
 MODEL, CORPUS, TEXT = "model", "corpus_text_document", "text.txt"
 NUMBERS = ["0", "1", "2", "3", "4", "7", "16", "-1", "-0", str(2**31 - 1), str(2**31), str(2**63 - 1),
-           str(2**63), str(-(2**63)), str(10**30), "9" * 5000, "0x10", "1_0", "٣", "2.0", "1e3", "", " ", "x", "None", "--"]  # fmt: skip
+           str(2**63), str(-(2**63)), str(10**30), "9" * 5000, "0x10", "1_0", "٣", "2.0", "1e3", "", " ", "x", "None",
+           "--"]  # fmt: skip
 REALS = ["0", "0.5", "1", "1.0", "-0.0", "-1", "1e-320", "1e-9", "0.999", "2", "30", "1e30", "1e308", "1e400",
          "-1e400", "nan", "inf", "", "x", "1/2", "9" * 5000]  # fmt: skip
 NAMES = ["", " ", "nowhere", "nowhere/below", MODEL, TEXT, f"{TEXT}/below", "empty", CORPUS, ".", "x" * 256, "x" * 5000,
@@ -188,7 +189,8 @@ def test_a_yaml_file_of_any_content_ends_well(folder):
 
 JSON_LINES = [
     b"\xe9", b"NaN", b'{"": 1}', b"[" * 100_000, b'{"a":' * 100_000, b'{"prompt": ' + b"[" * 900 + b"]" * 900 + b"}",
-    b'{"seed": ' + b"9" * 5000 + b"}", b'{"seed": 1e400}', b'{"num_samples": 1000000000000}', b'{"num_samples": 600}\n' * 2,
+    b'{"seed": ' + b"9" * 5000 + b"}", b'{"seed": 1e400}', b'{"num_samples": 1000000000000}',
+    b'{"num_samples": 600}\n' * 2,
     b'{"length": 1000000000000}', b'{"prompt": "\\ud800"}', b'{"infill": "[MASK*999999999999]"}',
     b'{"tokens": [null, 1e9]}', b'{"tokens": [null, ' + b"9" * 400 + b"]}",
 ]  # fmt: skip
