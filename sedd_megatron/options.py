@@ -60,6 +60,10 @@ def parse_options(option_classes: Sequence[type], argv: Sequence[str], prog: str
     namespace, unknown = parser.parse_known_args(list(argv))
     if unknown:
         raise UserError(_unknown("flag", unknown[0], [flag_of(name) for name in fields]))
+    # Of --flag=-- argparse makes no value at all, in a list.
+    empty = [name for name, value in vars(namespace).items() if value == []]
+    if empty:
+        raise UserError(f"{flag_of(empty[0])} has no value; give one, or leave it out")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(namespace).items()}
     values = {**load_yaml_options(Path(given["config"]), option_classes), **given} if given.get("config") else given
     required = [name for name in required_options(option_classes) if name not in values]
