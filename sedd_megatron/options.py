@@ -227,14 +227,15 @@ def _fault_of(value: Any, field: dataclasses.Field) -> str | None:
         return None if _is_int64(value) else "fit into 64 bits"
     if isinstance(value, float):
         return None if math.isfinite(value) else "be finite"
-    return _fault_of_name(value) if isinstance(value, str) and not field.metadata["is_text"] else None
+    return fault_of_name(value) if isinstance(value, str) and not field.metadata["is_text"] else None
 
 
 def _is_int64(value: Any) -> bool:
     return type(value) is int and -(2**63) <= value < 2**63
 
 
-def _fault_of_name(name: str) -> str | None:
+def fault_of_name(name: str) -> str | None:
+    """What a name of a file, a folder or a key must still be; None if it can be one."""
     if not name:
         return "not be empty: leave it out, or give what it names"
     try:
