@@ -36,6 +36,7 @@ setup(
         "test": [
             "backports.zstd; python_version < '3.14'",
             "datasets>=4",
+            "hypothesis>=6.100",
             "lm_eval>=0.4.13",
             "mauve-text>=0.4",
             "pillow",

@@ -2,14 +2,18 @@
 
 import math
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from fractions import Fraction
+
+import psutil
 
 from sedd_megatron.config import (
     GROUPS,
     ConfigFile,
     DataOptions,
     DiffusionOptions,
+    LayoutOptions,
     ModelOptions,
     ParallelOptions,
     PrecisionOptions,
@@ -23,6 +27,11 @@ from sedd_megatron.options import flag_of, parse_options
 # Transformer Engine's matrix products (pytorch/utils.py, assert_dim_for_fp8_exec) and 128 x 128 blocks
 # (pytorch/tensor/float8_blockwise_tensor.py): what the inner sizes and the number of rows must be multiples of.
 FP8_MULTIPLES = {"delayed": (16, 8), "tensorwise": (16, 8), "blockwise": (128, 128)}
+# Of any count, so that the product of two, as of steps and sequences, is a number of 63 bits; of minutes, a year.
+MOST, MOST_MINUTES = 2**31 - 1, 525_600
+MOST_NOISE = 80.0
+# Exact as a fraction; of few digits, for 1e99999999 would be a fraction of as many.
+WEIGHT = re.compile(r"[\d.]{1,40}(e[+-]?\d{1,3})?|\d{1,40}/\d{1,40}", re.IGNORECASE | re.ASCII)
 
 
 def parse_pretrain_options(argv: Sequence[str]) -> PretrainOptions:
@@ -46,6 +55,7 @@ def check_options(options: PretrainOptions, world_size: int) -> None:
     """
     _check_ranges(options)
     check_model_layout(options.model, options.parallel)
+    _check_weights_fit(options.model, options.parallel)
     check_diffusion(options.diffusion)
     check_recompute(options.recompute, options.precision)
     check_precision(options.precision, options.parallel)
@@ -160,6 +170,10 @@ def check_diffusion(diffusion: DiffusionOptions) -> None:
         0 < diffusion.sigma_min < diffusion.sigma_max,
         f"--sigma-min {diffusion.sigma_min} must be above 0 and below --sigma-max {diffusion.sigma_max}",
     )
+    _require(
+        diffusion.sigma_max <= MOST_NOISE,
+        f"--sigma-max {diffusion.sigma_max} must be at most {MOST_NOISE}: beyond it exp(sigma) is not a float32 number",
+    )
 
 
 def check_recompute(recompute: RecomputeOptions, precision: PrecisionOptions) -> None:
@@ -227,8 +241,7 @@ def weighted_corpora(data: DataOptions) -> list[WeightedCorpus]:
     corpora = []
     for text, prefix in zip(values[::2], values[1::2], strict=True):
         try:
-            # A float first: a fraction would have all the digits of 1e99999999.
-            weight = Fraction(text) if "/" in text or 0 < float(text) < math.inf else Fraction(0)
+            weight = Fraction(text) if WEIGHT.fullmatch(text) else Fraction(0)
         except (ValueError, ZeroDivisionError):
             weight = Fraction(0)
         _require(weight > 0, f"--data-path {text} {prefix}: the weight {text} must be a number above 0; {example}")
@@ -258,7 +271,33 @@ def check_fp8_sizes(options: PretrainOptions) -> None:
     )
 
 
+def check_layout(layout: LayoutOptions, name_of: Callable[[str], str] = flag_of) -> None:
+    """Check what every command's layout must keep to, by itself; `name_of` says how an error names an option."""
+    for name, most in (
+        ("tensor_model_parallel_size", MOST),
+        ("pipeline_model_parallel_size", MOST),
+        ("distributed_timeout_minutes", MOST_MINUTES),
+    ):
+        value = getattr(layout, name)
+        _require(1 <= value <= most, f"{name_of(name)} {value} must be at least 1 and at most {most:,}")
+
+
+def _check_weights_fit(model: ModelOptions, parallel: ParallelOptions) -> None:
+    """Refuse a model whose layers alone, in float32, are more than this machine's memory, before any of it is taken."""
+    width, inner = model.hidden_size, model.mlp_hidden_size
+    layer = 4 * width * width + 2 * width * inner + 6 * width * model.cond_dim
+    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    needed, there = 4 * layer * model.num_layers // ranks, psutil.virtual_memory().total
+    _require(
+        needed <= there,
+        f"--num-layers {model.num_layers} of --hidden-size {width} and MLPs of {inner} are {needed / 2**30:,.0f} GiB "
+        f"of weights on each rank, and this machine has {there / 2**30:,.0f}; lower them, or share them among more "
+        "ranks",
+    )
+
+
 def _check_ranges(options: PretrainOptions) -> None:
+    check_layout(options.parallel)
     at_least_one = (
         "num_layers hidden_size num_attention_heads ffn_hidden_size seq_length cond_dim make_vocab_size_divisible_by "
         "tensor_model_parallel_size pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage "
@@ -271,11 +310,14 @@ def _check_ranges(options: PretrainOptions) -> None:
     ).split()
     below_one = ["hidden_dropout", "adam_beta1", "adam_beta2", "ema_decay"]
     values = options.to_dict()
+    counts = [name for name in (*at_least_one, *at_least_zero)
+              if type(values[name]) is int and name not in ("seed", "ddp_bucket_size")]  # fmt: skip
     for names, holds, rule in (
         (at_least_one, lambda v: v >= 1, "at least 1"),
         (at_least_zero, lambda v: v >= 0, "at least 0"),
         (below_one, lambda v: 0 <= v < 1, "at least 0 and below 1"),
         (["adam_eps", "verify_layout_tolerance"], lambda v: v > 0, "above 0"),
+        (counts, lambda v: v <= MOST, f"at most {MOST:,}"),
     ):
         for name in names:
             value = values[name]

@@ -11,16 +11,17 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sedd_megatron.arguments import check_layout
 from sedd_megatron.config import LayoutOptions, ParallelOptions, PrecisionOptions
 from sedd_megatron.data.documents import FileSource
 from sedd_megatron.data.input_files import INPUT_FORMATS, input_files
 from sedd_megatron.diffusion.graph import find_for_graph
 from sedd_megatron.diffusion.integration import INTEGRATIONS
-from sedd_megatron.errors import UserError, run_command
+from sedd_megatron.errors import UserError, print_output, run_command
 from sedd_megatron.evaluation.corpora import CORPORA, documents_of
 from sedd_megatron.evaluation.intervals import METHOD, Interval
 from sedd_megatron.evaluation.published_table import PUBLISHED, published_table
-from sedd_megatron.evaluation.windows import WINDOWINGS, Window, windows_of
+from sedd_megatron.evaluation.windows import MAX_DRAWS, WINDOWINGS, Window, windows_of
 from sedd_megatron.options import check_rules, option, parse_options
 from sedd_megatron.output_files import check_output, write_output
 from sedd_megatron.parallel.groups import is_first_rank, parallel_groups
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from sedd_megatron.diffusion.likelihood import Bound
     from sedd_megatron.evaluation.bounds import UnitBound
     from sedd_megatron.pretrained import PretrainedModel
+    from sedd_megatron.saved_model import SavedModel
 
 GPT2_TOKENS = 50257
 
@@ -68,11 +70,16 @@ class EvaluateOptions:
     output: str | None = option(None, "also write each unit's bound to this file, one JSON object a line")
 
 
-def main() -> None:
-    """Parse the flags, load model and text, print the bound."""
+def check(argv: Sequence[str]) -> "tuple[EvaluateOptions, LayoutOptions, SavedModel]":
+    """What the flags ask for, and the model that they name, before any text or weight is read.
+
+    Raises:
+        UserError: the first mistake.
+    """
     options, layout = parse_options(
-        (EvaluateOptions, LayoutOptions), sys.argv[1:], "sedd_megatron.evaluate", "Bound the likelihood of text."
+        (EvaluateOptions, LayoutOptions), argv, "sedd_megatron.evaluate", "Bound the likelihood of text."
     )
+    check_layout(layout)
     _check(options)
     from sedd_megatron.saved_model import find_saved_model
 
@@ -81,6 +88,12 @@ def main() -> None:
         find_for_graph(INTEGRATIONS, options.integrate_over, saved.graph, "--integrate-over")
     except ValueError as error:
         raise UserError(str(error)) from error
+    return options, layout, saved
+
+
+def main() -> None:
+    """Parse the flags, load model and text, print the bound."""
+    options, layout, saved = check(sys.argv[1:])
     texts_of = _texts(options)
     may_give = saved.graph.mask_token_id is not None
     length = saved.model_options.seq_length
@@ -95,13 +108,13 @@ def main() -> None:
         for name, windows in windows_by_name.items():
             found[name] = _bound_units(model, windows, options, saved.diffusion.time_eps)
             if is_first_rank():
-                print(report(name, found[name], texts_of[name], options), flush=True)
+                print_output(report(name, found[name], texts_of[name], options))
     if is_first_rank():
         if options.output:
             records = ({"corpus": name} | unit.record() for name, units in found.items() for unit in units)
             write_output("--output", options.output, (json.dumps(record) + "\n" for record in records))
         if options.corpora:
-            print(_beside_published(found, saved.num_tokens, options.load))
+            print_output(_beside_published(found, saved.num_tokens, options.load))
 
 
 def _beside_published(found: "dict[str, list[UnitBound]]", num_tokens: int, name: str) -> str:
@@ -187,6 +200,7 @@ def _check(options: EvaluateOptions) -> None:
         raise UserError(f"--input-format {options.input_format}: belongs to --data; leave it out")
     rules = (
         ("mc_samples", options.mc_samples >= 2 and options.mc_samples % 2 == 0, "must be even and at least 2"),
+        ("mc_samples", options.mc_samples <= MAX_DRAWS, f"must be at most {MAX_DRAWS}; see --until-half-width"),
         ("batch_size", options.batch_size >= 1, "must be at least 1"),
         ("max_documents", options.max_documents is None or options.max_documents >= 1, "must be at least 1"),
         ("until_half_width", options.until_half_width is None or options.until_half_width > 0, "must be above 0"),

@@ -2,21 +2,21 @@
 
 import json
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from sedd_megatron.arguments import check_layout
 from sedd_megatron.config import LayoutOptions, ParallelOptions, PrecisionOptions
 from sedd_megatron.data.batches import batches_of
-from sedd_megatron.errors import UserError, run_command
+from sedd_megatron.errors import KEPT_CONTROLS, UserError, print_output, printable, run_command
 from sedd_megatron.generation.requests import Frame, TextRequest, frames_of, read_requests
 from sedd_megatron.generation.settings import SamplingOptions, settings_of
 from sedd_megatron.options import option, parse_options
-from sedd_megatron.output_files import check_output, open_output
-from sedd_megatron.parallel.groups import choose_device, is_first_rank, parallel_groups
+from sedd_megatron.output_files import OutputFile, check_output
+from sedd_megatron.parallel.groups import choose_device, errors_of_all_replicas, is_first_rank, parallel_groups
 
 if TYPE_CHECKING:
     from sedd_megatron.diffusion import SamplingSettings
@@ -41,14 +41,31 @@ class GenerateOptions:
     stream: bool = option(False, "show the texts while they appear")
 
 
-def main() -> None:
-    """Parse the flags, check them against the checkpoint, load the model, print the samples."""
+class Checked(NamedTuple):
+    """What the flags ask for, checked against the model that they name."""
+
+    options: GenerateOptions
+    request: TextRequest
+    sampling: SamplingOptions
+    layout: LayoutOptions
+    saved: "SavedModel"
+    settings: "SamplingSettings"
+    frames: list[Frame]
+
+
+def check(argv: Sequence[str]) -> Checked:
+    """Everything before weights are read or ranks join.
+
+    Raises:
+        UserError: the first mistake.
+    """
     options, request, sampling, layout = parse_options(
         (GenerateOptions, TextRequest, SamplingOptions, LayoutOptions),
-        sys.argv[1:],
+        argv,
         "sedd_megatron.generate",
         "Sample text from a trained model.",
     )
+    check_layout(layout)
     if options.cuda_graph:
         _check_cuda_graph(layout)
     from sedd_megatron.saved_model import find_saved_model
@@ -56,24 +73,30 @@ def main() -> None:
     saved = find_saved_model(options.load, layout.device)
     settings = settings_of(sampling, saved.graph)
     frames = _frames(options, request, sampling, saved)
-    parallel = ParallelOptions(**asdict(layout))
-    if options.trace:
-        _check_writable("--trace", options.trace)
-    writes_output = bool(options.output) and is_first_rank()
-    if writes_output:
+    if is_first_rank():
         # Not emptied yet: a start that fails leaves an older file as it was.
         check_output("--output", options.output)
+        check_output("--trace", options.trace)
+    return Checked(options, request, sampling, layout, saved, settings, frames)
+
+
+def main() -> None:
+    """Parse the flags, check them against the checkpoint, load the model, print the samples."""
+    options, request, sampling, layout, saved, settings, frames = check(sys.argv[1:])
+    parallel = ParallelOptions(**asdict(layout))
     with ExitStack() as stack:
         model = saved.load(
             parallel, PrecisionOptions(bf16=options.bf16), lambda: stack.enter_context(parallel_groups(parallel))
         )
         if options.cuda_graph:
             model.score_fn.capture()
-        output = stack.enter_context(open_output("--output", options.output)) if writes_output else None
+        output = None
+        if options.output is not None and is_first_rank():
+            output = stack.enter_context(OutputFile("--output", options.output))
         recorder = _recorder(options, settings)
         for texts in _make_all(model, frames, settings, options, sampling, recorder):
             for text in texts:
-                print(f"--- sample {text.sample} ---\n{text.text}", flush=True)
+                print_output(f"--- sample {text.sample} ---\n{printable(text.text, kept=KEPT_CONTROLS)}")
                 if output is not None:
                     output.write(json.dumps(text.record(), ensure_ascii=False) + "\n")
     if recorder is not None and is_first_rank():
@@ -99,8 +122,8 @@ def _frames(
 ) -> list[Frame]:
     seq_length, first = saved.model_options.seq_length, sampling.first_sample
     if options.requests is None:
-        return frames_of(request, saved.tokenizer, seq_length, first)
-    return read_requests(Path(options.requests), saved.tokenizer, seq_length, request, first)
+        return frames_of(request, saved.tokenizer, seq_length, first, max_samples=sampling.max_samples)
+    return read_requests(Path(options.requests), saved.tokenizer, seq_length, request, first, sampling.max_samples)
 
 
 def _make_all(
@@ -123,7 +146,9 @@ def _make_all(
     batches = list(batches_of(frames, sampling.batch_size))
     for start in range(0, len(batches), groups.data_size):
         own = batches[start + groups.data_rank : start + groups.data_rank + 1]
-        texts = [text for batch in own for text in model.engine.make(batch, settings, sampling.stop_at_eod, observers)]
+        with errors_of_all_replicas(groups):
+            texts = [text for batch in own
+                     for text in model.engine.make(batch, settings, sampling.stop_at_eod, observers)]  # fmt: skip
         yield _gathered_from_replicas(texts, recorder, model)
 
 
@@ -164,17 +189,6 @@ def _write_trace(
     write_trace(
         Path(options.trace), recorder.traces, lambda token: tokenizer.decode([token]), graph.mask_token_id, settings
     )
-
-
-def _check_writable(flag: str, path: str) -> None:
-    """Before any work: what is written at the end must not fail for want of a folder."""
-    if Path(path).is_dir():
-        raise UserError(f"{flag} {path}: is a folder; name a file")
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=Path(path).parent).close()
-    except OSError as error:
-        raise UserError(f"{flag} {path}: cannot be written ({error.strerror}); name another file") from error
 
 
 if __name__ == "__main__":

@@ -23,22 +23,29 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import simple_parse_args_string
 
+from sedd_megatron.arguments import check_layout
 from sedd_megatron.config import LayoutOptions, ParallelOptions, PrecisionOptions
 from sedd_megatron.data.batches import batches_of
-from sedd_megatron.errors import UserError
+from sedd_megatron.diffusion.score_reader import ScoresNotFiniteError
+from sedd_megatron.errors import UserError, scores_not_finite
 from sedd_megatron.evaluation.bounds import bound_on_replicas, tensors_of, unit_bounds
-from sedd_megatron.evaluation.windows import Window, cut, strided
+from sedd_megatron.evaluation.windows import MAX_DRAWS, Window, cut, strided
 from sedd_megatron.generation.greedy import greedy_gives
-from sedd_megatron.generation.requests import MAX_KEY, Frame
+from sedd_megatron.generation.requests import MAX_KEY, MAX_LENGTH, Frame
 from sedd_megatron.generation.settings import SamplingOptions, settings_of
-from sedd_megatron.options import check_rules, check_values, instances_of, option, required_options
-from sedd_megatron.parallel.groups import gathered_from_replicas, groups_of_this_process
+from sedd_megatron.options import check_rules, check_values, instances_of, option, required_options, shown
+from sedd_megatron.parallel.groups import (
+    errors_of_all_replicas,
+    gathered_from_replicas,
+    groups_of_this_process,
+)
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
     from sedd_megatron.diffusion.likelihood import BoundEstimator
     from sedd_megatron.pretrained import PretrainedModel
+    from sedd_megatron.saved_model import SavedModel
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,8 @@ class HarnessOptions:
     seed: int = option(0, "seed of all draws")
 
 
+# What the harness says where nobody has named a device, GPU or not.
+HARNESS_DEVICE = "cuda:0"
 # Under the harness's own, so that its settings hold.
 LOGGER = logging.getLogger("lm_eval.sedd_megatron")
 Answer = TypeVar("Answer")
@@ -101,19 +110,7 @@ class HarnessModel(LM):
         Raises:
             UserError: an unknown argument, a wrong value, no model.
         """
-        from sedd_megatron.saved_model import find_saved_model
-
-        added = {name: value for name, value in (additional_config or {}).items() if value is not None}
-        if "device" in added:
-            added["device"] = added["device"].split(":")[0]  # each rank takes its own
-        values = check_values(added | arg_dict, MODEL_ARGUMENTS, where="--model_args")
-        missing = [name for name in required_options(MODEL_ARGUMENTS) if name not in values]
-        if missing:
-            raise UserError(f"--model_args: missing {', '.join(missing)}; write --model_args load=FOLDER")
-        load, options, sampling, layout = instances_of(values, MODEL_ARGUMENTS)
-        check_numbers(options)
-        saved = find_saved_model(load.load, layout.device)
-        settings_of(sampling, saved.graph, str)  # before any weight is read
+        load, options, sampling, layout, saved = check_arguments(arg_dict, additional_config or {})
         parallel = ParallelOptions(**vars(layout))
         model = saved.load(parallel, PrecisionOptions(bf16=load.bf16), lambda: groups_of_this_process(parallel))
         return cls(model, options, sampling, saved.diffusion.time_eps)
@@ -121,7 +118,7 @@ class HarnessModel(LM):
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> "HarnessModel":
         """As create_from_arg_obj, from name=value,name=value."""
-        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+        return cls.create_from_arg_obj(arguments_of(arg_string), additional_config)
 
     def loglikelihood(self, requests: "Sequence[Instance]", disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of each (context, continuation): the log-likelihood in nats, and whether greedy decoding gives it.
@@ -243,9 +240,13 @@ class HarnessModel(LM):
         ends = [_last(question, model.seq_length) for question in questions]
         windows = [Window(number, number, end.tokens, end.num_given) for number, end in enumerate(ends)]
         found = {}
-        for batch in batches_of(windows[groups.data_rank :: groups.data_size], self.sampling.batch_size):
-            gives = greedy_gives(model.score_fn, model.graph, model.schedule, *tensors_of(batch, model.device))
-            found |= {window.number: one for window, one in zip(batch, gives.tolist(), strict=True)}
+        with errors_of_all_replicas(groups):
+            for batch in batches_of(windows[groups.data_rank :: groups.data_size], self.sampling.batch_size):
+                try:
+                    gives = greedy_gives(model.score_fn, model.graph, model.schedule, *tensors_of(batch, model.device))
+                except ScoresNotFiniteError as error:
+                    raise scores_not_finite(f"question {batch[error.sequence].number}", error.sigma) from error
+                found |= {window.number: one for window, one in zip(batch, gives.tolist(), strict=True)}
         found = gathered_from_replicas(found, groups)
         return [found[number] for number in range(len(questions))]
 
@@ -269,11 +270,13 @@ class HarnessModel(LM):
         settings = settings_of(sampling, model.graph, str)
         batches = list(batches_of(frames, sampling.batch_size))
         texts = {}
-        for batch in batches[groups.data_rank :: groups.data_size]:
-            for text in model.engine.make(batch, settings, sampling.stop_at_eod):
-                context = model.tokenizer.decode(text.tokens[: sum(text.given)])
-                # Decoded by itself, a text would lose the space that a tokenizer has in its first token.
-                texts[text.line] = text.text[len(context) :]
+        with errors_of_all_replicas(groups):
+            made = [text for batch in batches[groups.data_rank :: groups.data_size]
+                    for text in model.engine.make(batch, settings, sampling.stop_at_eod)]  # fmt: skip
+        for text in made:
+            context = model.tokenizer.decode(text.tokens[: sum(text.given)])
+            # Decoded by itself, a text would lose the space that a tokenizer has in its first token.
+            texts[text.line] = text.text[len(context) :]
         return gathered_from_replicas(texts, groups)
 
     def _remember(self, kind: str, requests: "Sequence[Instance]", answers: list[Answer]) -> list[Answer]:
@@ -293,6 +296,45 @@ def key_of(draws: str) -> int:
     return int.from_bytes(hashlib.blake2b(draws.encode("utf-8"), digest_size=8).digest(), "big") >> 1
 
 
+def arguments_of(arg_string: str) -> dict[str, Any]:
+    """From name=value,name=value, with numbers and booleans as such.
+
+    Raises:
+        UserError: it is not of that form.
+    """
+    try:
+        return simple_parse_args_string(arg_string)
+    except ValueError as error:
+        raise UserError(f"--model_args {shown(arg_string)}: write name=value,name=value") from error
+
+
+def check_arguments(
+    arg_dict: dict[str, Any], added: dict[str, Any]
+) -> "tuple[LoadOptions, HarnessOptions, SamplingOptions, LayoutOptions, SavedModel]":
+    """What --model_args and the harness's own flags, `added`, ask for, and the model; no weight is read.
+
+    Raises:
+        UserError: the first mistake.
+    """
+    from sedd_megatron.saved_model import find_saved_model
+
+    added = {name: value for name, value in added.items() if value is not None}
+    if added.get("device") == HARNESS_DEVICE:
+        del added["device"]
+    elif "device" in added:
+        added["device"] = added["device"].split(":")[0]  # each rank takes its own
+    values = check_values(added | arg_dict, MODEL_ARGUMENTS, where="--model_args")
+    missing = [name for name in required_options(MODEL_ARGUMENTS) if name not in values]
+    if missing:
+        raise UserError(f"--model_args: missing {', '.join(missing)}; write --model_args load=FOLDER")
+    load, options, sampling, layout = instances_of(values, MODEL_ARGUMENTS)
+    check_layout(layout, str)
+    check_numbers(options)
+    saved = find_saved_model(load.load, layout.device)
+    settings_of(sampling, saved.graph, str)
+    return load, options, sampling, layout, saved
+
+
 def check_numbers(options: HarnessOptions) -> None:
     """Numbers in their ranges.
 
@@ -301,7 +343,8 @@ def check_numbers(options: HarnessOptions) -> None:
     """
     rules = (
         ("mc_samples", options.mc_samples >= 2 and options.mc_samples % 2 == 0, "must be even and at least 2"),
-        ("max_gen_toks", options.max_gen_toks >= 1, "must be at least 1"),
+        ("mc_samples", options.mc_samples <= MAX_DRAWS, f"must be at most {MAX_DRAWS}"),
+        ("max_gen_toks", 1 <= options.max_gen_toks <= MAX_LENGTH, f"must be from 1 to {MAX_LENGTH}"),
         ("seed", 0 <= options.seed <= MAX_KEY, f"must be from 0 to {MAX_KEY}"),
     )
     check_rules(options, rules, str)

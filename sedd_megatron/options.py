@@ -3,14 +3,20 @@
 A command's options are frozen dataclasses whose fields are made with `option`. The field `learning_rate` becomes the
 flag `--learning-rate` and the YAML key `learning_rate`; its annotation gives the type. Order of precedence: flags
 over YAML over defaults.
+
+Wherever a value comes from: whole numbers fit into 64 bits, other numbers are finite, and a str names something (a
+file, a folder, a key), so that it is neither empty nor longer than a file name can be; `is_text` marks the others.
 """
 
 import argparse
 import dataclasses
 import difflib
+import math
+import reprlib
 import types
 import typing
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +24,16 @@ import yaml
 
 from sedd_megatron.errors import UserError, one_line
 
+# Of Linux: bytes of a path, and of a part of it between slashes.
+LONGEST_PATH, LONGEST_NAME = 4095, 255
 
-def option(default: Any, help: str, choices: Sequence[str] = ()) -> Any:
-    """A dataclass field that is also a flag; `dataclasses.MISSING` as default makes it required."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": tuple(choices)})
+
+def option(default: Any, help: str, choices: Sequence[str] = (), is_text: bool = False) -> Any:
+    """A dataclass field that is also a flag; `dataclasses.MISSING` as default makes it required.
+
+    `is_text` is for a str that names nothing, and may be empty and of any length.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "choices": tuple(choices), "is_text": is_text})
 
 
 def flag_of(name: str) -> str:
@@ -31,7 +43,7 @@ def flag_of(name: str) -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
-        raise UserError(f"{message} (--help lists every flag)")
+        raise UserError(f"{_beginning(message, 1000)} (--help lists every flag)")
 
 
 def parse_options(option_classes: Sequence[type], argv: Sequence[str], prog: str, description: str) -> tuple[Any, ...]:
@@ -48,6 +60,10 @@ def parse_options(option_classes: Sequence[type], argv: Sequence[str], prog: str
     namespace, unknown = parser.parse_known_args(list(argv))
     if unknown:
         raise UserError(_unknown("flag", unknown[0], [flag_of(name) for name in fields]))
+    # Of --flag=-- argparse makes no value at all, in a list.
+    empty = [name for name, value in vars(namespace).items() if value == []]
+    if empty:
+        raise UserError(f"{flag_of(empty[0])} has no value; give one, or leave it out")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(namespace).items()}
     values = {**load_yaml_options(Path(given["config"]), option_classes), **given} if given.get("config") else given
     required = [name for name in required_options(option_classes) if name not in values]
@@ -70,12 +86,16 @@ def instances_of(values: dict[str, Any], option_classes: Sequence[type]) -> tupl
 
 def load_yaml_options(path: Path, option_classes: Sequence[type]) -> dict[str, Any]:
     """Read a YAML preset (safe loader) and check every key and value against the options."""
-    if not path.is_file():
-        raise UserError(f"--config {path}: no such file; presets are in examples/configs")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path}: not valid YAML: {one_line(error, 400)}") from error
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"--config {path}: no such file; presets are in examples/configs") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: cannot be read as UTF-8 text ({error}); name another file") from error
+    try:
+        values = yaml.safe_load(text) or {}
+    except Exception as error:  # YAML's own, and whatever Python's types say to what stands for a number or a date
+        raise UserError(f"--config {path}: not valid YAML: {one_line(error, 400) or type(error).__name__}") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected 'option: value' lines, found a {type(values).__name__}")
     return check_values(values, option_classes, where=f"--config {path}")
@@ -87,7 +107,7 @@ def check_values(values: dict[str, Any], option_classes: Sequence[type], where: 
     checked = {}
     for name, value in values.items():
         if name not in fields:
-            raise UserError(f"{where}: {_unknown('option', str(name), list(fields))}")
+            raise UserError(f"{where}: {_unknown('option', name, list(fields))}")
         checked[name] = _convert(name, value, fields[name], where)
     return checked
 
@@ -101,6 +121,16 @@ def check_rules(options: Any, rules: Sequence[tuple[str, bool, str]], name_of: C
     for name, holds, rule in rules:
         if not holds:
             raise UserError(f"{name_of(name)} {getattr(options, name)} {rule}")
+
+
+def shown(value: Any) -> str:
+    """A value in an error: its beginning where it is long, whatever is nested in it."""
+    return _beginning(value, 200) if isinstance(value, str) else in_short(value)
+
+
+def in_short(value: Any) -> str:
+    """repr of a value that may be of any size and depth."""
+    return _SHORT.repr(value)
 
 
 def _fields_by_name(option_classes: Sequence[type]) -> dict[str, dataclasses.Field]:
@@ -124,7 +154,7 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
     if scalar_type is bool:
         arguments["action"] = argparse.BooleanOptionalAction
     else:
-        arguments["type"] = scalar_type
+        arguments["type"] = partial(_flag_value, field=field)
         arguments["metavar"] = scalar_type.__name__.upper()
         if field.metadata["choices"]:
             arguments["choices"] = field.metadata["choices"]
@@ -152,7 +182,7 @@ def _convert(name: str, value: Any, field: dataclasses.Field, where: str) -> Any
         values = value if isinstance(value, list | tuple) else [value]
         if scalar_type is str:
             # The weights of a blend stand among its names; bool, which is an int, stays wrong.
-            values = [str(one) if type(one) in (int, float) else one for one in values]
+            values = [str(one) if isinstance(one, float) or _is_int64(one) else one for one in values]
         return tuple(_convert_one(name, one, scalar_type, field, where) for one in values)
     return _convert_one(name, value, scalar_type, field, where)
 
@@ -163,18 +193,83 @@ def _convert_one(name: str, value: Any, scalar_type: type, field: dataclasses.Fi
     if isinstance(value, bool) != (scalar_type is bool) or not (
         number_as_text or isinstance(value, (int, float) if scalar_type is float else scalar_type)
     ):
-        raise UserError(f"{where}: {name} is {value!r}, must be of type {scalar_type.__name__}")
+        raise UserError(f"{where}: {name} is {in_short(value)}, must be of type {scalar_type.__name__}")
     try:
         converted = scalar_type(value)
-    except ValueError as error:
-        raise UserError(f"{where}: {name} is {value!r}, must be of type {scalar_type.__name__}") from error
-    choices = field.metadata["choices"]
-    if choices and converted not in choices:
-        raise UserError(f"{where}: {name} is {value!r}, must be one of {', '.join(choices)}")
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"{where}: {name} is {in_short(value)}, must be of type {scalar_type.__name__}") from error
+    fault = _fault_of(converted, field)
+    if fault is not None:
+        raise UserError(f"{where}: {name} is {in_short(value)}, must {fault}")
     return converted
 
 
-def _unknown(kind: str, name: str, known: list[str]) -> str:
+def _flag_value(text: str, field: dataclasses.Field) -> Any:
+    """What a flag is given as, one value of it."""
+    scalar_type, _ = _scalar_type(field)
+    try:
+        value = scalar_type(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"invalid {scalar_type.__name__} value: {in_short(text)}") from error
+    # Choices argparse knows.
+    fault = None if field.metadata["choices"] else _fault_of(value, field)
+    if fault is not None:
+        raise argparse.ArgumentTypeError(f"{in_short(value)} must {fault}")
+    return value
+
+
+def _fault_of(value: Any, field: dataclasses.Field) -> str | None:
+    """What a value of the right type must still be; None if it is."""
+    choices = field.metadata["choices"]
+    if choices:
+        return None if value in choices else f"be one of {', '.join(choices)}"
+    if type(value) is int:
+        return None if _is_int64(value) else "fit into 64 bits"
+    if isinstance(value, float):
+        return None if math.isfinite(value) else "be finite"
+    return fault_of_name(value) if isinstance(value, str) and not field.metadata["is_text"] else None
+
+
+def _is_int64(value: Any) -> bool:
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
+def fault_of_name(name: str) -> str | None:
+    """What a name of a file, a folder or a key must still be; None if it can be one."""
+    if not name:
+        return "not be empty: leave it out, or give what it names"
+    try:
+        parts = name.encode("utf-8").split(b"/")
+    except UnicodeEncodeError:
+        return "be in UTF-8"
+    if "\0" in name:
+        return "not have a NUL character in it"
+    if max(map(len, parts)) > LONGEST_NAME or len(b"/".join(parts)) > LONGEST_PATH:
+        return f"be at most {LONGEST_PATH} bytes long, and {LONGEST_NAME} between slashes"
+    return None
+
+
+class _Short(reprlib.Repr):
+    """repr that stays short whatever a file holds: numbers of thousands of digits, lists in lists of themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxdict, self.maxstring, self.maxlong = 2, 4, 4, 200, 50
+
+    def repr_int(self, value: int, level: int) -> str:
+        # Python refuses to write numbers of more than 4300 digits.
+        return repr(value) if value.bit_length() <= 200 else f"a number of {value.bit_length()} bits"
+
+
+_SHORT = _Short()
+
+
+def _unknown(kind: str, given: Any, known: list[str]) -> str:
+    name = shown(given)
     near = difflib.get_close_matches(name.split("=")[0], known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"unknown {kind} {name}: {hint}--help lists every flag"
+
+
+def _beginning(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 4] + " ..."

@@ -1,43 +1,106 @@
-"""Files that commands write to; that one cannot be written is found before any work."""
+"""Files, links and devices that commands write to; that one cannot be written is found before any work."""
 
-from collections.abc import Iterable
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
 
 from sedd_megatron.errors import UserError
 
 
-def open_output(flag: str, path: str, mode: str = "w") -> IO[str]:
+class OutputFile:
     """A file that `flag` names, for text that is on the disk line by line; its folder is made.
 
+    A link is written through, and so is a device.
+
     Raises:
-        UserError: it cannot be opened.
+        UserError: from every method, where the file cannot be opened, written or closed.
     """
+
+    def __init__(self, flag: str, path: str | Path) -> None:
+        self.flag, self.path = flag, path
+        with self._errors():
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115  closed at the with statement's end
+
+    def write(self, text: str) -> None:
+        """Text, on the disk up to its last line end."""
+        with self._errors():
+            self.file.write(text)
+
+    def __enter__(self) -> "OutputFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._errors():
+            self.file.close()
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise _unwritable(self.flag, self.path, error) from error
+
+
+def check_output(flag: str, path: str | None) -> None:
+    """Raise OutputFile's error if there is a path and opening it has one; what is in the file stays.
+
+    Nothing is left where there was nothing. Pipes and devices are not opened: who reads a pipe would see its end.
+    """
+    if path is None:
+        return
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        return open(path, mode, encoding="utf-8", buffering=1)
+        if not os.path.exists(path):
+            parent = Path(path).parent
+            parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=parent).close()
+        elif os.path.isfile(path):
+            open(path, "a").close()
+        elif os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        elif not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise _unwritable(flag, path, error) from error
 
 
-def check_output(flag: str, path: str | None) -> None:
-    """Raise open_output's error if there is a path and it has one; what is in the file stays."""
-    if path is not None:
-        open_output(flag, path, "a").close()
-
-
-def write_output(flag: str, path: str, pieces: Iterable[str]) -> None:
+def write_output(flag: str, path: str | Path, pieces: Iterable[str]) -> None:
     """Write a whole file.
 
     Raises:
         UserError: it cannot be opened or written.
     """
+    with OutputFile(flag, path) as file:
+        for piece in pieces:
+            file.write(piece)
+
+
+def write_whole(flag: str, path: Path, text: str) -> None:
+    """Write all of a file or nothing: what was at the path is still there if that fails.
+
+    Only a file that is no link is put in place of another. Links and devices are written through, and may be left with
+    a part.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    if os.path.islink(path) or (os.path.exists(path) and not os.path.isfile(path)):
+        write_output(flag, path, [text])
+        return
+    unfinished = path.parent / f".{os.getpid()}.tmp"
     try:
-        with open_output(flag, path) as file:
-            file.writelines(pieces)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
     except OSError as error:
         raise _unwritable(flag, path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
 
 
-def _unwritable(flag: str, path: str, error: OSError) -> UserError:
+def _unwritable(flag: str, path: str | Path, error: OSError) -> UserError:
     return UserError(f"{flag} {path}: cannot be written ({error.strerror}); name another file")

@@ -138,6 +138,7 @@ class PretrainedModel:
         first_sample: int = 0,
         batch_size: int = 8,
         stop_at_eod: bool = True,
+        max_samples: int = 1_000_000,
     ) -> "list[GeneratedText]":
         """Draw texts: num_samples for each prompt, numbered on from first_sample.
 
@@ -163,13 +164,20 @@ class PretrainedModel:
             stop_at_eod=stop_at_eod,
             first_sample=first_sample,
             batch_size=batch_size,
+            max_samples=max_samples,
         )
         settings = settings_of(options, self.graph, lambda name: {"sampling_steps": "steps"}.get(name, name))
         frames = []
         for prompt in [prompts] if isinstance(prompts, str) else prompts:
             request = TextRequest(prompt, suffix, infill, length, num_samples, seed)
-            number = first_sample + len(frames)
-            frames += frames_of(request, self.tokenizer, self.seq_length, number, AS_ARGUMENTS)
+            frames += frames_of(
+                request,
+                self.tokenizer,
+                self.seq_length,
+                first_sample + len(frames),
+                AS_ARGUMENTS,
+                max_samples=max_samples - len(frames),
+            )
         batches = batches_of(frames, batch_size)
         texts = [text for batch in batches for text in self.engine.make(batch, settings, stop_at_eod)]
         return sorted(texts, key=lambda text: text.sample)

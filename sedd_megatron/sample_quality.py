@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from sedd_megatron.config import ParallelOptions, PrecisionOptions
 from sedd_megatron.data.batches import batches_of
 from sedd_megatron.data.documents import json_lines, text_lines
-from sedd_megatron.errors import UserError, run_command
+from sedd_megatron.errors import UserError, print_output, run_command
 from sedd_megatron.evaluation.sample_quality import (
     Judge,
     Measure,
@@ -55,15 +56,25 @@ class SampleSet:
     tokens: list[list[int]] | None
 
 
-def main() -> None:
-    """Parse the flags, read or draw the samples, print the table."""
+def check(argv: Sequence[str]) -> tuple[QualityOptions, TextRequest, SamplingOptions]:
+    """The flags, which belong together.
+
+    Raises:
+        UserError: the first mistake.
+    """
     options, request, sampling = parse_options(
         (QualityOptions, TextRequest, SamplingOptions),
-        sys.argv[1:],
+        argv,
         "sedd_megatron.sample_quality",
         "Measure how good samples are.",
     )
     _check(options, request, sampling)
+    return options, request, sampling
+
+
+def main() -> None:
+    """Parse the flags, read or draw the samples, print the table."""
+    options, request, sampling = check(sys.argv[1:])
     # All that can be wrong is found before samples are drawn.
     references = _read_references(Path(options.reference)) if options.reference else []
     judge = load_judge(options.judge, options.device, options.judge_batch_size) if options.judge else None
@@ -72,7 +83,7 @@ def main() -> None:
     samples = read_samples(Path(options.samples)) if options.samples else _draw(options, request, sampling)
     table = quality_table(measures_of(samples, judge, references, options.judge_tokens or None))
     text = f"{table}\n\n{EXPLANATION}"
-    print(text)
+    print_output(text)
     if options.output:
         write_output("--output", options.output, [text, "\n"])
 
@@ -116,6 +127,8 @@ def _check(options: QualityOptions, request: TextRequest, sampling: SamplingOpti
         raise UserError("--samples are drawn already; leave out the flags that say how to draw, or --samples")
     if options.reference and not options.judge:
         raise UserError("--reference needs --judge: MAUVE compares the judge's features of two sets of texts")
+    if options.judge_batch_size < 1:
+        raise UserError(f"--judge-batch-size {options.judge_batch_size} must be at least 1")
     if options.judge_tokens < 0 or options.judge_tokens == 1:
         raise UserError(f"--judge-tokens {options.judge_tokens} must be at least 2, or 0 for all")
     for flag, path in (("--output", options.output), ("--save-samples", options.save_samples)):
@@ -129,7 +142,13 @@ def _draw(options: QualityOptions, request: TextRequest, sampling: SamplingOptio
 
     saved = find_saved_model(options.load, options.device)
     settings = settings_of(sampling, saved.graph)
-    frames = frames_of(request, saved.tokenizer, saved.model_options.seq_length, sampling.first_sample)
+    frames = frames_of(
+        request,
+        saved.tokenizer,
+        saved.model_options.seq_length,
+        sampling.first_sample,
+        max_samples=sampling.max_samples,
+    )
     parallel = ParallelOptions(device=options.device)
     model = saved.load(parallel, PrecisionOptions(bf16=options.bf16), lambda: groups_of_this_process(parallel))
     bar = ProgressBar()

@@ -23,6 +23,7 @@ from sedd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from sedd_megatron.diffusion import AbsorbingGraph, UniformGraph
 from sedd_megatron.diffusion.graph import make_graph
 from sedd_megatron.errors import UserError, one_line
+from sedd_megatron.options import fault_of_name, in_short
 from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.parallel.groups import ParallelGroups, choose_device
 from sedd_megatron.pretrained import PretrainedModel
@@ -44,6 +45,8 @@ class SavedModel:
     tokenizer: Tokenizer
     # Checks the files of weights, on every rank at once; what it returns fills this rank's part of a network.
     open_weights: Callable[[], Callable[["SEDDModel"], None]]
+    # The same of the weights that a run of the published training code trained, where those are their average.
+    open_trained_weights: Callable[[], Callable[["SEDDModel"], None]] | None = None
 
     @property
     def graph(self) -> AbsorbingGraph | UniformGraph:
@@ -78,6 +81,9 @@ def find_saved_model(directory: str | Path, device: str = "auto") -> SavedModel:
     Raises:
         UserError: no model there, or a damaged one.
     """
+    fault = fault_of_name(str(directory))
+    if fault is not None:
+        raise UserError(f"a model's folder {in_short(str(directory))} must {fault}")
     if choose_device(device).type == "cpu":
         cpu_backend.install()
     from sedd_megatron.training.published_format import is_published_folder
@@ -118,8 +124,11 @@ def _published_model(path: Path) -> SavedModel:
     from sedd_megatron.training.published_format import read_published_folder
 
     folder = read_published_folder(path)
-    tokenizer = _tokenizer_beside(path, folder.num_tokens)
-    return SavedModel(path, folder.model_options, folder.diffusion, folder.num_tokens, tokenizer, folder.open_weights)
+    tokenizer = _tokenizer_beside(folder.path, folder.num_tokens)
+    trained = None if folder.run_checkpoint is None else partial(folder.open_weights, trained=True)
+    return SavedModel(
+        path, folder.model_options, folder.diffusion, folder.num_tokens, tokenizer, folder.open_weights, trained
+    )
 
 
 def _tokenizer_beside(path: Path, num_tokens: int) -> Tokenizer:

@@ -3,12 +3,13 @@
 import json
 import re
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sedd_megatron.errors import UserError, run_command
+from sedd_megatron.errors import KEPT_CONTROLS, UserError, printable, run_command
 from sedd_megatron.generate import main
 from tests.commands import Done, generate, read_records, run, train_command
 
@@ -19,6 +20,11 @@ REQUESTS = [
     {"tokens": [0, None, 200, None, None, 10]},
 ]
 SAMPLING = ["--seed", "4", "--first-sample", "2", "--batch-size", "2", "--sampling-steps", "6"]
+
+
+def result_of(record: dict[str, Any]) -> str:
+    """How a sample is printed."""
+    return f"--- sample {record['sample']} ---\n{printable(record['text'], kept=KEPT_CONTROLS)}\n"
 
 
 class Run:
@@ -84,17 +90,19 @@ def test_each_line_of_a_file_gets_its_samples_around_what_it_gives(one_process):
 
 def test_a_stream_shows_the_texts_on_their_way_and_then_the_results(one_process):
     shown, said = one_process.done.stdout, one_process.done.stderr
-    results = [f"--- sample {record['sample']} ---\n{record['text']}\n" for record in one_process.records]
+    results = [result_of(record) for record in one_process.records]
     for record, result in zip(one_process.records, results, strict=True):
         batch_of_one = record["sample"] in (4, 5, 6, 7)
-        line = record["text"] if batch_of_one else f"sample {record['sample']}: {record['text']}"
+        text = printable(record["text"], kept=KEPT_CONTROLS)
+        line = text if batch_of_one else f"sample {record['sample']}: {text}"
         before, after = shown.split(result)
         assert f"\n{line}\n" in before
         assert result not in after
     assert "--- step 0/7 ---\nsample 2: def██████end\nsample 3: def██████end\n" in shown
     assert "--- step 0/7 ---\na█████b█\n" in shown
     assert "--- step 0/7 of block 1/4 ---\nimport██████████\n" in shown
-    assert "\x1b[" not in re.sub("|".join(re.escape(record["text"]) for record in one_process.records), "", shown)
+    assert not [character for character in shown if unicodedata.category(character) == "Cc" and character not in "\n\t"]
+    assert any("\x00" <= character < "\t" for record in one_process.records for character in record["text"])
     assert said == f"wrote {one_process.page}\n"
 
 
@@ -108,7 +116,7 @@ def test_two_ranks_write_what_one_process_writes(trained, tmp_path, one_process,
     two = Run(trained, tmp_path, *layout, num_ranks=2)
     assert two.drawn == one_process.drawn
     assert two.replayed == one_process.replayed
-    results = sorted(f"--- sample {record['sample']} ---\n{record['text']}\n" for record in two.records)
+    results = sorted(map(result_of, two.records))
     assert sorted(re.findall(r"--- sample \d+ ---\n.*?\n(?=--- sample|\Z)", two.done.stdout, re.DOTALL)) == results
 
 
@@ -164,7 +172,7 @@ def test_samples_do_not_depend_on_the_batch_and_flags_say_the_same_as_a_line(tra
         {key: record[key] for key in record if key not in ("seconds", "line")} for record in one_process.records[:3]
     ]
     assert [{key: record[key] for key in record if key != "seconds"} for record in read_records(output)] == same
-    assert done.stdout == "".join(f"--- sample {record['sample']} ---\n{record['text']}\n" for record in same)
+    assert done.stdout == "".join(map(result_of, same))
     assert done.stderr == ""
 
 
@@ -203,7 +211,17 @@ MISTAKES = {
     "output is a folder": (["--output", "{folder}"],
                            "--output {folder}: cannot be written (Is a directory); name another file"),
     "trace": (["--trace", "{folder}/file/trace.html"], "--trace {folder}/file/trace.html: cannot be written ("),
-    "trace is a folder": (["--trace", "{folder}"], "--trace {folder}: is a folder; name a file"),
+    "trace is a folder": (["--trace", "{folder}"],
+                          "--trace {folder}: cannot be written (Is a directory); name another file"),
+    "no name": (["--output", ""], "argument --output: '' must not be empty: leave it out, or give what it names"),
+    "tensor size": (["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size 0 must be at least 1 and "),
+    "seed": (["--seed", str(2**64)], "argument --seed: 18446744073709551616 must fit into 64 bits"),
+    "samples": (["--num-samples", str(10**12)], "--num-samples 1000000000000 is more than the 1000000 that "
+                                                "--max-samples leaves; raise that, or ask for fewer at a time"),
+    "max-samples": (["--num-samples", "3", "--max-samples", "2"], "--num-samples 3 is more than the 2 that --max-"),
+    "long": (["--length", str(10**12)], "--length 1000000000000 must be at most 1048576"),
+    "masks": (["--infill", "a[MASK*999999999999]"], "--infill: is more than 1048576 tokens long; ask for fewer"),
+    "grid": (["--sampling-steps", str(10**12)], "--sampling-steps 1000000000000 must be at most 1000000"),
     "CUDA graph": (["--cuda-graph"], "--cuda-graph captures a GPU's kernels, and --device is cpu; leave it out"),
     "CUDA graph of stages": (["--cuda-graph", "--pipeline-model-parallel-size", "2"],
                              "--cuda-graph captures the layers of one stage, and --pipeline-model-parallel-size is 2; "

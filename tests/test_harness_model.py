@@ -11,16 +11,18 @@ import tokenizers as hf
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
+from lm_eval.config.evaluate_config import EvaluatorConfig
 
 from sedd_megatron.data.library_tokenizers import HuggingFaceTokenizer
 from sedd_megatron.data.tokenizers import CharTokenizer
 from sedd_megatron.diffusion.score_reader import score_fn_of
 from sedd_megatron.errors import UserError
 from sedd_megatron.generation.settings import SamplingOptions
-from sedd_megatron.harness_model import HarnessModel, HarnessOptions
+from sedd_megatron.harness_model import HARNESS_DEVICE, HarnessModel, HarnessOptions, arguments_of, check_arguments
 from sedd_megatron.pretrained import PretrainedModel
 from tests.diffusion.laws import chi_squared_p_value
 from tests.diffusion.toy import GRAPHS, LAW, LENGTH, SCHEDULES, conditional_law, exact_log_score_fn
+from tests.training.test_convert import published_folder
 
 TEXTS = ["".join(letters) for letters in itertools.product("abc", repeat=LENGTH)]
 
@@ -230,6 +232,24 @@ def test_options_of_sampling_come_with_the_request():
         model.generate_until(requests("", ("", settings | {"top_p": 2})))
 
 
+def test_the_harness_names_a_gpu_where_nobody_has_named_a_device(tmp_path):
+    """Its default is cuda:0, here on a machine that may have none; what a person names is taken as it is."""
+    folder = published_folder(tmp_path / "model", "absorb")
+
+    def device_of(arguments: str, named: str | None) -> str:
+        *_, layout, _ = check_arguments(arguments_of(arguments), {"device": named, "batch_size": 1})
+        return layout.device
+
+    assert device_of(f"load={folder}", HARNESS_DEVICE) == "auto"
+    assert device_of(f"load={folder}", None) == "auto"
+    assert device_of(f"load={folder},device=cpu", HARNESS_DEVICE) == "cpu"
+    assert device_of(f"load={folder}", "cpu") == "cpu"
+    assert EvaluatorConfig().device == HARNESS_DEVICE
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match=r"--device cuda: 1 ranks on this node and 0 GPUs"):
+            device_of(f"load={folder}", "cuda:1")
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -237,6 +257,9 @@ def test_options_of_sampling_come_with_the_request():
         ("load=x,mc_sample=4", "--model_args: unknown option mc_sample: did you mean mc_samples? --help lists every "
          "flag"),
         ("load=x,mc_samples=3", "mc_samples 3 must be even and at least 2"),
+        ("load=x,tensor_model_parallel_size=0", "tensor_model_parallel_size 0 must be at least 1 and at most 2,"),
+        ("load=", "--model_args: load is '', must not be empty: leave it out, or give what it names"),
+        ("load", "--model_args load: write name=value,name=value"),
         ("load=x,batch_size=auto", "--model_args: batch_size is 'auto', must be of type int"),
         ("load=x,sampler=heun", "--model_args: sampler is 'heun', must be one of euler, analytic, ancestral, "
          "event-driven, predictor-corrector"),

@@ -22,7 +22,7 @@ from sedd_megatron.diffusion.draws import Stream, philox_uniforms
 from sedd_megatron.diffusion.graph import AbsorbingGraph, UniformGraph
 from sedd_megatron.diffusion.integration import INTEGRATIONS, Corrupted, Draw, Integration, Process
 from sedd_megatron.diffusion.score_entropy import ScoreEntropyCoefficients, ScoreSums
-from sedd_megatron.diffusion.score_reader import ScoreFn, Scores, asked_positions
+from sedd_megatron.diffusion.score_reader import ScoreFn, Scores, ScoresNotFiniteError, asked_positions
 from sedd_megatron.diffusion.transfers import to_device, to_host
 
 # (graph, scores, sigma [C], x_t [C], x_0 [C]) -> [C]
@@ -84,7 +84,7 @@ def score_entropy_of(
     """Score entropy of positions [C] from their scores; sigma [C] float64, x_t and x_0 [C] int64; [C] float64."""
     uses_log_sum = graph.mask_token_id is None
     sums = ScoreSums(
-        exp_sum=scores.sum_of(scores.values),
+        exp_sum=_finite_or_nan(scores.sum_of(scores.values)),
         log_sum=scores.log_score_sum() if uses_log_sum else torch.zeros_like(sigma),
         target=scores.log_score_at(x_0),
     )
@@ -103,11 +103,16 @@ def reconstruction_of(
     at 0: any law will do for a bound, and this one is nowhere 0.
     """
     log_score = scores.log_score_at(x_0)
-    total = scores.sum_of(scores.values)
+    total = _finite_or_nan(scores.sum_of(scores.values))
     if graph.mask_token_id is not None:
-        return torch.log(total) - log_score
+        return torch.where(total > 0, torch.log(total), math.nan) - log_score
     rate = torch.expm1(sigma) / graph.num_states
     return torch.log1p(rate * total) - torch.where(x_t == x_0, 0.0, torch.log(rate) + log_score)
+
+
+def _finite_or_nan(sums: Tensor) -> Tensor:
+    """Sums of scores, NaN where they are infinite: an infinite bound must come from a log-score of -inf alone."""
+    return torch.where(sums.isfinite(), sums, math.nan)
 
 
 class RandomTerm(NamedTuple):
@@ -136,6 +141,10 @@ class BoundEstimator:
         Given positions are never corrupted: under the absorbing graph this bounds the conditional likelihood of the
         others. Draws depend on (seed, number of the sequence, number of the draw) alone: `first_draw` numbers them on,
         for further draws of the same sequences.
+
+        Raises:
+            ScoresNotFiniteError: the network's scores are NaN or infinite. A bound that is infinite because a token is
+                impossible is no error.
         """
         device, x_0, given = x_0.device, to_host(x_0), to_host(given)
         strata = stratified(philox_uniforms(self.seed, Stream.EVALUATION_TIME, numbers, self.num_draws, first_draw))
@@ -162,7 +171,7 @@ class BoundEstimator:
         device: torch.device,
     ) -> Tensor:
         """One draw of the term for each of strata [B, K]; [B, K] float64."""
-        numbers, sums, weights = torch.as_tensor(numbers), [], []
+        numbers, sums, weights, sigmas = torch.as_tensor(numbers), [], [], []
         rows, draws = (pair.flatten() for pair in torch.meshgrid(*map(torch.arange, strata.shape), indexing="ij"))
         for row, k in zip(rows.split(self.batch_size), draws.split(self.batch_size), strict=True):
             uniforms = philox_uniforms(self.seed, term.stream, numbers[row], 2 * x_0.shape[1], first_draw + k)
@@ -170,11 +179,18 @@ class BoundEstimator:
             corrupted = term.draw(self.process, x_0[row], given[row], strata[row, k], uniforms)
             sums.append(self._sum_over_positions(term, x_0[row], corrupted, device))
             weights.append(corrupted.weight)
+            sigmas.append(corrupted.sigma)
         # Read at the end alone: the next batch is drawn while the device computes this one.
-        return (to_host(torch.cat(sums)) * torch.cat(weights)).view_as(strata)
+        found, weight = to_host(torch.cat(sums)), torch.cat(weights)
+        if found.isnan().any():
+            first = int(found.isnan().int().argmax())
+            raise ScoresNotFiniteError(int(rows[first]), torch.cat(sigmas)[first].item())
+        return (found.masked_fill(weight == 0, 0.0) * weight).view_as(strata)
 
     def _sum_over_positions(self, term: RandomTerm, x_0: Tensor, corrupted: Corrupted, device: torch.device) -> Tensor:
-        """The term's values at the positions of x_0 [B, S] that count, summed; [B] float64 on the device."""
+        """The term's values at the positions of x_0 [B, S] that count, summed; [B] float64 on the device, NaN where a
+        score is not finite.
+        """
         total = torch.zeros(len(x_0), dtype=torch.float64, device=device)
         if not corrupted.counts.any():
             return total

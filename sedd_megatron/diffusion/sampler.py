@@ -4,6 +4,7 @@ A step asks the network only about positions that it may move, and draws a token
 number decides both: below the probability to leave, it is a uniform number again once divided by that.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from sedd_megatron.diffusion.draws import Stream
 from sedd_megatron.diffusion.graph import AbsorbingGraph, StepLaw, UniformGraph
 from sedd_megatron.diffusion.noise_schedule import NoiseLevel
-from sedd_megatron.diffusion.score_reader import AGAIN, Positions, ScoreReader, Scores
+from sedd_megatron.diffusion.score_reader import AGAIN, NO_LAW, Positions, ScoreReader, Scores
 from sedd_megatron.diffusion.token_choice import TokenChoice
 from sedd_megatron.diffusion.transfers import to_device, to_host
 
@@ -113,7 +114,8 @@ def _move(network: ScoreReader, x: Tensor, step: Step, law_of: Callable[[Tensor,
 
     def stay_or_again(scores: Scores, at: Positions) -> Tensor:
         _, leave = leaving(scores, at)
-        return torch.where(at.uniform < leave, AGAIN, at.state)
+        # NaN where a score is, or where they add up to infinity.
+        return torch.where(leave.isnan(), NO_LAW, torch.where(at.uniform < leave, AGAIN, at.state))
 
     def token(scores: Scores, at: Positions) -> Tensor:
         weights, leave = leaving(scores, at)
@@ -132,7 +134,8 @@ def _resample(network: ScoreReader, x: Tensor, step: Step, where: Tensor, unifor
     def law(scores: Scores, at: Positions) -> Tensor:
         one = torch.ones_like(at.uniform)
         weights, leave = _leave(scores, StepLaw(one, None, one))
-        return torch.where(at.uniform < leave, step.choose(scores.whole_rows(weights), at.uniform / leave), at.state)
+        state = torch.where(at.uniform < leave, step.choose(scores.whole_rows(weights), at.uniform / leave), at.state)
+        return torch.where(leave.isnan(), NO_LAW, state)
 
     return network.draw(x, step.later.sigma, where, uniform, law)
 
@@ -151,7 +154,9 @@ def _choose(network: ScoreReader, x: Tensor, step: Step, sigma: Tensor, due: Ten
     still_masked = network.can_change(step.graph, x) & ~due
 
     def law(scores: Scores, at: Positions) -> Tensor:
-        return step.choose(scores.whole_rows(scores.values), at.uniform)
+        total = scores.sum_of(scores.values)
+        token = step.choose(scores.whole_rows(scores.values), at.uniform)
+        return torch.where((total > 0) & (total < math.inf), token, NO_LAW)
 
     x = network.draw(x, sigma, due, uniform, law)
     network.know(still_masked)

@@ -12,7 +12,7 @@ from sedd_megatron.diffusion.draws import Key, Stream, device_key, philox_unifor
 from sedd_megatron.diffusion.graph import AbsorbingGraph, UniformGraph, find_for_graph
 from sedd_megatron.diffusion.noise_schedule import GeometricSchedule, LogLinearSchedule, NoiseLevel
 from sedd_megatron.diffusion.sampler import SAMPLERS, Step, StepFunction, denoise_step
-from sedd_megatron.diffusion.score_reader import LogScoreFn, ScoreFn, ScoreReader, score_fn_of
+from sedd_megatron.diffusion.score_reader import LogScoreFn, ScoreFn, ScoreReader, ScoresNotFiniteError, score_fn_of
 from sedd_megatron.diffusion.time_grid import sampling_times
 from sedd_megatron.diffusion.token_choice import TokenChoice
 from sedd_megatron.diffusion.transfers import to_device, to_host
@@ -103,6 +103,7 @@ def run_sampler(
 
     Raises:
         ValueError: an unknown sampler or time grid, a sampler that the graph does not have, or fewer than one step.
+        ScoresNotFiniteError: at the end of the batch, so that no round waits for it.
     """
     sampler = find_for_graph(SAMPLERS, settings.sampler, graph, "sampler")
     device, (num_sequences, length) = fixed_mask.device, fixed_mask.shape
@@ -119,17 +120,24 @@ def run_sampler(
         num_rounds, rounds = _step_rounds(sampler.step, free, draws.on(device), settings)
     network = ScoreReader(score_fn, num_sequences, device)
     network.know(free)
+    sigmas: list[Tensor] = []
     if on_round is not None:
         on_round(SamplingProgress(0, num_rounds, torch.zeros(num_sequences, dtype=torch.long), x, network.calls))
-    for number, (step_function, steps, may_move, draw) in enumerate(rounds, start=1):
+    for network.round, (step_function, steps, may_move, draw) in enumerate(rounds, start=1):
         begin, end = times[steps], times[(steps + 1).clamp_max(settings.num_steps)]
+        noise = schedule(begin)
+        sigmas.append(noise.sigma)
         # In one copy: each has a price, whatever its size.
-        levels = to_device(torch.stack([*schedule(begin), *schedule(end), begin - end]), device)
+        levels = to_device(torch.stack([*noise, *schedule(end), begin - end]), device)
         now, later, delta_t = NoiseLevel(*levels[:2]), NoiseLevel(*levels[2:4]), levels[4]
         step = Step(graph, now, later, delta_t, may_move, draw, settings.choose, settings.corrector_strength)
         x = step_function(network, x, step)
         if on_round is not None:
-            on_round(SamplingProgress(number, num_rounds, steps + 1, x, network.calls))
+            on_round(SamplingProgress(network.round, num_rounds, steps + 1, x, network.calls))
+    fault = network.first_fault()
+    if fault is not None:
+        number, sequence = fault
+        raise ScoresNotFiniteError(sequence, sigmas[number - 1][sequence].item(), number)
     return SamplingResult(x, network.calls)
 
 

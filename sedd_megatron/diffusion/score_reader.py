@@ -53,8 +53,25 @@ class Asked(NamedTuple):
 
 # Called with a chunk of the positions, and with which of all asked they are; gives a number for each [C].
 ChunkLaw = Callable[[Scores, slice | Tensor], Tensor]
-# What a law gives for a position whose scores are to be looked at again.
-AGAIN = -1
+# What a law gives for a position whose scores are to be looked at again, and for one whose scores are no law at all.
+AGAIN, NO_LAW = -1, -2
+NEVER = 2**62
+
+
+class ScoresNotFiniteError(FloatingPointError):
+    """Scores that are NaN or infinite, or add up to such a number, or are 0 for every token where one must be taken.
+
+    A log-score of -inf is none of these: it says that a token is impossible.
+
+    Attributes:
+        sequence: the first sequence of the batch that has such scores.
+        sigma: the noise at which it had them first; of sampling, that at the round's beginning.
+        round: of sampling, from 1; None outside of it.
+    """
+
+    def __init__(self, sequence: int, sigma: float, round: int | None = None) -> None:
+        super().__init__(f"the scores of sequence {sequence} are not finite at sigma {sigma:.4g}")
+        self.sequence, self.sigma, self.round = sequence, sigma, round
 
 
 class ScoreFn(Protocol):
@@ -156,13 +173,17 @@ def score_fn_of(log_score_fn: LogScoreFn, num_tokens: int) -> ScoreFn:
 class ScoreReader:
     """The network as a step function sees it; counts how often each sequence went through it.
 
-    Which positions are masked it keeps on the host, where nobody waits for them, as long as the host can know.
+    Which positions are masked it keeps on the host, where nobody waits for them, as long as the host can know. Scores
+    that are no law leave a position as it is and are noted on the device, for `first_fault` to read once.
     """
 
     def __init__(self, score_fn: ScoreFn, num_sequences: int, device: torch.device | str) -> None:
         self.score_fn, self.device = score_fn, device
         self.calls = torch.zeros(num_sequences, dtype=torch.long)
         self._changeable: Tensor | None = None
+        self.round = 1  # of the loop, which counts it on
+        # The round in which each sequence first met scores that are no law.
+        self._faulty_round = torch.full((num_sequences,), NEVER, device=device)
 
     def can_change(self, graph: AbsorbingGraph | UniformGraph, x: Tensor) -> Tensor:
         """graph.can_change of the states x [B, S] that were returned last, or of the first: [B, S] bool on the host.
@@ -212,4 +233,14 @@ class ScoreReader:
             return law and (lambda scores, rows: law(scores, Positions(*(field[rows] for field in positions))))
 
         states = self.score_fn(x[active], sigma[active].float(), asked, of_chunk(law), of_chunk(again))
+        is_faulty = states == NO_LAW
+        rounds = torch.where(is_faulty, self.round, NEVER)
+        self._faulty_round.scatter_reduce_(0, positions.sequence, rounds, "amin")
+        states = torch.where(is_faulty, positions.state, states)
         return x.flatten().index_copy(0, index, states).view_as(x)
+
+    def first_fault(self) -> tuple[int, int] | None:
+        """The round, from 1, and the sequence that first met scores that are no law; waits for the device."""
+        rounds = to_host(self._faulty_round).tolist()
+        first = min(rounds, default=NEVER)
+        return None if first == NEVER else (first, rounds.index(first))

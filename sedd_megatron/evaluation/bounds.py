@@ -10,9 +10,16 @@ from tqdm import tqdm
 
 from sedd_megatron.data.batches import batches_of
 from sedd_megatron.diffusion.likelihood import Bound, BoundEstimator
+from sedd_megatron.diffusion.score_reader import ScoresNotFiniteError
+from sedd_megatron.errors import scores_not_finite
 from sedd_megatron.evaluation.intervals import Interval, monte_carlo_interval, ratio_interval
 from sedd_megatron.evaluation.windows import Window
-from sedd_megatron.parallel.groups import ParallelGroups, gathered_from_replicas, is_first_rank
+from sedd_megatron.parallel.groups import (
+    ParallelGroups,
+    errors_of_all_replicas,
+    gathered_from_replicas,
+    is_first_rank,
+)
 
 
 @dataclass(frozen=True)
@@ -51,10 +58,17 @@ def bound_windows(
     first_draw: int = 0,
     on_batch: Callable[[int], None] | None = None,
 ) -> dict[int, Bound]:
-    """The bound of each window by its number, as tensors of one element; on_batch gets how many are done."""
+    """The bound of each window by its number, as tensors of one element; on_batch gets how many are done.
+
+    Raises:
+        UserError: the network's scores are not finite.
+    """
     found: dict[int, Bound] = {}
     for batch in batches_of(windows, estimator.batch_size):
-        bound = estimator(*tensors_of(batch, device), [window.draw_key for window in batch], first_draw)
+        try:
+            bound = estimator(*tensors_of(batch, device), [window.draw_key for window in batch], first_draw)
+        except ScoresNotFiniteError as error:
+            raise scores_not_finite(f"window {batch[error.sequence].number}", error.sigma) from error
         for row, window in enumerate(batch):
             found[window.number] = Bound(*(field[row] for field in bound))
         if on_batch is not None:
@@ -67,7 +81,11 @@ def bound_on_replicas(
 ) -> dict[int, Bound]:
     """`bound_windows` with the replicas sharing the windows; every rank gets all."""
     own = windows[groups.data_rank :: groups.data_size]
-    with tqdm(total=len(own), unit="window", leave=False, disable=None if is_first_rank() else True) as bar:
+    hidden = None if is_first_rank() else True
+    with (
+        errors_of_all_replicas(groups),
+        tqdm(total=len(own), unit="window", leave=False, disable=hidden) as bar,
+    ):
         found = bound_windows(estimator, own, groups.device, first_draw, bar.update)
     return gathered_from_replicas(found, groups)
 

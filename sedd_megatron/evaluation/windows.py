@@ -7,6 +7,7 @@ from sedd_megatron.data.tokenizers import Tokenizer
 from sedd_megatron.errors import UserError
 
 WINDOWINGS = ("concatenate", "strided", "separate")
+MAX_DRAWS = 1_000_000  # of a window at once: their numbers are in memory together
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from torch import Tensor
 from sedd_megatron.data.tokenizers import Tokenizer
 from sedd_megatron.diffusion import AbsorbingGraph, GeometricSchedule, LogLinearSchedule, UniformGraph
 from sedd_megatron.diffusion.sampling import Draws, SamplingProgress, SamplingSettings, run_sampler
-from sedd_megatron.diffusion.score_reader import ScoreFn
+from sedd_megatron.diffusion.score_reader import ScoreFn, ScoresNotFiniteError
+from sedd_megatron.errors import scores_not_finite
 from sedd_megatron.generation.requests import Frame
 
 
@@ -74,6 +75,9 @@ class TextEngine:
         A text longer than the trained length is made in blocks, each beginning with the second half of the one before:
         that is an approximation, since a block does not see what lies behind it. Where the tokenizer has an end of
         document, a text is cut at the first that comes after all given tokens, and gets no further blocks.
+
+        Raises:
+            UserError: the network's scores are not finite.
         """
         begin = time.monotonic()
         states = torch.tensor([frame.tokens for frame in frames], device=self.device)
@@ -91,10 +95,14 @@ class TextEngine:
                     observer.on_round(progress, rows, block, windows[block].start)
 
             draws = Draws([frames[i].seed for i in rows], [frames[i].sample for i in rows], window.start)
-            result = run_sampler(
-                self.score_fn, self.graph, self.schedule, settings, draws, states[rows, window], known[rows, window],
-                on_round if observers else None,
-            )  # fmt: skip
+            try:
+                result = run_sampler(
+                    self.score_fn, self.graph, self.schedule, settings, draws, states[rows, window],
+                    known[rows, window], on_round if observers else None,
+                )  # fmt: skip
+            except ScoresNotFiniteError as error:
+                number = frames[rows[error.sequence]].sample
+                raise scores_not_finite(f"sample {number}, round {error.round}", error.sigma) from error
             states[rows, window], known[rows, window] = result.states, result.states < self.graph.num_tokens
             calls[rows] += result.calls
             for i in rows:

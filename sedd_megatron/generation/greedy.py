@@ -1,10 +1,12 @@
 """Greedy decoding of the absorbing graph, and whether it gives a certain text."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from sedd_megatron.diffusion import AbsorbingGraph, GeometricSchedule, LogLinearSchedule
-from sedd_megatron.diffusion.score_reader import ScoreFn, Scores, asked_positions
+from sedd_megatron.diffusion.score_reader import ScoreFn, Scores, ScoresNotFiniteError, asked_positions
 from sedd_megatron.diffusion.transfers import to_host
 
 
@@ -24,10 +26,14 @@ def greedy_gives(
 
     Args:
         x_0, given: [B, S] int64 and bool.
+
+    Raises:
+        ScoresNotFiniteError: the network's scores are NaN or infinite.
     """
     x_t = x_0.masked_fill(~given, graph.mask_token_id)
     num_free = (~given).sum(1)
     gives = torch.ones(len(x_0), dtype=torch.bool, device=x_0.device)
+    faulty_sigma = torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device)
     active = num_free.nonzero()[:, 0]
     while len(active) > 0:
         x, masked = x_t[active], x_t[active] == graph.mask_token_id
@@ -39,13 +45,22 @@ def greedy_gives(
             """The largest share of each position's scores; negative where it is not the wanted token's."""
             largest, token = scores.whole_rows(scores.values).max(-1)
             share = largest.double() / scores.sum_of(scores.values)
+            # NaN over NaN or infinite scores; of finite ones that add up to infinity the share would be 0.
+            share = torch.where(share > 0, share, math.nan)
             return torch.where(token == wanted[part], share, -share)
 
         shares = score_fn(x, sigma.float(), asked, share_if_right, dtype=torch.float64)
         by_position = torch.zeros_like(x, dtype=torch.float64).flatten().scatter(0, index, shares).view_as(x)
         first = by_position.abs().argmax(1, keepdim=True)
-        right = by_position.gather(1, first)[:, 0] > 0
+        # NaN is the largest of all, and its sequence leaves.
+        share = by_position.gather(1, first)[:, 0]
+        faulty_sigma[active] = torch.where(share.isnan(), sigma, faulty_sigma[active])
+        right = share > 0
         gives[active] = right
         x_t[active] = x.scatter(1, first, x_0[active].gather(1, first))
         active = active[right & (masked.sum(1) > 1)]
+    faulty = to_host(faulty_sigma).tolist()
+    if any(faulty):
+        sequence = next(row for row, sigma in enumerate(faulty) if sigma)
+        raise ScoresNotFiniteError(sequence, faulty[sequence])
     return gives

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from sedd_megatron.data.tokenizers import Tokenizer
 from sedd_megatron.diffusion.sampling import SamplingProgress
+from sedd_megatron.errors import KEPT_CONTROLS, output_errors, printable
 from sedd_megatron.generation.engine import GeneratedText, decode_states
 from sedd_megatron.generation.requests import Frame
 from sedd_megatron.generation.trace import Trace
@@ -85,21 +86,23 @@ class StreamPrinter:
 
     def end(self, texts: Sequence[GeneratedText]) -> None:
         """Leave a terminal as it was: the finished texts come after."""
-        self._erase()
-        self.output.flush()
+        with output_errors():
+            self._erase()
+            self.output.flush()
 
     def _draw(self, title: str) -> None:
         lines = [f"--- {title} ---"]
         for frame, states in zip(self.frames, self.states, strict=True):
             text = decode_states(self.tokenizer, [state for state in states if state is not None])
             lines += [f"sample {frame.sample}: {text}" if len(self.frames) > 1 else text]
-        text = "\n".join(lines)
-        if self.is_terminal:
-            self._erase()
-            text = self._fitting(text)
-            self.drawn_lines = text.count("\n") + 1
-        self.output.write(text + "\n")
-        self.output.flush()
+        text = printable("\n".join(lines), kept=KEPT_CONTROLS)
+        with output_errors():
+            if self.is_terminal:
+                self._erase()
+                text = self._fitting(text)
+                self.drawn_lines = text.count("\n") + 1
+            self.output.write(text + "\n")
+            self.output.flush()
         self.last_drawn = time.monotonic()
 
     def _fitting(self, text: str) -> str:

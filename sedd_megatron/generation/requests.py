@@ -1,6 +1,7 @@
 """What a person asks for: text that is given, and how much is to be made around it."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,21 +11,26 @@ from typing import Any
 from sedd_megatron.data.documents import json_lines
 from sedd_megatron.data.tokenizers import Tokenizer
 from sedd_megatron.errors import UserError
-from sedd_megatron.options import flag_of, option
+from sedd_megatron.options import flag_of, in_short, option, shown
 
 # [MASK] or [MASK*12]
 MASK_RUN = re.compile(r"\[MASK(?:\*(\d+))?\]")
 # Of seeds and sample numbers, which are words of a draw's key.
 MAX_KEY = 2**63 - 1
+# How many samples one call makes, unless told: each is a row in memory before the first is drawn.
+MAX_SAMPLES = 1_000_000
+MAX_LENGTH = 1 << 20  # of a sample
 
 
 @dataclass(frozen=True)
 class TextRequest:
     """What is asked for"""
 
-    prompt: str = option("", "text that every sample begins with")
-    suffix: str = option("", "text that every sample ends with")
-    infill: str | None = option(None, "text with [MASK] or [MASK*12] where 1 or 12 tokens are to be filled in")
+    prompt: str = option("", "text that every sample begins with", is_text=True)
+    suffix: str = option("", "text that every sample ends with", is_text=True)
+    infill: str | None = option(
+        None, "text with [MASK] or [MASK*12] where 1 or 12 tokens are to be filled in", is_text=True
+    )
     length: int | None = option(
         None, "tokens per sample; the trained length if not given, more are made block by block"
     )
@@ -66,18 +72,20 @@ def frames_of(
     wording: _Wording = AS_FLAGS,
     line: int | None = None,
     tokens: Sequence[int | None] | None = None,
+    max_samples: int = MAX_SAMPLES,
 ) -> list[Frame]:
     """The samples of one request, numbered from first_sample.
 
     Args:
         seq_length: trained length, which a request without a length gets.
+        max_samples: how many it may ask for.
         tokens: in place of any text: token ids, and None where one is to be made.
 
     Raises:
         UserError: given text longer than the sample, nothing to fill in, text or ids that the tokenizer does not know,
             a number below its least.
     """
-    _check_numbers(request, first_sample, wording)
+    _check_numbers(request, first_sample, max_samples, wording)
     if tokens is not None:
         _check_ids(tokens, tokenizer, wording)
         row = list(tokens)
@@ -92,7 +100,12 @@ def frames_of(
 
 
 def read_requests(
-    path: Path, tokenizer: Tokenizer, seq_length: int, defaults: TextRequest, first_sample: int = 0
+    path: Path,
+    tokenizer: Tokenizer,
+    seq_length: int,
+    defaults: TextRequest,
+    first_sample: int = 0,
+    max_samples: int = MAX_SAMPLES,
 ) -> list[Frame]:
     """The samples of a file with one JSON object a line, numbered on from line to line.
 
@@ -100,7 +113,7 @@ def read_requests(
     comes from `defaults`; a line that gives the whole text, infill or tokens, takes no text and no length from there.
 
     Raises:
-        UserError: naming the line.
+        UserError: naming the line, which may be the one that asks for more than max_samples with those before.
     """
     frames: list[Frame] = []
     for number, values in json_lines("--requests", path, f"write it as {EXAMPLE_LINE}"):
@@ -109,7 +122,8 @@ def read_requests(
             raise wording.error(f"not a JSON object; write it as {EXAMPLE_LINE}")
         tokens = values.pop("tokens", None)
         request = _request_of(_checked(values, wording), tokens, defaults, wording)
-        frames += frames_of(request, tokenizer, seq_length, first_sample + len(frames), wording, number, tokens)
+        first, left = first_sample + len(frames), max_samples - len(frames)
+        frames += frames_of(request, tokenizer, seq_length, first, wording, number, tokens, left)
     if not frames:
         raise UserError(f"--requests {path}: no line there; write one JSON object a line, as in {EXAMPLE_LINE}")
     return frames
@@ -123,9 +137,9 @@ def _checked(values: dict[str, Any], wording: _Wording) -> dict[str, Any]:
              for field in dataclasses.fields(TextRequest)}  # fmt: skip
     for name, value in values.items():
         if name not in kinds:
-            raise wording.error(f"unknown key {name!r}; choose from {', '.join([*kinds, 'tokens'])}")
+            raise wording.error(f"unknown key {shown(name)!r}; choose from {', '.join([*kinds, 'tokens'])}")
         if isinstance(value, bool) or not isinstance(value, kinds[name]):
-            raise wording.error(f"{name} is {value!r}, must be of type {kinds[name].__name__}")
+            raise wording.error(f"{name} is {in_short(value)}, must be of type {kinds[name].__name__}")
     return values
 
 
@@ -138,13 +152,19 @@ def _request_of(values: dict[str, Any], tokens: Any, defaults: TextRequest, word
     return dataclasses.replace(defaults, **values)
 
 
-def _check_numbers(request: TextRequest, first_sample: int, wording: _Wording) -> None:
-    for name, least in (("num_samples", 1), ("seed", 0), ("length", 1)):
+def _check_numbers(request: TextRequest, first_sample: int, max_samples: int, wording: _Wording) -> None:
+    for name, least, most in (("num_samples", 1, math.inf), ("seed", 0, MAX_KEY), ("length", 1, MAX_LENGTH)):
         value = getattr(request, name)
         if value is not None and value < least:
-            raise wording.error(f"{wording.name(name)} {value} must be at least {least}")
-    if request.seed > MAX_KEY:
-        raise wording.error(f"{wording.name('seed')} {request.seed} must be at most {MAX_KEY}")
+            raise wording.error(f"{wording.name(name)} {in_short(value)} must be at least {least}")
+        if value is not None and value > most:
+            raise wording.error(f"{wording.name(name)} {in_short(value)} must be at most {most}")
+    if request.num_samples > max_samples:
+        limit = wording.name("max_samples") if wording.where == "" else flag_of("max_samples")
+        raise wording.error(
+            f"{wording.name('num_samples')} {in_short(request.num_samples)} is more than the {max_samples} that "
+            f"{limit} leaves; raise that, or ask for fewer at a time"
+        )
     last = first_sample + request.num_samples - 1
     if last > MAX_KEY:
         raise wording.error(f"the last sample's number would be {last}, must be at most {MAX_KEY}")
@@ -172,10 +192,14 @@ def _infill_row(request: TextRequest, tokenizer: Tokenizer, wording: _Wording) -
     row: list[int | None] = []
     end = 0
     for run in MASK_RUN.finditer(request.infill):
-        if run[1] is not None and int(run[1]) == 0:
+        # Python reads no number of more than 4300 digits.
+        count = int(run[1].lstrip("0")[:20] or 0) if run[1] else 1
+        if len(row) + count > MAX_LENGTH:
+            raise wording.error(f"{infill}: is more than {MAX_LENGTH} tokens long; ask for fewer")
+        if count == 0:
             raise wording.error(f"{infill}: {run[0]} fills in nothing; write a number of at least 1, or leave it out")
         row += _encode(request.infill[end : run.start()], "infill", tokenizer, wording, inside=end > 0)
-        row += [None] * int(run[1] or 1)
+        row += [None] * count
         end = run.end()
     row += _encode(request.infill[end:], "infill", tokenizer, wording, inside=True)
     if None not in row:
@@ -208,4 +232,4 @@ def _check_ids(tokens: Any, tokenizer: Tokenizer, wording: _Wording) -> None:
     for token in tokens:
         known = isinstance(token, int) and not isinstance(token, bool) and 0 <= token < tokenizer.num_tokens
         if token is not None and not known:
-            raise wording.error(f"token {token!r} must be an id from 0 to {tokenizer.num_tokens - 1}, or null")
+            raise wording.error(f"token {in_short(token)} must be an id from 0 to {tokenizer.num_tokens - 1}, or null")

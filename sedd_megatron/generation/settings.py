@@ -9,7 +9,10 @@ from sedd_megatron.diffusion.graph import find_for_graph
 from sedd_megatron.diffusion.sampler import SAMPLERS
 from sedd_megatron.diffusion.time_grid import TIME_GRIDS
 from sedd_megatron.errors import UserError
+from sedd_megatron.generation.requests import MAX_KEY, MAX_SAMPLES
 from sedd_megatron.options import check_rules, flag_of, option
+
+MAX_STEPS = 1_000_000  # their times are made before the first
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class SamplingOptions:
     top_p: float = option(1.0, "choose among the most probable tokens that together have this share")
     corrector_strength: float = option(1.0, "predictor-corrector: how often each position is drawn again in all")
     stop_at_eod: bool = option(True, "cut a text at its first end of document after all given tokens")
+    max_samples: int = option(MAX_SAMPLES, "refuse to make more than this in one call")
     first_sample: int = option(0, "number of the first sample; sample k of a seed is the same in any run")
     batch_size: int = option(8, "how many at a time; does not change the samples")
 
@@ -41,11 +45,13 @@ def settings_of(
     """
     rules = (
         ("sampling_steps", options.sampling_steps >= 1, "must be at least 1"),
+        ("sampling_steps", options.sampling_steps <= MAX_STEPS, f"must be at most {MAX_STEPS}"),
+        ("max_samples", options.max_samples >= 1, "must be at least 1"),
         ("temperature", 0 <= options.temperature < math.inf, "must be at least 0 and finite"),
         ("top_k", options.top_k >= 0, "must be at least 0 (0 keeps all tokens)"),
         ("top_p", 0 < options.top_p <= 1, "must be above 0 and at most 1 (1 keeps all tokens)"),
-        ("corrector_strength", options.corrector_strength > 0, "must be above 0"),
-        ("first_sample", options.first_sample >= 0, "must be at least 0"),
+        ("corrector_strength", 0 < options.corrector_strength < math.inf, "must be above 0 and finite"),
+        ("first_sample", 0 <= options.first_sample <= MAX_KEY, f"must be from 0 to {MAX_KEY}"),
         ("batch_size", options.batch_size >= 1, "must be at least 1"),
         ("time_grid", options.time_grid in TIME_GRIDS, f"does not exist; choose one of {', '.join(TIME_GRIDS)}"),
     )

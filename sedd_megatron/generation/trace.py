@@ -1,15 +1,13 @@
 """A page that replays how samples came out of noise: one HTML file that needs neither a server nor a network."""
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sedd_megatron.errors import UserError
+from sedd_megatron.output_files import write_whole
 
 TEMPLATE = "trace.html"
 PLACEHOLDER = "__TRACE_DATA__"
@@ -43,7 +41,7 @@ def write_trace(
     mask_token_id: int | None,
     settings: Mapping[str, str],
 ) -> None:
-    """Write the page that replays the traces: all of it, or nothing.
+    """Write the page that replays the traces: all of it, or nothing (output_files.py).
 
     Args:
         token_text: the text of one token id; asked once for each token that occurs, and never for the mask.
@@ -55,16 +53,7 @@ def write_trace(
     """
     template = resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
     data = _script_json(_page_data(traces, token_text, mask_token_id, settings))
-    unfinished = path.parent / f".trace-{os.getpid()}.tmp"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(template.replace(PLACEHOLDER, data), encoding="utf-8")
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise UserError(f"--trace {path}: cannot be written ({error.strerror}); name another file") from error
-    finally:
-        with suppress(OSError):
-            unfinished.unlink()
+    write_whole("--trace", path, template.replace(PLACEHOLDER, data))
 
 
 def _page_data(

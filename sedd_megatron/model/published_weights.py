@@ -1,6 +1,6 @@
 """The published model's parameters (arXiv 2310.16834) under its names, to and from ours: one table, both ways."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -38,7 +38,7 @@ def published_name(sharded: ShardedTensor) -> str:
 
 
 def published_shapes(options: ModelOptions, num_states: int) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the published model, by name."""
+    """Every parameter of the published model, by name, in the order in which that model has them."""
     width, cond_dim = options.hidden_size, options.cond_dim
     shapes: dict[str, tuple[int, ...]] = {"vocab_embed.embedding": (num_states, width)}
 
@@ -51,15 +51,16 @@ def published_shapes(options: ModelOptions, num_states: int) -> dict[str, tuple[
     add("sigma_map.mlp.2", cond_dim, cond_dim)
     for layer in range(options.num_layers):
         block = f"blocks.{layer}"
-        add(f"{block}.adaLN_modulation", 6 * width, cond_dim)
+        shapes[f"{block}.norm1.weight"] = (width,)
         add(f"{block}.attn_qkv", 3 * width, width, bias=False)
         add(f"{block}.attn_out", width, width, bias=False)
+        shapes[f"{block}.norm2.weight"] = (width,)
         add(f"{block}.mlp.0", 4 * width, width)
         add(f"{block}.mlp.2", width, 4 * width)
-        shapes[f"{block}.norm1.weight"] = shapes[f"{block}.norm2.weight"] = (width,)
+        add(f"{block}.adaLN_modulation", 6 * width, cond_dim)
     shapes["output_layer.norm_final.weight"] = (width,)
-    add("output_layer.adaLN_modulation", 2 * width, cond_dim)
     add("output_layer.linear", num_states, width)
+    add("output_layer.adaLN_modulation", 2 * width, cond_dim)
     return shapes
 
 
@@ -95,6 +96,23 @@ def faults_of(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple
         for name, shape in expected.items()
         if name in found and tuple(found[name]) != shape
     ]
+
+
+def fault_of_tensor(tensor: Tensor) -> str | None:
+    """What keeps a tensor of a file from being a parameter, found before memory for it is taken; None if nothing does.
+
+    A file of a few bytes can ask for any size, with strides of 0.
+    """
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
+        return f"is not a dense tensor of floating-point numbers ({tensor.dtype}, {tensor.layout})"
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return f"asks for {tensor.numel() * tensor.element_size():,} bytes and the file has fewer for it"
+    return None if tensor.isfinite().all() else "has values that are not finite"
+
+
+def num_blocks(names: Iterable[str]) -> int:
+    """How many layers tensors of these names have."""
+    return len({name.split(".")[1] for name in names if name.startswith("blocks.")})
 
 
 def _is_qkv(name: str) -> bool:

@@ -208,6 +208,26 @@ def gathered_from_replicas(found: dict[Key, Value], groups: ParallelGroups) -> d
     return {key: value for part in parts for key, value in part.items()}
 
 
+@contextlib.contextmanager
+def errors_of_all_replicas(groups: ParallelGroups) -> Iterator[None]:
+    """Raise on every rank what a replica raises inside: the others would wait for it, and the first rank says nothing.
+
+    Raises:
+        UserError: that of the first replica with one.
+    """
+    own = None
+    try:
+        yield
+    except UserError as error:
+        own = error
+    found = [own]
+    if groups.data_size > 1:
+        found = [None] * groups.data_size
+        torch.distributed.all_gather_object(found, own, group=groups.collection.dp)
+    for error in filter(None, found):
+        raise error
+
+
 def _join_ranks(device: torch.device, world_size: int, timeout: timedelta) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if world_size == 1:

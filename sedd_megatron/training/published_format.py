@@ -1,16 +1,18 @@
-"""Folders in the published format: config.json beside model.safetensors or pytorch_model.bin.
+"""Folders in the published format: config.json beside model.safetensors or pytorch_model.bin; and folders of runs of
+the published training code, .hydra/config.yaml and checkpoints-meta/checkpoint.pth, which hold the moving average too.
 
 Reading one executes nothing of it.
 """
 
 import json
-import pickle
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,7 +23,9 @@ from sedd_megatron.diffusion.graph import make_graph
 from sedd_megatron.errors import UserError, one_line
 from sedd_megatron.model.published_weights import (
     ROTARY_FREQUENCIES,
+    fault_of_tensor,
     faults_of,
+    num_blocks,
     own_part,
     published_name,
     published_shapes,
@@ -29,8 +33,14 @@ from sedd_megatron.model.published_weights import (
     rotary_frequencies,
 )
 from sedd_megatron.model.sedd_model import SEDDModel
+from sedd_megatron.options import in_short
 
 CONFIG, SAFETENSORS, PICKLE = "config.json", "model.safetensors", "pytorch_model.bin"
+# Of a run: what its code calls them. Checkpoints of other steps are beside, in checkpoints/.
+RUN_CONFIG, RUN_CHECKPOINT = Path(".hydra", "config.yaml"), Path("checkpoints-meta", "checkpoint.pth")
+WRAPPER = "module."
+# Of a configuration's counts, and of its sequences.
+MOST, MOST_LENGTH = 2**31 - 1, 2**20
 # What a folder on a hub has for us: no code among it.
 HUB_FILES = [CONFIG, SAFETENSORS, PICKLE, "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"]
 
@@ -43,22 +53,37 @@ class PublishedFolder:
     model_options: ModelOptions
     diffusion: DiffusionOptions
     num_tokens: int
+    run_checkpoint: Path | None = None  # of a run of the published training code
 
-    def open_weights(self) -> Callable[[SEDDModel], None]:
+    def open_weights(self, trained: bool = False) -> Callable[[SEDDModel], None]:
         """Read and check the weights; what it returns puts this rank's part of them into a network.
 
+        Args:
+            trained: of a run, the weights that its optimizer had and not their moving average.
+
         Raises:
-            UserError: weights that cannot be read, or do not fit the configuration; the first named.
+            UserError: weights that cannot be read, do not fit the configuration or are not finite; the first named.
         """
-        weights = read_weights(self.path)
+        if self.run_checkpoint is None:
+            weights, average = read_weights(self.path), None
+        else:
+            weights, average = read_run_checkpoint(self.run_checkpoint)
+        # Before as many shapes are listed as a configuration may ask for.
+        blocks, layers = num_blocks(weights), self.model_options.num_layers
+        _refuse(self.path, [] if blocks == layers else [f"has {blocks} blocks, the configuration needs {layers}"])
         num_states = make_graph(self.diffusion.graph, self.num_tokens).num_states
-        found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        _refuse(self.path, faults_of(found, published_shapes(self.model_options, num_states)))
+        expected = published_shapes(self.model_options, num_states)
+        _refuse(self.path, _faults(weights, expected))
+        if average is not None and not trained:
+            if len(average) != len(expected):
+                _refuse(self.path, [f"its average has {len(average)} tensors, the model has {len(expected)}"])
+            weights = dict(zip(expected, average, strict=True))
+            _refuse(self.path, [f"of its average, {fault}" for fault in _faults(weights, expected)])
 
         def fill(network: SEDDModel) -> None:
             for sharded in network.sharded_tensors().values():
                 name = published_name(sharded)
-                part = own_part(weights[name], name, sharded, self.model_options.num_attention_heads)
+                part = own_part(weights[name].float(), name, sharded, self.model_options.num_attention_heads)
                 with torch.no_grad():
                     sharded.data.copy_(part.to(sharded.data.device))
 
@@ -66,39 +91,46 @@ class PublishedFolder:
 
 
 def is_published_folder(path: Path) -> bool:
-    """Whether a folder looks like one in the published format."""
-    return (path / CONFIG).is_file()
+    """Whether a folder looks like one in the published format, or of a run of the published training code; or a file
+    like one of the latter's checkpoints.
+    """
+    return (path / CONFIG).is_file() or (_run_folder(path) / RUN_CONFIG).is_file()
 
 
 def read_published_folder(path: Path) -> PublishedFolder:
-    """Read and check config.json.
+    """Read and check the configuration.
 
     Raises:
         UserError: not a configuration of a SEDD model, or of one that ours cannot be.
     """
-    where = path / CONFIG
+    run = None if (path / CONFIG).is_file() else _run_folder(path)
+    where = path / CONFIG if run is None else run / RUN_CONFIG
     try:
-        config = json.loads(where.read_text(encoding="utf-8"))
+        text = where.read_text(encoding="utf-8")
+        config = json.loads(text) if run is None else yaml.safe_load(text)
         model, graph, noise = config["model"], config["graph"]["type"], config["noise"]
         options = ModelOptions(
-            num_layers=int(model["n_blocks"]),
-            hidden_size=int(model["hidden_size"]),
-            num_attention_heads=int(model["n_heads"]),
-            seq_length=int(model["length"]),
-            cond_dim=int(model["cond_dim"]),
-            hidden_dropout=float(model["dropout"]),
+            num_layers=_count(model, "n_blocks"),
+            hidden_size=_count(model, "hidden_size"),
+            num_attention_heads=_count(model, "n_heads"),
+            seq_length=_count(model, "length", MOST_LENGTH),
+            cond_dim=_count(model, "cond_dim"),
+            hidden_dropout=_number(model, "dropout"),
         )
-        num_tokens, scales_by_sigma = int(config["tokens"]), bool(model["scale_by_sigma"])
-        diffusion = DiffusionOptions(graph=graph, noise=noise["type"], **_noise_range(noise))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
+        num_tokens, scales_by_sigma = _count(config, "tokens"), model["scale_by_sigma"] is True
+        noise_range = {name: _number(noise, name) for name in ("sigma_min", "sigma_max") if name in noise}
+        diffusion = DiffusionOptions(graph=graph, noise=noise["type"], **noise_range)
+        if not 0 <= options.hidden_dropout < 1:
+            raise ValueError(f"dropout is {options.hidden_dropout}, must be at least 0 and below 1")
+    except Exception as error:  # JSON's, YAML's, and what a value of another kind answers to being asked
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(
             f"{where}: not the configuration of a published SEDD model ({reason}); use another copy"
         ) from error
     for name, value, known in (("graph.type", graph, ("absorb", "uniform")),
                                ("noise.type", noise["type"], ("loglinear", "geometric"))):  # fmt: skip
         if value not in known:
-            raise UserError(f"{where}: {name} is {value!r}, must be one of {', '.join(known)}")
+            raise UserError(f"{where}: {name} is {in_short(value)}, must be one of {', '.join(known)}")
     if scales_by_sigma != (graph == "absorb"):
         raise UserError(
             f"{where}: model.scale_by_sigma is {scales_by_sigma} with graph {graph}; ours scales under the absorbing "
@@ -106,29 +138,44 @@ def read_published_folder(path: Path) -> PublishedFolder:
         )
     check_model_layout(options, ParallelOptions())
     check_diffusion(diffusion)
-    return PublishedFolder(path, options, diffusion, num_tokens)
+    if run is None:
+        return PublishedFolder(path, options, diffusion, num_tokens)
+    checkpoint = path if path.is_file() else run / RUN_CHECKPOINT
+    return PublishedFolder(run, options, diffusion, num_tokens, checkpoint)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """All tensors of a published folder, by their published names, in float32.
+    """All tensors of a published folder, by their published names, as the file has them.
 
     Raises:
         UserError: there is no file of weights, or it cannot be read.
     """
     safetensors, pickled = path / SAFETENSORS, path / PICKLE
+    if pickled.is_file() and not safetensors.is_file():
+        return _named_tensors(pickled, _unpickled(pickled))
     try:
-        if safetensors.is_file():
-            weights = load_file(safetensors)
-        elif pickled.is_file():
-            # Tensors and plain containers only: anything else in the pickle is refused and not run.
-            weights = torch.load(pickled, map_location="cpu", weights_only=True)
-        else:
-            raise UserError(f"{path}: neither {SAFETENSORS} nor {PICKLE} there; download the model again")
-    except (SafetensorError, RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+        return _named_tensors(safetensors, load_file(safetensors))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: neither {SAFETENSORS} nor {PICKLE} there; download the model again") from error
+    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
         raise UserError(f"{path}: its weights cannot be read ({one_line(error)}); use another copy") from error
-    if not isinstance(weights, Mapping) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
-        raise UserError(f"{pickled}: holds something else than named tensors; use another copy")
-    return {name: tensor.float() for name, tensor in weights.items()}
+
+
+def read_run_checkpoint(path: Path) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Weights of a .pth file of the published training code, by name, and their moving average, in the order of the
+    model's parameters (its utils.py, save_checkpoint, and model/ema.py).
+
+    Raises:
+        UserError: there is none, or it holds something else.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: not there; name one of the run's checkpoints, as checkpoints/checkpoint_1.pth")
+    state = _unpickled(path)
+    average = state.get("ema") if isinstance(state, Mapping) else None
+    average = average.get("shadow_params") if isinstance(average, Mapping) else None
+    if not isinstance(average, list) or not all(isinstance(tensor, Tensor) for tensor in average):
+        raise UserError(f"{path}: has no moving average (ema, shadow_params); use another copy")
+    return _named_tensors(path, state.get("model")), average
 
 
 def write_published_folder(path: Path, network: SEDDModel, config: dict[str, Any], num_heads: int) -> None:
@@ -183,11 +230,55 @@ def published_config(options: ModelOptions, diffusion: DiffusionOptions, num_tok
     }
 
 
-def _noise_range(noise: dict[str, Any]) -> dict[str, float]:
-    return {name: float(noise[name]) for name in ("sigma_min", "sigma_max") if name in noise}
+def _run_folder(path: Path) -> Path:
+    """The folder of the run that a .pth file belongs to; a folder is one itself."""
+    return path.parent.parent if path.suffix == ".pth" and path.is_file() else path
+
+
+def _count(values: dict[str, Any], name: str, most: int = MOST) -> int:
+    value = values[name]
+    if type(value) is not int or not 1 <= value <= most:
+        raise ValueError(f"{name} is {in_short(value)}, must be a whole number from 1 to {most}")
+    return value
+
+
+def _number(values: dict[str, Any], name: str) -> float:
+    # YAML reads 1e-4 as a string.
+    value = values[name]
+    if isinstance(value, bool) or not math.isfinite(float(value)):
+        raise ValueError(f"{name} is {in_short(value)}, must be a finite number")
+    return float(value)
+
+
+def _unpickled(path: Path) -> Any:
+    try:
+        # Tensors and plain containers only: anything else in the pickle is refused and not run.
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle fails in as many ways as it has instructions
+        reason = one_line(error) or type(error).__name__
+        raise UserError(f"{path.parent}: its weights cannot be read ({reason}); use another copy") from error
+
+
+def _named_tensors(path: Path, found: Any) -> dict[str, Tensor]:
+    """By their names without the `module.` of DistributedDataParallel."""
+    if not isinstance(found, Mapping) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()
+    ):
+        raise UserError(f"{path}: holds something else than named tensors; use another copy")
+    wrapped = all(name.startswith(WRAPPER) for name in found)
+    return {name.removeprefix(WRAPPER) if wrapped else name: tensor for name, tensor in found.items()}
+
+
+def _faults(weights: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What keeps them from being a model's, by name; shapes first, which says how much there is to look at."""
+    faults = faults_of({name: tuple(tensor.shape) for name, tensor in weights.items()}, expected)
+    if faults:
+        return faults
+    found = {name: fault_of_tensor(weights[name]) for name in expected}
+    return [f"{name} {fault}" for name, fault in found.items() if fault is not None]
 
 
 def _refuse(path: Path, faults: list[str]) -> None:
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise UserError(f"{path}: {faults[0]}{more}; the weights do not fit {CONFIG}")
+        raise UserError(f"{path}: {faults[0]}{more}; these are not the weights of its configuration")

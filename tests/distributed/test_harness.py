@@ -65,11 +65,14 @@ def test_every_layout_answers_alike(answered, graph):
 
 
 def test_the_harness_runs_a_task_of_a_folder(trained, tmp_path):
-    """On two ranks that share a model; the first alone prints. Six letters are less probable than their first."""
+    """On two ranks that share a model; the first alone prints. Six letters are less probable than their first.
+
+    No device is named: where there is no GPU it is the CPU.
+    """
     questions = [{"question": "from pathlib", "choices": ["i", "import"], "answer": 0}] * 3
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in questions))
     (tmp_path / "letters.yaml").write_text(TASK.format(folder=tmp_path))
-    model = ["--model", "sedd", "--model_args", f"load={trained},mc_samples=8,tensor_model_parallel_size=2,device=cpu"]
+    model = ["--model", "sedd", "--model_args", f"load={trained},mc_samples=8,tensor_model_parallel_size=2"]
     task = ["--tasks", "letters", "--include_path", str(tmp_path), "--batch_size", "8"]
     done = run([*torchrun(2), "-m", "sedd_megatron.harness", *model, *task])
     assert done.returncode == 0, done.stderr
