@@ -98,13 +98,12 @@ def find_saved_model(directory: str | Path, device: str = "auto") -> SavedModel:
 
 def _checkpoint(path: Path) -> SavedModel:
     from sedd_megatron.training.run_folder import find_checkpoint
-    from sedd_megatron.training.same_run import load_saved_tokenizer
 
     found = find_checkpoint(path)
     _tell(found.lines)
     state = found.body["state"]
     model_options, diffusion = model_options_from_dict(state["options"], str(found.folder))
-    tokenizer = load_saved_tokenizer(found.folder, found.body)
+    tokenizer = load_tokenizer(found.folder / "tokenizer")
     open_weights = partial(_open_averages, found)
     return SavedModel(found.folder, model_options, diffusion, state["num_tokens"], tokenizer, open_weights)
 

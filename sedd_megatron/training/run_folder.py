@@ -17,7 +17,7 @@ from typing import Any
 from sedd_megatron.errors import UserError, one_line
 from sedd_megatron.parallel.groups import on_first_rank
 from sedd_megatron.training.checkpoint_checks import DamagedCheckpointError
-from sedd_megatron.training.checkpoint_format import MANIFEST, read_manifest, sync_file, write_synced
+from sedd_megatron.training.checkpoint_format import MANIFEST, read_manifest, sync_file, verify_records, write_synced
 
 LATEST = "latest_checkpointed_iteration.txt"
 NAME = re.compile(r"iter_([0-9]{7,})")
@@ -28,7 +28,7 @@ LOOKS, SECONDS_BETWEEN_LOOKS = 5, 0.2
 
 @dataclass(frozen=True)
 class FoundCheckpoint:
-    """A checkpoint whose manifest is intact, and what to fall back to if its files are not."""
+    """A checkpoint whose manifest and tokenizer are intact, and what to fall back to if its tensors are not."""
 
     folder: Path
     body: dict[str, Any]
@@ -61,7 +61,7 @@ def iteration_of(folder: Path) -> int:
 
 
 def find_checkpoint(root: Path, flag: str = "--load", exact: bool = False) -> FoundCheckpoint:
-    """`root` itself if it is a checkpoint, else the newest one under it whose manifest is intact.
+    """`root` itself if it is a checkpoint, else the newest one under it whose manifest and tokenizer are intact.
 
     Args:
         flag: what named `root`, for errors.
@@ -73,7 +73,7 @@ def find_checkpoint(root: Path, flag: str = "--load", exact: bool = False) -> Fo
     """
     try:
         if NAME.fullmatch(root.name) or (root / MANIFEST).is_file():
-            return FoundCheckpoint(root, read_manifest(root), is_exact=True)
+            return FoundCheckpoint(root, _read_description(root), is_exact=True)
         return _newest(root, flag, exact)
     except (OSError, ValueError) as error:
         raise UserError(f"{flag} {str(root)[:200]!r}: cannot be read ({one_line(error)}); name a folder") from error
@@ -215,11 +215,11 @@ def remove_old(
 
 
 def _first_intact(folders: list[Path], exact: bool) -> FoundCheckpoint:
-    """The first of the folders whose manifest is intact; the damage of the first if none is."""
+    """The first of the folders that is intact but for its tensors; the damage of the first if none is."""
     first_error, damages = None, []
     for position, folder in enumerate(folders):
         try:
-            body = read_manifest(folder)
+            body = _read_description(folder)
             if checkpoint_name(body["state"]["iteration"]) != folder.name:
                 raise DamagedCheckpointError(
                     f"{folder}: holds iteration {body['state']['iteration']}; give the folder its name back"
@@ -233,6 +233,12 @@ def _first_intact(folders: list[Path], exact: bool) -> FoundCheckpoint:
             lines = tuple(_fallback_line(damage, folder) for damage in damages)
             return FoundCheckpoint(folder, body, exact, tuple(folders[position + 1 :]), lines)
     raise first_error
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    body = read_manifest(folder)
+    verify_records(folder / "tokenizer", body["state"]["tokenizer_files"])
+    return body
 
 
 def _fallback_line(damage: str, folder: Path) -> str:

@@ -18,7 +18,7 @@ from sedd_megatron.data.tokenizer_folder import DESCRIPTION
 from sedd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from sedd_megatron.errors import UserError
 from sedd_megatron.options import flag_of
-from sedd_megatron.training.checkpoint_format import file_record, verify_records
+from sedd_megatron.training.checkpoint_format import file_record
 from sedd_megatron.training.run_folder import FoundCheckpoint
 
 # The model's own: with another of these its tensors do not fit, or mean something else.
@@ -54,16 +54,6 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
     """Write the tokenizer's description into a new folder; returns the records of its files."""
     tokenizer.save(folder)
     return {path.name: file_record(path) for path in sorted(folder.iterdir())}
-
-
-def load_saved_tokenizer(directory: Path, body: dict[str, Any]) -> Tokenizer:
-    """The tokenizer kept in a checkpoint.
-
-    Raises:
-        DamagedCheckpointError: one of its files is missing or damaged.
-    """
-    verify_records(directory / "tokenizer", body["state"]["tokenizer_files"])
-    return load_tokenizer(directory / "tokenizer")
 
 
 def check_same_run(found: FoundCheckpoint, own: dict[str, Any], subject: str, way_out: str) -> list[str]:
@@ -147,7 +137,7 @@ def _tokenizer_difference(found: FoundCheckpoint, own: dict[str, Any]) -> tuple[
     records = found.body["state"]["tokenizer_files"]
     if records == own["tokenizer_files"]:
         return None
-    tokenizer = load_saved_tokenizer(found.folder, found.body)
+    tokenizer = load_tokenizer(found.folder / "tokenizer")
     # Token ids in place of text: a converted model whose folder had no tokenizer.
     if isinstance(tokenizer, NullTokenizer):
         return None
