@@ -142,11 +142,13 @@ def set_aside_later(root: Path, iteration: int) -> list[str]:
     """Rename the checkpoints of later iterations so that nothing takes them for a part of this run, and have the
     tracker file name this one; what people are told of it.
     """
-    later = [folder for folder in checkpoint_folders(root) if iteration_of(folder) > iteration]
     lines = []
-    for folder in later:
+    for folder in checkpoint_folders(root):
+        if iteration_of(folder) <= iteration:
+            continue
         lines.append(f"set aside {folder} as {_set_aside(folder).name}: the run goes on from iteration {iteration}")
-    write_tracker(root, iteration)
+    if _tracker_line(root, root / checkpoint_name(iteration), iteration):
+        write_tracker(root, iteration)
     return lines
 
 

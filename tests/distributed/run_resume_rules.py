@@ -183,8 +183,8 @@ def leftovers_retention_and_numbers_that_are_not_finite(run: Commands) -> None:
     assert "--keep-every 3 keeps more than --keep-last does" in run.refusal("--save", "@/left", "--keep-every", "3")
 
     assert run.refusal("--save", "@/left", "--lr", "3e38", "--lr-warmup-iters", "0", train_iters=7) == (
-        "the tensor sigma_embedding.input.weight is not finite at iteration 7, which is not saved; resume from the last "
-        "checkpoint with a lower --lr or --clip-grad, and look at the data"
+        "the tensor sigma_embedding.input.weight is not finite at iteration 7, which is not saved; resume from the "
+        "last checkpoint with a lower --lr or --clip-grad, and look at the data"
     )
     assert sorted(path.name for path in (run.root / "left").iterdir()) == kept
     assert run.tracker("left") == "6"
