@@ -6,7 +6,7 @@ import atexit
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
@@ -208,6 +208,37 @@ def gathered_from_replicas(found: dict[Key, Value], groups: ParallelGroups) -> d
     return {key: value for part in parts for key, value in part.items()}
 
 
+def on_first_rank(action: Callable[[], Value]) -> Value:
+    """What `action` gives on the first rank, to every rank, as a pickle. Collective over all ranks.
+
+    Raises:
+        UserError: the action's, on every rank.
+    """
+    outcome: list = [None, None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except UserError as error:
+            outcome[1] = error
+    torch.distributed.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def raise_on_every_rank(error: UserError | None, group: torch.distributed.ProcessGroup | None = None) -> None:
+    """Raise the first rank's error that has one, on every rank. Collective over the group, or all ranks.
+
+    Raises:
+        UserError: of any rank.
+    """
+    errors: list[UserError | None] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(errors, error, group=group)
+    for found in errors:
+        if found is not None:
+            raise found
+
+
 @contextlib.contextmanager
 def errors_of_all_replicas(groups: ParallelGroups) -> Iterator[None]:
     """Raise on every rank what a replica raises inside: the others would wait for it, and the first rank says nothing.
@@ -220,12 +251,7 @@ def errors_of_all_replicas(groups: ParallelGroups) -> Iterator[None]:
         yield
     except UserError as error:
         own = error
-    found = [own]
-    if groups.data_size > 1:
-        found = [None] * groups.data_size
-        torch.distributed.all_gather_object(found, own, group=groups.collection.dp)
-    for error in filter(None, found):
-        raise error
+    raise_on_every_rank(own, groups.collection.dp)
 
 
 def _join_ranks(device: torch.device, world_size: int, timeout: timedelta) -> None:

@@ -26,12 +26,14 @@ from sedd_megatron.errors import UserError
 from sedd_megatron.parallel.fused_head import ROW_MULTIPLE
 from sedd_megatron.parallel.groups import ParallelGroups, is_first_rank
 from sedd_megatron.training.build import TrainingRun, build_run
-from sedd_megatron.training.checkpoint import CheckpointWriter, load_checkpoint
+from sedd_megatron.training.checkpoint import CheckpointWriter, resume
 from sedd_megatron.training.estimates import peak_tflops
 from sedd_megatron.training.forward_step import make_forward_step
 from sedd_megatron.training.main_parameters import copy_main_parameters_to_model
 from sedd_megatron.training.metrics import MetricsWriter
 from sedd_megatron.training.optimizer_step import step_optimizer
+from sedd_megatron.training.run_folder import FoundCheckpoint, checkpoint_name
+from sedd_megatron.training.run_lock import RunLock
 from sedd_megatron.training.summary import print_summary, trained_flops_per_token
 
 
@@ -39,8 +41,9 @@ def train(
     options: PretrainOptions,
     windows: Windows,
     tokenizer: Tokenizer,
-    checkpoint: Path | None,
+    found: FoundCheckpoint | None,
     groups: ParallelGroups,
+    lock: RunLock | None = None,
 ) -> TrainingRun:
     """Train until `train_iters`, or until SIGTERM asks to save and leave; returns the finished run.
 
@@ -49,16 +52,17 @@ def train(
             checkpoint stays as it is.
     """
     run = build_run(options, tokenizer, groups)
-    if checkpoint is not None:
-        load_checkpoint(run, checkpoint)
+    if found is not None:
+        found = resume(run, found)
     writer = None
     if options.checkpoint.save:
-        writer = CheckpointWriter(Path(options.checkpoint.save), options.checkpoint.async_save)
+        writer = CheckpointWriter(Path(options.checkpoint.save), options.checkpoint, lock)
     print_summary(run, windows)
     compile_validation(run, windows.valid)
     find_fp8_scales(run, windows.train)
     # A run with no steps left still saves what it loaded from elsewhere: that is how to change a checkpoint's layout.
-    is_saved = writer is not None and checkpoint is not None and checkpoint.parent.resolve() == writer.root.resolve()
+    own_folder = None if writer is None else (writer.root / checkpoint_name(run.iteration)).resolve()
+    is_saved = found is not None and found.folder.resolve() == own_folder
     try:
         _train_and_save(run, windows, writer, saved_at=run.iteration if is_saved else None)
     except UserError:
