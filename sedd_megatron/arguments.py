@@ -261,8 +261,8 @@ def _check_ranges(options: PretrainOptions) -> None:
     at_least_one = (
         "num_layers hidden_size num_attention_heads ffn_hidden_size seq_length cond_dim make_vocab_size_divisible_by "
         "tensor_model_parallel_size pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage "
-        "context_parallel_size ddp_bucket_size distributed_timeout_minutes fp8_amax_history_len recompute_num_layers "
-        "micro_batch_size global_batch_size lr_decay_iters ema_interval save_interval eval_iters log_interval "
+        "context_parallel_size ddp_bucket_size fp8_amax_history_len recompute_num_layers micro_batch_size "
+        "global_batch_size lr_decay_iters ema_interval save_interval max_save_failures eval_iters log_interval "
         "verify_layout_steps"
     ).split()
     at_least_zero = (
@@ -275,6 +275,7 @@ def _check_ranges(options: PretrainOptions) -> None:
         (at_least_zero, lambda v: v >= 0, "at least 0"),
         (below_one, lambda v: 0 <= v < 1, "at least 0 and below 1"),
         (["adam_eps", "verify_layout_tolerance"], lambda v: v > 0, "above 0"),
+        (["distributed_timeout_minutes"], lambda v: 0 < v <= 10_000, "above 0 and at most 10000"),
     ):
         for name in names:
             value = values[name]

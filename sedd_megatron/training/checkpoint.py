@@ -18,7 +18,7 @@ import torch
 
 from sedd_megatron.config import PretrainOptions
 from sedd_megatron.data.tokenizers import Tokenizer, load_tokenizer
-from sedd_megatron.errors import UserError
+from sedd_megatron.errors import UserError, say
 from sedd_megatron.options import flag_of
 from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.checkpoint_format import (
@@ -41,6 +41,10 @@ MASTER_PREFIX = "optimizer.state.fp32_param."
 LATEST = "latest_checkpointed_iteration.txt"
 
 
+class SaveError(UserError):
+    """A disk that refused a checkpoint; nothing is left of it, and those before it are whole."""
+
+
 class CheckpointWriter:
     """Saves a run's checkpoints under `root`; with `is_async` their files are written by a thread of each rank.
 
@@ -57,12 +61,12 @@ class CheckpointWriter:
         """Save model, optimizer, EMA, progress, options and tokenizer, or start to.
 
         Raises:
-            UserError: on every rank, if a rank could not write this checkpoint or the one before.
+            SaveError: on every rank, if a rank could not write this checkpoint or the one before.
         """
         self.finish()
         final = self.root / f"iter_{run.iteration:07d}"
         partial = self.root / f".{final.name}.partial"
-        tokenizer_files = _on_first_rank(lambda: _begin(partial, run.tokenizer), f"cannot write {partial}")
+        tokenizer_files = _on_first_rank(lambda: _begin(partial, run.tokenizer), f"cannot write {partial}", partial)
         run.gather_parameters()
         own = copy_own_shards(run_shards(run))
         written = self._thread.submit(write_own_shards, partial, own)
@@ -80,7 +84,7 @@ class CheckpointWriter:
         """Wait for the checkpoint under way on every rank and publish it.
 
         Raises:
-            UserError: on every rank, if a rank could not write.
+            SaveError: on every rank, if a rank could not write.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -92,16 +96,16 @@ class CheckpointWriter:
             own = ([], {}, f"rank {torch.distributed.get_rank()} cannot write {pending.partial}: {error}")
         gathered: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(gathered, own)
-        _refuse_fault(next((fault for _, _, fault in gathered if fault), None))
+        _refuse_fault(next((fault for _, _, fault in gathered if fault), None), pending.partial)
         entries = [entry for entries, _, _ in gathered for entry in entries]
         files = {name: record for _, records, _ in gathered for name, record in records.items()}
 
         def publish() -> None:
             write_manifest(pending.partial, entries, files, pending.state)
             _publish(pending.partial, pending.final, self.root, pending.iteration)
-            print(f"saved {pending.final}", flush=True)
+            say(f"saved {pending.final}")
 
-        _on_first_rank(publish, f"cannot finish {pending.final}")
+        _on_first_rank(publish, f"cannot finish {pending.final}", pending.partial)
 
 
 def save_checkpoint(
@@ -125,8 +129,8 @@ def save_checkpoint(
     return final
 
 
-def _on_first_rank(action: Callable[[], Any], fault: str) -> Any:
-    """What `action` gives on rank 0, to every rank; if the disk refuses, every rank ends with the one line."""
+def _on_first_rank(action: Callable[[], Any], fault: str, partial: Path) -> Any:
+    """What `action` gives on rank 0, to every rank; if the disk refuses, every rank raises the one line."""
     outcome: list[Any] = [None, None]
     if torch.distributed.get_rank() == 0:
         try:
@@ -134,13 +138,17 @@ def _on_first_rank(action: Callable[[], Any], fault: str) -> Any:
         except OSError as error:
             outcome[1] = f"{fault}: {error}"
     torch.distributed.broadcast_object_list(outcome, src=0)
-    _refuse_fault(outcome[1])
+    _refuse_fault(outcome[1], partial)
     return outcome[0]
 
 
-def _refuse_fault(fault: str | None) -> None:
-    if fault is not None:
-        raise UserError(f"{fault}; the checkpoints before it are whole: make room and --load the newest")
+def _refuse_fault(fault: str | None, partial: Path) -> None:
+    if fault is None:
+        return
+    # No rank writes to it any more, and what a full disk needs is room.
+    if torch.distributed.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    raise SaveError(fault)
 
 
 def _begin(partial: Path, tokenizer: Tokenizer) -> dict[str, Any]:
