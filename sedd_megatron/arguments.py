@@ -273,13 +273,14 @@ def check_fp8_sizes(options: PretrainOptions) -> None:
 
 def check_layout(layout: LayoutOptions, name_of: Callable[[str], str] = flag_of) -> None:
     """Check what every command's layout must keep to, by itself; `name_of` says how an error names an option."""
-    for name, most in (
-        ("tensor_model_parallel_size", MOST),
-        ("pipeline_model_parallel_size", MOST),
-        ("distributed_timeout_minutes", MOST_MINUTES),
-    ):
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
         value = getattr(layout, name)
-        _require(1 <= value <= most, f"{name_of(name)} {value} must be at least 1 and at most {most:,}")
+        _require(1 <= value <= MOST, f"{name_of(name)} {value} must be at least 1 and at most {MOST:,}")
+    minutes = layout.distributed_timeout_minutes
+    _require(
+        0 < minutes <= MOST_MINUTES,
+        f"{name_of('distributed_timeout_minutes')} {minutes} must be above 0 and at most {MOST_MINUTES:,}",
+    )
 
 
 def _check_weights_fit(model: ModelOptions, parallel: ParallelOptions) -> None:
@@ -300,10 +301,9 @@ def _check_ranges(options: PretrainOptions) -> None:
     check_layout(options.parallel)
     at_least_one = (
         "num_layers hidden_size num_attention_heads ffn_hidden_size seq_length cond_dim make_vocab_size_divisible_by "
-        "tensor_model_parallel_size pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage "
-        "context_parallel_size ddp_bucket_size distributed_timeout_minutes fp8_amax_history_len recompute_num_layers "
-        "micro_batch_size global_batch_size lr_decay_iters ema_interval save_interval keep_last keep_every eval_iters "
-        "log_interval verify_layout_steps"
+        "num_layers_per_virtual_pipeline_stage context_parallel_size ddp_bucket_size fp8_amax_history_len "
+        "recompute_num_layers micro_batch_size global_batch_size lr_decay_iters ema_interval save_interval keep_last "
+        "keep_every max_save_failures eval_iters log_interval verify_layout_steps"
     ).split()
     at_least_zero = (
         "loss_chunk_rows train_iters lr min_lr lr_warmup_iters clip_grad weight_decay seed num_workers eval_interval"

@@ -66,7 +66,7 @@ class LayoutOptions:
     tensor_model_parallel_size: int = option(1, "ranks that share each layer's matrices")
     pipeline_model_parallel_size: int = option(1, "ranks that share the layers")
     device: str = option("auto", "auto takes GPUs where there are any", choices=("auto", "cpu", "cuda"))
-    distributed_timeout_minutes: int = option(10, "how long a collective may wait for a lost rank")
+    distributed_timeout_minutes: float = option(10.0, "how long a collective may wait for a lost rank")
 
 
 @dataclass(frozen=True)
@@ -231,6 +231,9 @@ class CheckpointOptions:
     keep_every: int | None = option(None, "with --keep-last: also keep the iterations that are multiples of this")
     save_interval: int = option(5000, "steps between checkpoints; the last step is always saved")
     async_save: bool = option(False, "write checkpoints while training goes on; costs a copy in host memory")
+    max_save_failures: int = option(
+        3, "checkpoints in a row that the disk may refuse; training goes on without them until then"
+    )
 
 
 @dataclass(frozen=True)

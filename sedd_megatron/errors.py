@@ -1,11 +1,17 @@
-"""The one error that is meant for people, and how a command ends with it."""
+"""The one error that is meant for people, and how a command speaks and ends."""
 
 import contextlib
+import ctypes
 import os
+import signal
 import sys
 import textwrap
 import unicodedata
 from collections.abc import Callable, Iterator
+
+# What asks a process to end; training saves first.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class UserError(Exception):
@@ -41,6 +47,10 @@ def scores_not_finite(where: str, sigma: float) -> UserError:
     )
 
 
+class LostRankError(UserError):
+    """Another rank is gone or stands still. Each that notices says so: the first of the node may be the lost one."""
+
+
 def one_line(error: Exception, width: int = 200) -> str:
     """What a library's error says, for a UserError: on one line, and the beginning where it is long."""
     return textwrap.shorten(str(error), width, placeholder=" ...")
@@ -68,27 +78,47 @@ def print_output(text: str) -> None:
         print(text, flush=True)
 
 
+def say(text: str, to_stderr: bool = False) -> None:
+    """Print a line that a run can do without: a log on a full disk or a terminal that is gone ends no training."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr if to_stderr else sys.stdout, flush=True)
+
+
+def forget_unsaid() -> None:
+    """Drop what `say` could not print, for which Python would end with code 120 after a run that did its work."""
+    try:
+        _flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's main function and exit with what it returns; a UserError becomes one line on stderr and exit
-    code 2.
+    code 2, Ctrl-C exit code 130.
 
     Every rank exits with 2; only the first rank of each node prints, so that the line is not repeated by its
     neighbours.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Killed, torchrun takes no rank with it, and they would train on beside those of the next start. No one else's
+        # processes: what nohup started has to outlive its shell. torchrun starts its ranks from its main thread; one
+        # that died before this line is missed at the rendezvous, whose store it kept.
+        die_with_parent(os.getppid())
     try:
         code = main()
         with output_errors():
             _flush()
     except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, LostRankError):
+            say(f"error: {error}", to_stderr=True)
+        _exit_at_once(2)
+    except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        with contextlib.suppress(OSError):
-            _flush()
-        # Not sys.exit: a rank that holds process groups or loader threads must not wait for them on its way out.
-        os._exit(2)
+            say("interrupted", to_stderr=True)
+        _exit_at_once(128 + signal.SIGINT)
     except BrokenPipeError:
-        # Whoever read the output has enough, as head does: 128 + SIGPIPE, the shell's code for that.
-        os._exit(141)
+        # Whoever read the output has enough, as head does.
+        os._exit(128 + signal.SIGPIPE)
     sys.exit(code)
 
 
@@ -96,3 +126,21 @@ def _flush() -> None:
     # None where the command was started with it closed, and then nothing was printed.
     if sys.stdout is not None:
         sys.stdout.flush()
+
+
+def _exit_at_once(code: int) -> None:
+    """Not sys.exit: a rank that holds process groups or loader threads must not wait for them on its way out."""
+    with contextlib.suppress(OSError):
+        _flush()
+    os._exit(code)
+
+
+def die_with_parent(parent: int) -> None:
+    """On Linux, have the kernel kill this process when its `parent` is gone; at once if that has happened already.
+
+    The signal comes when the thread that started this process ends, which has to live as long as its process.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)

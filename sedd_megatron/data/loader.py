@@ -3,6 +3,7 @@
 import atexit
 import functools
 import multiprocessing
+import os
 import signal
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from sedd_megatron.data.windows import WindowDataset
+from sedd_megatron.errors import STOP_SIGNALS, die_with_parent
 
 Batch = TypeVar("Batch")
 Collator = Callable[[Sequence[tuple[int, Tensor]]], Batch]
@@ -81,18 +83,28 @@ def _batches(
     dataset: WindowDataset, collator: Collator[Batch], sampler: MicroBatchSampler, num_workers: int, pin_memory: bool
 ) -> Iterator[Batch]:
     loader = DataLoader(
-        dataset, batch_sampler=sampler, collate_fn=collator, num_workers=num_workers, pin_memory=pin_memory
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collator,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        # A worker holds copies of this rank's connections, by which the others would take a dead rank for alive.
+        worker_init_fn=functools.partial(_die_with_rank, os.getpid()),
     )
     others = set(multiprocessing.active_children())
-    # Slurm and torchrun send SIGTERM to every process, and training has a step to finish before it ends: its workers
-    # start with the signal blocked, and stay so.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    # Terminals, Slurm and torchrun signal every process, and training has a step to finish before it ends: its workers
+    # start with these signals blocked, and stay so.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         batches = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     _workers().update(set(multiprocessing.active_children()) - others)
     return batches
+
+
+def _die_with_rank(rank_pid: int, worker: int) -> None:
+    die_with_parent(rank_pid)
 
 
 @functools.cache

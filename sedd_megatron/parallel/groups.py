@@ -5,7 +5,9 @@ parallel_state.
 import atexit
 import contextlib
 import os
+import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,7 +18,7 @@ from packaging.version import Version
 
 from sedd_megatron.arguments import data_parallel_size_of
 from sedd_megatron.config import ParallelOptions
-from sedd_megatron.errors import UserError
+from sedd_megatron.errors import LostRankError, UserError, one_line
 from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.parallel.main_grad import install_gradient_accumulation
 
@@ -137,6 +139,7 @@ def parallel_groups(
 
     Raises:
         UserError: before any group is made, if the layout does not fit the ranks or the device is not there.
+        LostRankError: another rank is gone, or has not answered for `--distributed-timeout-minutes`.
     """
     world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))
     data_parallel_size_of(options, world_size)
@@ -164,11 +167,30 @@ def parallel_groups(
     )
     try:
         yield ParallelGroups(ProcessGroupCollection.use_mpu_process_groups(), device)
+    except RuntimeError as error:
+        raise _lost_rank(error) or error from error
     finally:
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
         if device.type == "cuda":
             _forget_fp8_state()
+
+
+def _lost_rank(error: RuntimeError) -> LostRankError | None:
+    """What a collective's error means to a person; None for any other error. NCCL's time-outs end a process by
+    themselves.
+    """
+    # Gloo has no class of its own: "[.../gloo/transport/tcp/pair.cc:538] Connection closed by peer [10.0.0.2]:4711".
+    from_gloo = re.match(r"\[\S*\bgloo/\S+\] (.*)", str(error), re.DOTALL)
+    if from_gloo is None and not isinstance(error, torch.distributed.DistError):
+        return None
+    said = one_line(RuntimeError(from_gloo[1]) if from_gloo else error)
+    frames = traceback.extract_tb(error.__traceback__)
+    where = [frame.name for frame in frames if f"{os.sep}torch{os.sep}" not in frame.filename][-1]
+    return LostRankError(
+        f"rank {torch.distributed.get_rank()} waited in {where} for a rank that is gone or stands still: {said}; look "
+        "for the reason on that rank, and start again"
+    )
 
 
 def _forget_fp8_state() -> None:

@@ -17,7 +17,7 @@ import torch
 
 from sedd_megatron.config import CheckpointOptions
 from sedd_megatron.data.tokenizers import Tokenizer
-from sedd_megatron.errors import UserError
+from sedd_megatron.errors import UserError, say
 from sedd_megatron.parallel.groups import on_first_rank, raise_on_every_rank
 from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.checkpoint_format import (
@@ -136,7 +136,7 @@ class CheckpointWriter:
         files = {name: record for _, records in gathered for name, record in records.items()}
         write_manifest(pending.partial, entries, files, pending.state)
         _publish(pending.partial, pending.final, pending.iteration)
-        print(f"saved {pending.final}", flush=True)
+        say(f"saved {pending.final}")
         _tell(
             remove_old(
                 self.root,
@@ -185,7 +185,7 @@ def _written_on_first_rank(action: Callable[[], Any], fault: str) -> Any:
 
 
 def _not_written(fault: str) -> CheckpointNotWrittenError:
-    return CheckpointNotWrittenError(f"{fault}; the checkpoints before it are whole: make room and --load the newest")
+    return CheckpointNotWrittenError(fault)
 
 
 def _begin(partial: Path, tokenizer: Tokenizer) -> dict[str, Any]:

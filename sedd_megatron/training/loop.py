@@ -22,7 +22,7 @@ from sedd_megatron.data.tokenizers import Tokenizer
 from sedd_megatron.data.windows import WindowDataset, Windows
 from sedd_megatron.diffusion.draws import Stream
 from sedd_megatron.diffusion.transfers import to_device
-from sedd_megatron.errors import UserError
+from sedd_megatron.errors import UserError, forget_unsaid, say
 from sedd_megatron.parallel.fused_head import ROW_MULTIPLE
 from sedd_megatron.parallel.groups import ParallelGroups, is_first_rank
 from sedd_megatron.training.build import TrainingRun, build_run
@@ -31,9 +31,12 @@ from sedd_megatron.training.estimates import peak_tflops
 from sedd_megatron.training.forward_step import make_forward_step
 from sedd_megatron.training.main_parameters import copy_main_parameters_to_model
 from sedd_megatron.training.metrics import MetricsWriter
+from sedd_megatron.training.metrics_file import MetricsFile
 from sedd_megatron.training.optimizer_step import step_optimizer
 from sedd_megatron.training.run_folder import FoundCheckpoint, checkpoint_name
 from sedd_megatron.training.run_lock import RunLock
+from sedd_megatron.training.saving import RunSaver
+from sedd_megatron.training.stop_requests import StopRequests
 from sedd_megatron.training.summary import print_summary, trained_flops_per_token
 
 
@@ -45,67 +48,91 @@ def train(
     groups: ParallelGroups,
     lock: RunLock | None = None,
 ) -> TrainingRun:
-    """Train until `train_iters`, or until SIGTERM asks to save and leave; returns the finished run.
+    """Train until `train_iters`, or until a signal asks to save and leave; returns the finished run.
 
     Raises:
-        UserError: a damaged checkpoint, data that is not what was written, or a loss that is not finite; the last
-            checkpoint stays as it is.
+        UserError: a damaged checkpoint, data that is not what was written, a loss that is not finite, or a disk that
+            refuses one save after another; the checkpoints before stay as they are.
     """
-    run = build_run(options, tokenizer, groups)
-    if found is not None:
-        found = resume(run, found)
-    writer = None
-    if options.checkpoint.save:
-        writer = CheckpointWriter(Path(options.checkpoint.save), options.checkpoint, lock)
-    print_summary(run, windows)
-    compile_validation(run, windows.valid)
-    find_fp8_scales(run, windows.train)
-    # A run with no steps left still saves what it loaded from elsewhere: that is how to change a checkpoint's layout.
-    own_folder = None if writer is None else (writer.root / checkpoint_name(run.iteration)).resolve()
-    is_saved = found is not None and found.folder.resolve() == own_folder
-    try:
-        _train_and_save(run, windows, writer, saved_at=run.iteration if is_saved else None)
-    except UserError:
-        # On every rank alike. A checkpoint that is still being written is of a step before the fault, and sound.
-        if writer is not None:
-            writer.finish()
-        raise
+    with StopRequests() as requests:
+        run = build_run(options, tokenizer, groups)
+        if found is not None:
+            found = resume(run, found)
+        print_summary(run, windows)
+        compile_validation(run, windows.valid)
+        find_fp8_scales(run, windows.train)
+        save = options.checkpoint.save
+        saver, is_saved, continues = None, False, False
+        if save is not None:
+            own = (Path(save) / checkpoint_name(run.iteration)).resolve()
+            is_saved = found is not None and found.folder.resolve() == own
+            saver = RunSaver(
+                CheckpointWriter(Path(save), options.checkpoint, lock),
+                options.checkpoint.max_save_failures,
+                saved_at=run.iteration if is_saved else None,
+            )
+        metrics = _open_metrics(run, continues=is_saved)
+        requests.start_waiting()
+        try:
+            _train_and_save(run, windows, saver, metrics, requests)
+        except UserError:
+            # On every rank alike.
+            if saver is not None:
+                saver.wait()
+            raise
+        finally:
+            if metrics is not None:
+                metrics.close()
+    forget_unsaid()
     return run
 
 
-def _train_and_save(run: TrainingRun, windows: Windows, writer: CheckpointWriter | None, saved_at: int | None) -> None:
-    options, metrics = run.options, _open_metrics(run)
-    batches = training_iterators(run, windows.train)
-    stop_requested = _catch_sigterm()
-    digests = None
+def _train_and_save(
+    run: TrainingRun,
+    windows: Windows,
+    saver: RunSaver | None,
+    metrics: MetricsWriter | None,
+    requests: StopRequests,
+) -> None:
+    options = run.options
+    batches, request, digests = training_iterators(run, windows.train), 0, None
     if is_first_rank():
         digests = check_in_background([prefix for _, prefix in weighted_corpora(options.data)])
-    while run.iteration < options.training.train_iters:
+    while run.iteration < options.training.train_iters and not request:
         fault = None if digests is None else digests.fault()
-        flags = [bool(stop_requested), writer is not None and writer.is_writing, fault is not None]
-        step, (stopping, writing, is_damaged) = train_step(run, batches, flags)
+        flags = [requests.requested, saver is not None and saver.is_writing, fault is not None]
+        step, (request, writing, is_damaged) = train_step(run, batches, flags)
         if is_damaged:
             raise UserError(f"{fault or 'the data is not what was written'}; nothing is saved from here on")
         if metrics is not None:
             metrics.train_step(step, options.training.global_batch_size * options.model.seq_length)
-        if _is_due(run.iteration, options.logging.eval_interval) and len(windows.valid) > 0:
-            validation_loss = validate(run, windows.valid)
-            if metrics is not None:
-                metrics.validation({"iteration": run.iteration, "validation_loss": validation_loss})
-        if writer is not None:
-            if not writing:
-                writer.finish()
-            if stopping or _is_due(run.iteration, options.checkpoint.save_interval):
-                writer.save(run)
-                saved_at = run.iteration
-        if stopping:
-            break
-    if writer is not None:
-        if saved_at != run.iteration:
-            writer.save(run)
-        writer.finish()
+        if saver is not None and not writing:
+            saver.finish()
+        # Who asked the run to end may not wait for more than a checkpoint.
+        if not request:
+            _validate_if_due(run, windows, metrics)
+        is_last = request or run.iteration == options.training.train_iters
+        if saver is not None and not is_last and _is_due(run.iteration, options.checkpoint.save_interval):
+            saver.save(run)
+    if saver is not None:
+        saver.save_last(run)
+    if request:
+        if torch.distributed.get_rank() == 0:
+            saved = f"saved iteration {run.iteration} and " if saver is not None else ""
+            say(
+                f"{signal.Signals(request).name}: {saved}stopped at iteration {run.iteration} of "
+                f"{options.training.train_iters}"
+            )
+        _validate_if_due(run, windows, metrics)
+
+
+def _validate_if_due(run: TrainingRun, windows: Windows, metrics: MetricsWriter | None) -> None:
+    if not _is_due(run.iteration, run.options.logging.eval_interval) or len(windows.valid) == 0:
+        return
+    loss = validate(run, windows.valid)
+    _require_finite("validation loss", loss, run.iteration)
     if metrics is not None:
-        metrics.close()
+        metrics.validation({"iteration": run.iteration, "validation_loss": loss})
 
 
 def find_fp8_scales(run: TrainingRun, dataset: WindowDataset) -> None:
@@ -123,12 +150,12 @@ def find_fp8_scales(run: TrainingRun, dataset: WindowDataset) -> None:
 
 
 def train_step(
-    run: TrainingRun, batches: list[Iterator[MicroBatch]], flags: Sequence[bool] = ()
-) -> tuple[dict[str, Any], list[bool]]:
+    run: TrainingRun, batches: list[Iterator[MicroBatch]], flags: Sequence[int] = ()
+) -> tuple[dict[str, Any], list[int]]:
     """One optimizer step on one global batch.
 
     Returns:
-        Its line of metrics.jsonl, and for each of this rank's flags whether any rank has it up: ranks that stopped at
+        Its line of metrics.jsonl, and for each of this rank's flags the largest of any rank: ranks that stopped at
         different steps would wait for each other forever. Equal on every rank.
 
     Raises:
@@ -142,9 +169,9 @@ def train_step(
     squared_norm = step_optimizer(run.optimizer, run.groups.device)
     run.ema.update(run.iteration + 1)
     # The one wait for the device, when all of the step is in its queue.
-    numbers = read_numbers(_mean_loss(losses, run.groups), squared_norm, _raised_on_any_rank(flags, run.groups))
+    numbers = read_numbers(_mean_loss(losses, run.groups), squared_norm, _largest_of_any_rank(flags, run.groups))
     seconds = time.monotonic() - start
-    loss, grad_norm, raised = numbers[0], numbers[1] ** 0.5, numbers[2:]
+    loss, grad_norm, largest = numbers[0], numbers[1] ** 0.5, numbers[2:]
     _require_finite("loss", loss, run.iteration + 1)
     _require_finite("gradient norm", grad_norm, run.iteration + 1)
     run.iteration += 1
@@ -158,7 +185,7 @@ def train_step(
         "tokens_per_second": options.training.global_batch_size * options.model.seq_length / seconds,
         "consumed_samples": run.consumed_samples,
     }
-    return metrics, [bool(flag) for flag in raised]
+    return metrics, [int(flag) for flag in largest]
 
 
 def read_numbers(*numbers: Tensor) -> list[float]:
@@ -243,11 +270,11 @@ def _mean_loss(losses: list[dict[str, Any]], groups: ParallelGroups) -> Tensor:
     return mean
 
 
-def _raised_on_any_rank(flags: Sequence[bool], groups: ParallelGroups) -> Tensor:
-    raised = to_device(torch.tensor(flags, dtype=torch.float64), groups.device)
+def _largest_of_any_rank(flags: Sequence[int], groups: ParallelGroups) -> Tensor:
+    largest = to_device(torch.tensor(flags, dtype=torch.float64), groups.device)
     if flags:
-        torch.distributed.all_reduce(raised, op=torch.distributed.ReduceOp.MAX)
-    return raised
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    return largest
 
 
 def _require_finite(name: str, value: float, iteration: int) -> None:
@@ -298,25 +325,22 @@ def _one_per_chunk(batches: Iterator[MicroBatch], run: TrainingRun) -> list[Iter
     return list(itertools.tee(batches, len(run.ddp_chunks)))
 
 
-def _open_metrics(run: TrainingRun) -> MetricsWriter | None:
+def _open_metrics(run: TrainingRun, continues: bool) -> MetricsWriter | None:
+    """`continues` says that the run goes on from its own save folder."""
     if torch.distributed.get_rank() != 0:
         return None
     options, tflop_per_token, peak = run.options, 0.0, None
     if run.groups.device.type == "cuda":
         tflop_per_token = trained_flops_per_token(run) / 1e12 / torch.distributed.get_world_size()
         peak = peak_tflops(torch.cuda.get_device_name(run.groups.device), options.precision.fp8_format is not None)
-    log_dir = options.logging.log_dir or options.checkpoint.save
-    return MetricsWriter(
-        options.logging, Path(log_dir) if log_dir else None, options.training.train_iters, tflop_per_token, peak
-    )
+    save, log_dir = options.checkpoint.save, options.logging.log_dir or options.checkpoint.save
+    file = None
+    if log_dir:
+        # A save folder belongs to one run. A log folder may be shared, and what others wrote there is not cut.
+        is_own = continues or (save is not None and Path(log_dir).resolve() == Path(save).resolve())
+        file = MetricsFile(Path(log_dir) / "metrics.jsonl", run.iteration if is_own else None)
+    return MetricsWriter(options.logging, file, options.training.train_iters, run.iteration, tflop_per_token, peak)
 
 
 def _is_due(iteration: int, interval: int) -> bool:
     return interval > 0 and iteration % interval == 0
-
-
-def _catch_sigterm() -> list[int]:
-    """Have SIGTERM (Slurm, torchrun) noted instead of obeyed; the list fills when it comes."""
-    received: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    return received

@@ -1,17 +1,19 @@
 """What a run tells: a progress line for people, metrics.jsonl for notebooks, TensorBoard on request."""
 
-import json
+import contextlib
 import math
 import time
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 from sedd_megatron.config import LoggingOptions
-from sedd_megatron.errors import UserError
+from sedd_megatron.errors import UserError, say
+from sedd_megatron.training.metrics_file import MetricsFile
 
 
-def open_tensorboard(directory: str | None) -> Any:
-    """A TensorBoard writer, or None without a directory.
+def open_tensorboard(directory: str | None, iteration: int = 0) -> Any:
+    """A TensorBoard writer, or None without a directory or where nothing can be written to it. What a run before it
+    wrote of steps after `iteration` is no longer shown.
 
     Raises:
         UserError: the package is not installed.
@@ -22,32 +24,41 @@ def open_tensorboard(directory: str | None) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError(f"--tensorboard-dir {directory} needs TensorBoard; pip install 'sedd_megatron[log]'") from error
-    return SummaryWriter(directory)
+    try:
+        return SummaryWriter(directory, purge_step=iteration + 1)
+    except OSError as error:
+        _give_up_tensorboard(error)
+        return None
+
+
+def _give_up_tensorboard(error: OSError) -> None:
+    say(f"warning: TensorBoard: {error.strerror}; training goes on without it until the next start", to_stderr=True)
 
 
 class MetricsWriter:
-    """Writes each training step and validation to LOG_DIR/metrics.jsonl as it happens, and progress lines at the
-    interval.
+    """Writes each training step and validation to metrics.jsonl as it happens, and progress lines at the interval.
+
+    None of them ends a run because a disk is full.
     """
 
     def __init__(
         self,
         options: LoggingOptions,
-        log_dir: Path | None,
+        file: MetricsFile | None,
         train_iters: int,
+        iteration: int = 0,
         tflop_per_token: float = 0.0,
         peak_tflops: float | None = None,
     ) -> None:
-        """`tflop_per_token` is one device's share of the work, 0 to leave its speed out; `peak_tflops` its peak."""
+        """`iteration` is where the run starts; `tflop_per_token` one device's share of the work, 0 to leave its speed
+        out; `peak_tflops` its peak.
+        """
         self.tflop_per_token = tflop_per_token
         self.peak_tflops = peak_tflops
         self.log_interval = options.log_interval
         self.train_iters = train_iters
-        self.tensorboard = open_tensorboard(options.tensorboard_dir)
-        self.file = None
-        if log_dir is not None:
-            log_dir.mkdir(parents=True, exist_ok=True)
-            self.file = (log_dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        self.tensorboard = open_tensorboard(options.tensorboard_dir, iteration)
+        self.file = file
         self.window_start, self.window_tokens, self.window_steps = time.monotonic(), 0, 0
 
     def train_step(self, metrics: dict[str, Any], num_tokens: int) -> None:
@@ -62,12 +73,11 @@ class MetricsWriter:
         seconds = now - self.window_start
         time_left = seconds / self.window_steps * (self.train_iters - iteration)
         tokens_per_second = self.window_tokens / seconds
-        print(
+        say(
             f"iteration {iteration:>{len(str(self.train_iters))}}/{self.train_iters} | loss {metrics['loss']:.4f} | "
             f"learning rate {metrics['learning_rate']:.2e} | grad norm {metrics['grad_norm']:.2f} | "
             f"{tokens_per_second:,.0f} tokens/s | {self._device_speed(tokens_per_second)}"
-            f"{format_seconds(time_left)} left",
-            flush=True,
+            f"{format_seconds(time_left)} left"
         )
         self.window_start, self.window_tokens, self.window_steps = now, 0, 0
 
@@ -82,24 +92,32 @@ class MetricsWriter:
         """Record and print a validation."""
         self._write(metrics)
         loss = metrics["validation_loss"]
-        print(
-            f"validation at iteration {metrics['iteration']} | loss {loss:.4f} | perplexity below {_exp(loss):.2f}",
-            flush=True,
-        )
+        say(f"validation at iteration {metrics['iteration']} | loss {loss:.4f} | perplexity below {_exp(loss):.2f}")
 
     def close(self) -> None:
         """Bring everything to the disk."""
         if self.file is not None:
             self.file.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        with self._tensorboard_may_fail():
+            if self.tensorboard is not None:
+                self.tensorboard.close()
 
     def _write(self, metrics: dict[str, Any]) -> None:
         if self.file is not None:
-            self.file.write(json.dumps(metrics) + "\n")
-        if self.tensorboard is not None:
-            for name, value in metrics.items():
-                self.tensorboard.add_scalar(name, value, metrics["iteration"])
+            self.file.write(metrics)
+        with self._tensorboard_may_fail():
+            if self.tensorboard is not None:
+                for name, value in metrics.items():
+                    self.tensorboard.add_scalar(name, value, metrics["iteration"])
+
+    @contextlib.contextmanager
+    def _tensorboard_may_fail(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            # From the thread that writes, which ended with it: this writer is of no more use.
+            self.tensorboard = None
+            _give_up_tensorboard(error)
 
 
 def format_seconds(seconds: float) -> str:

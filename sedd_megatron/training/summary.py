@@ -5,6 +5,7 @@ from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
 from sedd_megatron.data.windows import Windows
+from sedd_megatron.errors import say
 from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.estimates import activation_bytes, flops_per_token, fraction_of_head_rows
 
@@ -22,13 +23,12 @@ def print_summary(run: TrainingRun, windows: Windows) -> None:
     torch.distributed.all_reduce(count, group=run.groups.collection.mp)
     if torch.distributed.get_rank() != 0:
         return
-    print(
+    say(
         f"{count.item():,.0f} parameters, {own:,} of them on this rank | {run.groups.layout} | "
         f"{len(windows.train):,} training and {len(windows.valid):,} validation windows of "
-        f"{run.options.model.seq_length} tokens | at iteration {run.iteration} of {run.options.training.train_iters}",
-        flush=True,
+        f"{run.options.model.seq_length} tokens | at iteration {run.iteration} of {run.options.training.train_iters}"
     )
-    print(cost_line(run), flush=True)
+    say(cost_line(run))
 
 
 def cost_line(run: TrainingRun) -> str:
