@@ -53,6 +53,25 @@ def expect_same_run(expected: runs.Result, save: Path, tolerance: float = 0.0, l
         raise SilentlyWrongError(difference)
 
 
+def expect_same_tensors(expected: runs.Result, save: Path, iteration: int = runs.STEPS) -> None:
+    """The same of the checkpoint alone, where metrics.jsonl is what was attacked."""
+    try:
+        found = runs.Result({}, runs.tensors(save / f"iter_{iteration:07d}"))
+    except (OSError, ValueError, KeyError) as error:
+        raise SilentlyWrongError(f"exit code 0 and no whole checkpoint: {error!r}") from error
+    difference = found.first_difference(runs.Result({}, expected.tensors))
+    if difference is not None:
+        raise SilentlyWrongError(difference)
+
+
+def metrics_of(log_dir: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """runs.metrics, of a command that has ended well."""
+    try:
+        return runs.metrics(log_dir)
+    except ValueError as error:
+        raise SilentlyWrongError(str(error)) from error
+
+
 def expect_samples(done: Done, output: Path, allowed: Iterable[list[dict[str, Any]]]) -> None:
     """Samples of one of some checkpoints."""
     expect_done(done)

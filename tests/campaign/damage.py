@@ -6,7 +6,14 @@ from pathlib import Path
 
 from tests.campaign import runs
 from tests.campaign.attempts import Attempt, Row, SilentlyWrongError, expect, expect_right
-from tests.campaign.checks import expect_done, expect_no_traceback, expect_refused, expect_same_run, tail
+from tests.campaign.checks import (
+    expect_done,
+    expect_no_traceback,
+    expect_refused,
+    expect_same_run,
+    expect_same_tensors,
+    tail,
+)
 from tests.campaign.processes import run
 from tests.campaign.saves import copy_run
 
@@ -46,10 +53,7 @@ def _resume(attempt: Attempt, dice: random.Random, save: Path, path: Path, kind:
     expect(done.code == 0, f"{what}: exit code {done.code}: {tail(done)}")
     expect_done(done)
     if kind == "metrics":
-        difference = runs.Result({}, runs.tensors(save / f"iter_{runs.STEPS:07d}")).first_difference(
-            runs.Result({}, base.references["one"].tensors)
-        )
-        expect_right(difference is None, f"{what}: {difference}")
+        expect_same_tensors(base.references["one"], save)
     else:
         expect_same_run(base.references["one"], save)
     expect(kind != "newest" or path.name in done.said, f"{what}: not a word of {path.name}: {tail(done)}")

@@ -8,8 +8,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from tests.campaign import runs
-from tests.campaign.attempts import Attempt, FailedError, Row, expect, expect_right
-from tests.campaign.checks import expect_done, expect_no_traceback, expect_refused, expect_same_run, tail
+from tests.campaign.attempts import Attempt, Row, expect, expect_right
+from tests.campaign.checks import expect_done, expect_no_traceback, expect_refused, expect_same_run, metrics_of, tail
 from tests.campaign.processes import run
 from tests.campaign.saves import copy_run
 
@@ -82,10 +82,7 @@ def by_learning_rate(attempt: Attempt) -> None:
         expect_refused(done)
     expect_nothing_saved(save)
     if (save / "metrics.jsonl").exists():
-        try:
-            runs.metrics(save)
-        except ValueError as error:
-            raise FailedError(str(error)) from error
+        metrics_of(save)
 
 
 def by_scores(attempt: Attempt) -> None:

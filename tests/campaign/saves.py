@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.campaign import boundaries, runs
 from tests.campaign.attempts import Attempt, Row, expect, expect_right
-from tests.campaign.checks import expect_done, expect_refused, expect_samples
+from tests.campaign.checks import expect_done, expect_refused, expect_samples, metrics_of
 from tests.campaign.processes import run, start
 from tests.campaign.runs import Base
 
@@ -93,7 +93,7 @@ def die(attempt: Attempt) -> None:
     expect(there == list(this.after), f"after {case}: checkpoints {there}, must be {list(this.after)}")
     left = [path.name for path in save.iterdir() if path.name.endswith((".partial", ".replaced"))]
     expect(not left, f"after {case}: {left} of the dead run is left")
-    records = runs.metrics(save)
+    records = metrics_of(save)
     trained = sorted(iteration for kind, iteration in records if kind == "training")
     expect(trained == list(range(1, this.steps + 1)), f"after {case}: metrics of iterations {trained}")
 
