@@ -36,9 +36,11 @@ NUMBERS = ["0", "1", "2", "3", "4", "7", "16", "-1", "-0", str(2**31 - 1), str(2
 REALS = ["0", "0.5", "1", "1.0", "-0.0", "-1", "1e-320", "1e-9", "0.999", "2", "30", "1e30", "1e308", "1e400",
          "-1e400", "nan", "inf", "", "x", "1/2", "9" * 5000]  # fmt: skip
 # None is of the form owner/name, which is looked for on a hub where there is no such folder.
-NAMES = ["", " ", "nowhere", "no/where/below", MODEL, TEXT, f"{TEXT}/be/low", "empty", CORPUS, ".", "x" * 256,
-         "x" * 5000, "d/" * 2500, "new\nline", "\x1b[31mred", "\udcff", "é" * 200, "1e99999999", "0.5", "1,1", "1,1,1", "a",
-         "b c", "[MASK]", "[MASK*0]", f"[MASK*{'9' * 5000}]", "[MASK*" + "9" * 12 + "]", "--seed", "-", "~"]  # fmt: skip
+NAMES = [
+    *("", " ", "nowhere", "no/where/below", MODEL, TEXT, f"{TEXT}/be/low", "empty", CORPUS, ".", "x" * 256, "x" * 5000),
+    *("d/" * 2500, "new\nline", "\x1b[31mred", "\udcff", "é" * 200, "1e99999999", "0.5", "1,1", "1,1,1", "a", "b c"),
+    *("[MASK]", "[MASK*0]", f"[MASK*{'9' * 5000}]", "[MASK*" + "9" * 12 + "]", "--seed", "-", "~"),
+]
 SLOW_OR_AWAY = {"max_samples"}  # raising the limit is asking for the memory
 
 

@@ -62,16 +62,17 @@ def train(
         compile_validation(run, windows.valid)
         find_fp8_scales(run, windows.train)
         save = options.checkpoint.save
-        saver, is_saved, continues = None, False, False
+        saver, continues = None, False
         if save is not None:
-            own = (Path(save) / checkpoint_name(run.iteration)).resolve()
-            is_saved = found is not None and found.folder.resolve() == own
+            continues = found is not None and found.folder.parent.resolve() == Path(save).resolve()
+            # A run with no steps left still saves what it loaded from elsewhere: that is how to change its layout.
+            is_saved = continues and found.folder.name == checkpoint_name(run.iteration)
             saver = RunSaver(
                 CheckpointWriter(Path(save), options.checkpoint, lock),
                 options.checkpoint.max_save_failures,
                 saved_at=run.iteration if is_saved else None,
             )
-        metrics = _open_metrics(run, continues=is_saved)
+        metrics = _open_metrics(run, continues)
         requests.start_waiting()
         try:
             _train_and_save(run, windows, saver, metrics, requests)
