@@ -11,6 +11,7 @@ from torch import Tensor
 from sedd_megatron.data.collator import NoisingCollator
 from sedd_megatron.diffusion.corruption import NoisyBatch
 from sedd_megatron.diffusion.graph import AbsorbingGraph, UniformGraph
+from sedd_megatron.parallel.keyed_dropout import dropout_keys
 
 
 class MicroBatch(NamedTuple):
@@ -19,6 +20,7 @@ class MicroBatch(NamedTuple):
     noisy: NoisyBatch  # x_0 and x_t [B, S / CP]
     position: Tensor  # [R] int64 and num_rows: see positions_that_count
     num_rows: int
+    dropout_keys: Tensor  # [B, 2] int64, see parallel/keyed_dropout.py
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class MicroBatchCollator:
     def __call__(self, samples: Sequence[tuple[int, Tensor]]) -> MicroBatch:
         """(sample index n, x_0 [S] int64) pairs -> the MicroBatch of this rank."""
         own = own_part_of_sequence(self.noising(samples), self.context_rank, self.context_size)
-        return MicroBatch(own, *positions_that_count(own.x_t, self.noising.graph, self.row_multiple))
+        counting = positions_that_count(own.x_t, self.noising.graph, self.row_multiple)
+        return MicroBatch(own, *counting, dropout_keys(self.noising.seed, own.sample_index))
 
 
 def own_part_of_sequence(batch: NoisyBatch, context_rank: int, context_size: int) -> NoisyBatch:

@@ -30,6 +30,7 @@ class Stream(enum.IntEnum):
     EVALUATION_TIME = 6
     EVALUATION_NOISE = 7
     EVALUATION_LAST = 8
+    DROPOUT = 9
 
 
 def philox_generator(seed: int, stream: int, index: int, step: int = 0) -> np.random.Generator:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sedd_megatron.model.conditioning import Modulation, NormScale
 from sedd_megatron.model.fused_operations import add_gated, bias_gelu, modulated_norm, rotate
+from sedd_megatron.parallel.keyed_dropout import dropped_elements, kept_share
 
 
 class DiTLayer(TransformerLayer):
@@ -48,15 +49,21 @@ class DiTLayer(TransformerLayer):
         rotary_pos_emb: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Megatron's layer signature; hidden_states [S, B, H], context is the conditioning [B, cond_dim]."""
+        """Megatron's layer signature.
+
+        Args:
+            hidden_states: [S, B, H].
+            context: the conditioning [B, cond_dim].
+            context_mask: the keys of dropout's draws [B, 2] int64 (parallel/keyed_dropout.py), in training with it.
+        """
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(context)
         attend = partial(self.self_attention, attention_mask=None, rotary_pos_emb=rotary_pos_emb)
         recompute = self.recompute_input_layernorm
         output = self._after_norm(self.input_layernorm, recompute, hidden_states, shift_1, scale_1, attend)
-        hidden_states = self._add_gated(hidden_states, gate_1, output)
+        hidden_states = self._add_gated(hidden_states, gate_1, output, context_mask, 0)
         recompute = self.recompute_pre_mlp_layernorm
         output = self._after_norm(self.pre_mlp_layernorm, recompute, hidden_states, shift_2, scale_2, self._mlp)
-        return self._add_gated(hidden_states, gate_2, output), context
+        return self._add_gated(hidden_states, gate_2, output, context_mask, 1), context
 
     def forward_rows(self, hidden_states: Tensor, positions: Tensor, context: Tensor, rotary_pos_emb: Tensor) -> Tensor:
         """`forward` of hidden_states [S, B, H] at some positions [Q, B] of each sequence alone: [Q, B, H].
@@ -67,9 +74,9 @@ class DiTLayer(TransformerLayer):
         factor, eps = self.input_layernorm(scale_1), self.input_layernorm.eps
         normalized = modulated_norm(hidden_states, factor, shift_1, eps, self.training)
         output = self.self_attention.forward_rows(normalized, positions, rotary_pos_emb)
-        rows = self._add_gated(take_rows(hidden_states, positions), gate_1, output)
+        rows = add_gated(take_rows(hidden_states, positions), gate_1, *output, None, 1.0, self.training)
         output = self._after_norm(self.pre_mlp_layernorm, False, rows, shift_2, scale_2, self._mlp)
-        return self._add_gated(rows, gate_2, output)
+        return add_gated(rows, gate_2, *output, None, 1.0, self.training)
 
     def _after_norm(
         self, norm: NormScale, recompute: bool, hidden_states: Tensor, shift: Tensor, scale: Tensor, block: Callable
@@ -105,9 +112,33 @@ class DiTLayer(TransformerLayer):
 
         return te_checkpoint(mlp_with_bias, False, get_cuda_rng_tracker, self.tp_group, hidden_states), None
 
-    def _add_gated(self, residual: Tensor, gate: Tensor, output_with_bias: tuple[Tensor, Tensor | None]) -> Tensor:
-        dropout = self.hidden_dropout if self.training else 0.0
-        return add_gated(residual, gate, *output_with_bias, dropout, self.training)
+    def _add_gated(
+        self,
+        residual: Tensor,
+        gate: Tensor,
+        output_with_bias: tuple[Tensor, Tensor | None],
+        dropout_keys: Tensor | None,
+        branch: int,
+    ) -> Tensor:
+        dropped = None
+        if self.training and self.hidden_dropout > 0:
+            length, _, width = residual.shape
+            dropped = dropped_elements(
+                dropout_keys,
+                2 * (self.layer_number - 1) + branch,
+                self._first_position(length),
+                length,
+                width,
+                self.hidden_dropout,
+            )
+        return add_gated(residual, gate, *output_with_bias, dropped, kept_share(self.hidden_dropout), self.training)
+
+    def _first_position(self, length: int) -> int:
+        """Where this rank's `length` positions begin: contiguous parts, in the order of the ranks."""
+        part = self.pg_collection.cp.rank()
+        if self.config.sequence_parallel:
+            part = part * self.tp_group.size() + self.tp_group.rank()
+        return part * length
 
 
 class DiTSelfAttention(SelfAttention):

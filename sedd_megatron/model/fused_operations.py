@@ -59,20 +59,34 @@ class _ModulatedNorm(torch.autograd.Function):
 
 
 def add_gated(
-    residual: Tensor, gate: Tensor, output: Tensor, bias: Tensor | None, dropout: float, training: bool
+    residual: Tensor,
+    gate: Tensor,
+    output: Tensor,
+    bias: Tensor | None,
+    dropped: Tensor | None,
+    kept_share: float,
+    training: bool,
 ) -> Tensor:
-    """residual + gate * dropout(output + bias), for residual, output [S, B, H], gate [1, B, H] and bias [H]."""
+    """residual + gate * dropout(output + bias), for residual, output [S, B, H], gate [1, B, H] and bias [H].
+
+    Args:
+        dropped: bool [S, B, H], what dropout sets to 0 (parallel/keyed_dropout.py); None for no dropout.
+        kept_share: of the elements, by which those that are kept are divided.
+    """
     if output.device.type == "cuda":
-        return call_compiled(plain_add_gated, residual, gate, output, bias, dropout, training=training)
-    return plain_add_gated(residual, gate, output, bias, dropout)
+        return call_compiled(plain_add_gated, residual, gate, output, bias, dropped, kept_share, training=training)
+    return plain_add_gated(residual, gate, output, bias, dropped, kept_share)
 
 
-def plain_add_gated(residual: Tensor, gate: Tensor, output: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+def plain_add_gated(
+    residual: Tensor, gate: Tensor, output: Tensor, bias: Tensor | None, dropped: Tensor | None, kept_share: float
+) -> Tensor:
     """`add_gated` as written."""
     if bias is not None:
         output = output + bias
-    if dropout > 0:
-        output = F.dropout(output, dropout)
+    if dropped is not None:
+        # One number for each sequence and channel, where the output has one for each position as well.
+        output, gate = output.masked_fill(dropped, 0), gate / kept_share
     return torch.addcmul(residual, gate, output)
 
 

@@ -91,27 +91,32 @@ class SEDDModel(MegatronModule):
         sigma: Tensor,
         rows: ScoreEntropyRows | None = None,
         settings: FusedHeadSettings | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> Tensor:
         """One stage: x_t [B, S / CP] int64, this context-parallel rank's part of the sequence; sigma [B] float32.
+
+        Training with dropout needs the keys of its draws [B, 2] int64 (parallel/keyed_dropout.py).
 
         Returns:
             Hidden states [S / CP, B, H] (over TP as well under sequence parallelism). On the last stage the scalar loss
             of `rows`; or without them logits [B, S / CP, padded_vocab_size / TP] in the parameters' dtype.
         """
-        hidden_states, conditioning = self.trunk(x_t, sigma)
+        hidden_states, conditioning = self.trunk(x_t, sigma, dropout_keys)
         if not self.post_process:
             return hidden_states
         if rows is None:
             return self.head(hidden_states, conditioning)
         return self.head.loss(hidden_states, conditioning, rows, settings)
 
-    def trunk(self, x_t: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    def trunk(self, x_t: Tensor, sigma: Tensor, dropout_keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """This stage without the head: hidden states [S / CP, B, H], and the conditioning [B, cond_dim]."""
         conditioning = self.sigma_embedding(sigma)
         hidden_states = self.decoder(
             hidden_states=self._embed(x_t) if self.pre_process else None,
             attention_mask=None,
             context=conditioning,
+            # The argument that our layers have no other use for, and that activation recompute keeps for them.
+            context_mask=dropout_keys,
             rotary_pos_emb=self._rotation(x_t.shape[1]),
         )
         return hidden_states, conditioning

@@ -218,18 +218,11 @@ def _join_ranks(device: torch.device, world_size: int, timeout: timedelta) -> No
         torch.distributed.init_process_group(backend, timeout=timeout)
 
 
-def seed_dropout(seed: int, iteration: int, groups: ParallelGroups) -> None:
-    """Start the dropout generators of one training step from (seed, iteration, rank) alone.
+def seed_megatron_generators(seed: int) -> None:
+    """Give Megatron's generators a seed: it forks them while it builds a model, and stops if they have none.
 
-    A checkpoint then needs no generator state: a resumed run draws what the unbroken one draws. Tensor-parallel ranks
-    share the default generator, as Megatron needs it (tensor_parallel/random.py).
+    Nothing of ours draws from them: every draw, dropout's too, has a key instead of a generator's state.
     """
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    # Strides keep apart the seeds of steps, stages and the ranks that see other tokens; Megatron adds up to 2718 +
-    # tensor rank to each.
-    tokens_rank = groups.collection.dp_cp.rank()
-    step_seed = (
-        (seed + 1_000_003 * iteration) * 8191 + 100 * groups.pipeline_rank + 100 * groups.pipeline_size * tokens_rank
-    )
-    model_parallel_cuda_manual_seed(step_seed % 2**62, force_reset_rng=True)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

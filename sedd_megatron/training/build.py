@@ -26,7 +26,7 @@ from sedd_megatron.model.initialization import initialize_parameters
 from sedd_megatron.model.layer_spec import choose_layer_spec
 from sedd_megatron.model.model_config import transformer_config
 from sedd_megatron.model.sedd_model import SEDDModel
-from sedd_megatron.parallel.groups import ParallelGroups, seed_dropout
+from sedd_megatron.parallel.groups import ParallelGroups, seed_megatron_generators
 from sedd_megatron.training.ema import ExponentialMovingAverage
 from sedd_megatron.training.main_parameters import (
     MainParameter,
@@ -75,8 +75,7 @@ def build_model(
     `for_training` promises Megatron's DistributedDataParallel around them, which gives the parameters their main_grad:
     gradients are then added to it by the products that make them.
     """
-    # Megatron forks its generators while it builds, and stops if they have no seed; nothing is drawn from them.
-    seed_dropout(0, 0, groups)
+    seed_megatron_generators(0)
     config = transformer_config(model_options, parallel, precision, recompute, groups.device, for_training)
     layer_spec = choose_layer_spec(model_options.cond_dim, precision, groups.device, for_training)
     num_chunks = config.virtual_pipeline_model_parallel_size

@@ -33,13 +33,14 @@ def make_forward_step(
     )
 
     def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
-        noisy, position, num_rows = next(batches)
+        noisy, position, num_rows, keys = next(batches)
         batch = NoisyBatch(*(to_device(field, groups.device) for field in noisy))
+        run_model = partial(model, batch.x_t, batch.sigma, dropout_keys=to_device(keys, groups.device))
         # Megatron asks the last stage alone for a loss.
         if loss_chunk_rows == 0 or not groups.is_last_stage:
-            return model(batch.x_t, batch.sigma), partial(score_entropy_loss, batch, graph, groups.collection.tp)
+            return run_model(), partial(score_entropy_loss, batch, graph, groups.collection.tp)
         rows, constant = score_entropy_rows(batch, graph, to_device(position, groups.device), num_rows)
-        output = model(batch.x_t, batch.sigma, rows, settings)
+        output = run_model(rows=rows, settings=settings)
         return output, partial(_add_constant, constant, batch.x_t.shape[1])
 
     return forward_step

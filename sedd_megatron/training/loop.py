@@ -24,7 +24,7 @@ from sedd_megatron.diffusion.draws import Stream
 from sedd_megatron.diffusion.transfers import to_device
 from sedd_megatron.errors import UserError
 from sedd_megatron.parallel.fused_head import ROW_MULTIPLE
-from sedd_megatron.parallel.groups import ParallelGroups, is_first_rank, seed_dropout
+from sedd_megatron.parallel.groups import ParallelGroups, is_first_rank
 from sedd_megatron.training.build import TrainingRun, build_run
 from sedd_megatron.training.checkpoint import CheckpointWriter, load_checkpoint
 from sedd_megatron.training.estimates import peak_tflops
@@ -131,7 +131,6 @@ def train_step(
         UserError: a loss or a gradient norm that is not finite; the parameters and their average are then spoilt.
     """
     options, start = run.options, time.monotonic()
-    seed_dropout(options.training.seed, run.iteration, run.groups)
     begin_training_pass(run)
     run.optimizer.zero_grad()
     losses = forward_backward(run, batches, forward_only=False)

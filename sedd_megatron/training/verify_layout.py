@@ -24,7 +24,7 @@ def verify_layout(options: PretrainOptions, windows: Windows, tokenizer: Tokeniz
     """Train `verify_layout_steps` steps alone, then with all ranks, and print the largest relative differences.
 
     Every rank trains alone first, so that the comparison of weights needs no whole model on the wire; it takes the
-    memory of the whole model on each rank. Dropout and warm-up are off. Adam's epsilon is raised to 1e-4: its first
+    memory of the whole model on each rank. Warm-up is off. Adam's epsilon is raised to 1e-4: its first
     updates are signs, and an entry whose gradient is rounding noise would move by a whole step either way.
 
     Returns:
@@ -32,7 +32,6 @@ def verify_layout(options: PretrainOptions, windows: Windows, tokenizer: Tokeniz
     """
     options = replace(
         options,
-        model=replace(options.model, hidden_dropout=0.0),
         training=replace(options.training, lr_warmup_iters=0, adam_eps=1e-4, lr_decay_style="constant"),
     )
     alone = replace(options, parallel=_one_process(options.parallel, options.precision.fp8_param_gather))

@@ -31,7 +31,7 @@ from sedd_megatron.config import PretrainOptions
 from sedd_megatron.data.windows import WindowDataset
 from sedd_megatron.model.layer_spec import transformer_engine_runs_on
 from sedd_megatron.model.model_config import padded_vocab_size
-from sedd_megatron.parallel.groups import ParallelGroups, seed_dropout
+from sedd_megatron.parallel.groups import ParallelGroups, seed_megatron_generators
 from sedd_megatron.training.build import build_optimizer, build_scheduler
 from sedd_megatron.training.ema import ExponentialMovingAverage
 from sedd_megatron.training.main_parameters import copy_main_parameters_to_model
@@ -53,7 +53,7 @@ class CausalRun:
 
 def build_gpt(options: PretrainOptions, num_tokens: int, groups: ParallelGroups) -> GPTModel:
     """The model with Megatron's own initialisation; the begin of a sequence has the id num_tokens."""
-    seed_dropout(options.training.seed, 0, groups)
+    seed_megatron_generators(options.training.seed)
     with_engine = options.precision.bf16 and transformer_engine_runs_on(groups.device)
     vocab_size = num_tokens + 1
     if with_engine:

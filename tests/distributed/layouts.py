@@ -1,7 +1,7 @@
 """The layouts that the tests run: name -> (number of ranks, flags of examples/pretrain_sedd.py)."""
 
 MODEL = (
-    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --cond-dim 16 --seq-length 16 --hidden-dropout 0 "
+    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --cond-dim 16 --seq-length 16 --hidden-dropout 0.1 "
     "--make-vocab-size-divisible-by 8 --global-batch-size 8 --micro-batch-size 2 --lr 1e-3 --lr-warmup-iters 4 "
     # Adam's first updates are signs: without an epsilon above rounding noise, an entry whose gradient is nothing but
     # noise moves by a whole step either way.
@@ -99,12 +99,12 @@ RESHARDED = [
 # Resumed in their own layout, where every bit must be the same: name -> (number of ranks, flags).
 RESUMED = {
     "plain": (1, []),
-    "dropout": (1, ["--hidden-dropout", "0.1"]),
+    "no-dropout": (1, ["--hidden-dropout", "0"]),
     "workers": (1, ["--num-workers", "2"]),
     # Halfway is in the middle of an interval.
     "ema-interval": (1, ["--ema-interval", "4"]),
     "bf16": (1, ["--bf16"]),
     "bf16-DP2-dist-opt": (2, ["--bf16", *DIST_OPT, *OVERLAP]),
     "async": (2, [*TP2, "--async-save"]),
-    "SP2-dropout": (2, [*TP2, *SP, "--hidden-dropout", "0.1"]),
+    "SP2": (2, [*TP2, *SP]),
 }

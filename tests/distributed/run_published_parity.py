@@ -13,6 +13,7 @@ from sedd_megatron.config import ModelOptions, ParallelOptions, PrecisionOptions
 from sedd_megatron.data.micro_batch import MicroBatch, own_part_of_sequence, positions_that_count
 from sedd_megatron.diffusion.corruption import NoisyBatch
 from sedd_megatron.parallel.groups import parallel_groups
+from sedd_megatron.parallel.keyed_dropout import dropout_keys
 from tests.distributed.launch import own_jobs
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
@@ -95,7 +96,8 @@ def check(graph_name: str, tensor_size: int, pipeline_size: int, context_size: i
         model.config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=groups.collection)
         batch = NoisyBatch(golden["x0"], golden["x"], golden["t"], golden["sigma"], golden["dsigma"], torch.arange(4))
         own = own_part_of_sequence(batch, groups.context_rank, groups.context_size)
-        micro_batch = MicroBatch(own, *positions_that_count(own.x_t, graph, multiple=1))
+        counting = positions_that_count(own.x_t, graph, multiple=1)
+        micro_batch = MicroBatch(own, *counting, dropout_keys(0, own.sample_index))
         losses = get_forward_backward_func()(
             forward_step_func=make_forward_step(graph, groups, loss_chunk_rows=7, num_microbatches=1),
             data_iterator=iter([micro_batch]), model=[ddp],

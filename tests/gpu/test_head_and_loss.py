@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from sedd_megatron.parallel.keyed_dropout import dropout_keys, dropped_elements
 from tests.benchmarks.goals import HEAD_MEMORY_MIB
 from tests.distributed.launch import REPOSITORY, launch
 from tests.distributed.test_fused_head import CASES
@@ -32,10 +33,18 @@ def test_compiled_operations_are_the_plain_ones(name, dtype, training):
     fused, plain, shapes, further = operations(training)[name]
     num_derivatives = 1 if name == "rotate" else len(shapes)
     exact = outcome(plain, inputs(shapes), further, num_derivatives)
-    actual = outcome(fused, [tensor.cuda() for tensor in inputs(shapes, dtype)], further, num_derivatives)
+    on_gpu = [one.cuda() if isinstance(one, torch.Tensor) else one for one in further]
+    actual = outcome(fused, [tensor.cuda() for tensor in inputs(shapes, dtype)], on_gpu, num_derivatives)
     tolerance = 1e-10 if dtype == torch.float64 else 2e-2
     for one, other in zip(actual, exact, strict=True):
         assert (one.double().cpu() - other).norm() < tolerance * other.norm()
+
+
+def test_dropout_drops_what_it_drops_on_a_cpu():
+    keys = dropout_keys(2**64 - 3, torch.tensor([0, 5, 2**62]))
+    for branch, width in itertools.product((0, 1, 95), (40, 768)):
+        expected = dropped_elements(keys, branch, 1024, 256, width, 0.1)
+        assert torch.equal(dropped_elements(keys.cuda(), branch, 1024, 256, width, 0.1).cpu(), expected)
 
 
 def test_head_and_loss_table():

@@ -1,5 +1,5 @@
 """The Triton kernel of a tile, in Triton's interpreter on a CPU, against the tile by index. Started by
-test_score_tile_kernel.py with TRITON_INTERPRET=1, which Triton reads when it is imported.
+test_kernels.py with TRITON_INTERPRET=1, which Triton reads when it is imported.
 """
 
 import itertools

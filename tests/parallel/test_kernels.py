@@ -1,4 +1,4 @@
-"""The Triton kernel of the fused head's tile, without a GPU: by Triton's interpreter, and compiled ahead of time."""
+"""The Triton kernels, without a GPU: by Triton's interpreter, and compiled ahead of time."""
 
 import importlib.util
 import re
@@ -24,11 +24,11 @@ def run(script: str, tmp_path: Path, **environment: str) -> str:
     return done.stdout
 
 
-def test_the_kernel_is_the_tile_by_index(tmp_path):
+def test_the_tiles_kernel_is_the_tile_by_index(tmp_path):
     run("run_score_tile_kernel.py", tmp_path, TRITON_INTERPRET="1")
 
 
-def test_the_kernel_compiles_for_sm_90_and_moves_16_bytes_at_once(tmp_path):
+def test_the_tiles_kernel_compiles_for_sm_90_and_moves_16_bytes_at_once(tmp_path):
     """Without spills: its registers are all that a column's numbers live in. And once for all tiles."""
     said = run("compile_score_tile_kernel.py", tmp_path)
     print(said)
@@ -41,3 +41,15 @@ def test_the_kernel_compiles_for_sm_90_and_moves_16_bytes_at_once(tmp_path):
         assert int(found["registers"]) <= 128, line
         assert int(found["wide_loads"]) > 0, line
         assert int(found["wide_stores"]) > 0 or "gradient=0" in line, line
+
+
+def test_dropouts_kernel_gives_numpys_numbers(tmp_path):
+    run("run_dropout_kernel.py", tmp_path, TRITON_INTERPRET="1")
+
+
+def test_dropouts_kernel_compiles_for_sm_90_once_for_all_layers(tmp_path):
+    said = run("compile_dropout_kernel.py", tmp_path)
+    print(said)
+    found = dict(re.findall(r"(\w+)=(\d+)", said))
+    assert int(found["compilations"]) == 1
+    assert int(found["spilled"]) == 0
