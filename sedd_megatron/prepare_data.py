@@ -135,8 +135,8 @@ def check(options: PrepareOptions) -> None:
     if not has_digests(options.check):
         open_tokens(options.check, flag="--check")
         raise UserError(
-            f"--check {options.check}: has no {digests_path(options.check).name} beside it, as corpora of 0.6.0 and "
-            "of others have none; prepare the data again to have one"
+            f"--check {options.check}: has no {digests_path(options.check).name} beside it, as corpora of older "
+            "releases and of other programs have none; prepare the data again to have one"
         )
     fault = find_fault(options.check)
     if fault is not None:

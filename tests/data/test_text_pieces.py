@@ -167,6 +167,18 @@ def test_the_name_of_an_added_token_has_the_tokens_of_any_text():
     tokenizer = HuggingFaceTokenizer(with_added, "<|end|>")
     assert (tokenizer.encode(text), tokenizer.encode_inside(text)) == expected
     assert tokenizer.special_tokens["<|end|>"] == tokenizer.eod_id == plain.num_tokens
+    not_special = hf.Tokenizer.from_str(plain._tokenizer.to_str())
+    not_special.add_tokens(["<|end|>"])
+    tokenizer = HuggingFaceTokenizer(not_special, "<|end|>")
+    for ids in (tokenizer.encode(text), tokenizer.encode_inside(text)):
+        assert tokenizer.eod_id not in ids
+        assert tokenizer.decode(ids).strip() == text
+
+
+def test_an_end_of_document_that_is_the_unknown_token_is_an_end():
+    tokenizer = HuggingFaceTokenizer(hf.Tokenizer(models.WordLevel({"</s>": 0, "a": 1}, unk_token="</s>")), "</s>")
+    assert tokenizer.unknown_id == tokenizer.eod_id == 0
+    assert encode_chunk(["a", "a"], tokenizer, append_eod=True).num_unknown == 0
 
 
 def test_allowed_names_end_documents_as_the_flag_does(tokenizer):
