@@ -27,7 +27,10 @@ from sedd_megatron.data.tokenizers import (
     load_tokenizer,
 )
 from sedd_megatron.errors import UserError, run_command
-from sedd_megatron.options import option, parse_options
+from sedd_megatron.options import flag_of, option, parse_options
+
+# Options that are a file's or a dataset's name.
+NAMES = ("output_prefix", "dataset", "tokenizer_model", "vocab_file", "merge_file")
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,8 @@ def check(options: PrepareOptions) -> None:
     if not has_digests(options.check):
         open_tokens(options.check, flag="--check")
         raise UserError(
-            f"--check {options.check}: has no {digests_path(options.check).name} beside it, as corpora of 0.6.0 and "
-            "of others have none; prepare the data again to have one"
+            f"--check {options.check}: has no {digests_path(options.check).name} beside it, as corpora of older "
+            "releases and of other programs have none; prepare the data again to have one"
         )
     fault = find_fault(options.check)
     if fault is not None:
@@ -224,7 +227,7 @@ def _check_flags(options: PrepareOptions, is_text8: bool) -> None:
     rules = [
         (len(given) < 2, "--input and --dataset: give one of them"),
         (options.output_prefix is not None, "missing --output-prefix: required; --help explains"),
-        (bool(options.output_prefix), "--output-prefix: is empty; give the beginning of the files' names"),
+        *((getattr(options, name) != "", f"{flag_of(name)}: is empty; give a name, or leave it out") for name in NAMES),
         (given or options.preset, "missing --input, --dataset or --preset: one is required; --help explains"),
         (not given or options.preset in (None, "text8"),
          f"--preset {options.preset}: comes from the hub; leave {' '.join(given)} out"),

@@ -83,8 +83,8 @@ class DigestCheck:
 
 def check_in_background(prefixes: Sequence[str]) -> DigestCheck:
     """Begin to check the corpora that have digests; of those that have none it is said, and nothing else."""
-    with_digests = [prefix for prefix in prefixes if has_digests(prefix)]
-    for prefix in prefixes:
+    with_digests = [prefix for prefix in dict.fromkeys(prefixes) if has_digests(prefix)]
+    for prefix in dict.fromkeys(prefixes):
         if prefix not in with_digests:
             print(f"{prefix}: has no digests, and is used as it is", file=sys.stderr)
     return DigestCheck(with_digests)

@@ -62,8 +62,13 @@ def encode_chunk(
 
 
 def count_unknown(tokens: np.ndarray, tokenizer: Tokenizer) -> int:
-    """How many of the tokens stand for text that the tokenizer has no token for."""
-    return 0 if tokenizer.unknown_id is None else int(np.count_nonzero(tokens == tokenizer.unknown_id))
+    """How many of the tokens stand for text that the tokenizer has no token for.
+
+    Where that token ends documents too, as in some tokenizers of bytes, which know all text, it is taken for an end.
+    """
+    if tokenizer.unknown_id in (None, tokenizer.eod_id):
+        return 0
+    return int(np.count_nonzero(tokens == tokenizer.unknown_id))
 
 
 def encoded_chunks(

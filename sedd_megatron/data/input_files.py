@@ -29,6 +29,7 @@ TEXT_SUFFIXES = (".txt", ".text", *SOURCE_SUFFIXES)
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
 PACKED_SUFFIXES = (".gz", ".bz2", ".zst")
 LONGEST_SIGN = 10  # bytes at the beginning of a file that tell its packing
+TAR_SIGN, TAR_SIGN_AT = b"ustar", 257
 FIRST_LINES, FIRST_BYTES = 1000, 1 << 24
 SHOWN_NAMES = 3
 
@@ -157,6 +158,10 @@ def _of_its_kind(file: InputFile, input_format: str | None) -> InputFile:
 
 
 def _has_json_lines(file: InputFile) -> bool:
+    with file.open() as (content, _):
+        # An archive of texts is UTF-8 too.
+        if content.read(TAR_SIGN_AT + len(TAR_SIGN))[TAR_SIGN_AT:] == TAR_SIGN:
+            raise UserError(f"{file.where}: is a tar archive; unpack it, and name its files or their folder")
     num_lines = num_braced = num_objects = num_bytes = 0
     first = b""
     with file.open() as (content, _):

@@ -95,12 +95,10 @@ class HuggingFaceTokenizer:
         if self.eod_id is not None:
             self.special_tokens[eod_token] = self.eod_id
         self._added = names_pattern(token.content for _, token in added if not token.special)
-        words = tokenizer.get_vocab(with_added_tokens=False)
-        self._special_words = {name: id for name, id in self.special_tokens.items()
-                               if name in words and id != self.unknown_id}  # fmt: skip
+        self._never_text = set(self.special_tokens.values()) - {self.unknown_id}
         # Where a model has other tokens for what continues a word: a word to continue.
         continues = model.get("continuing_subword_prefix")
-        self._letters = [letter for letter in string.ascii_lowercase if continues and letter in words]
+        self._letters = [letter for letter in string.ascii_lowercase if continues and letter in model["vocab"]]
 
     @classmethod
     def from_name(cls, name: str) -> "HuggingFaceTokenizer":
@@ -147,11 +145,11 @@ class HuggingFaceTokenizer:
 
     def _encode(self, text: str, tokenizer: hf_tokenizers.Tokenizer) -> list[int]:
         ids = self._encode_piece(text, tokenizer)
-        if set(self._special_words.values()).isdisjoint(ids):
+        if self._never_text.isdisjoint(ids):
             return ids
-        # A model that has the name among its own words finds it in text (where a normalizer makes capitals small, in
-        # either), but not in two halves of it.
-        first, *others = _halved(names_pattern(self._special_words, re.IGNORECASE), text)
+        # A name among the model's own words, or an end of document that was not added as special, is found in text all
+        # the same (where a normalizer makes capitals small, in capitals too), but not in two halves of it.
+        first, *others = _halved(names_pattern(self.special_tokens, re.IGNORECASE), text)
         ids = self._encode_piece(first, tokenizer)
         for other in others:
             ids += self._encode_piece(other, self._inside)

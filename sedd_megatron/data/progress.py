@@ -7,12 +7,13 @@ from tqdm import tqdm
 
 from sedd_megatron.data.documents import DocumentSource
 from sedd_megatron.data.parts import Extent
+from sedd_megatron.data.token_files import TokenSource
 
 
 class Progress:
     """Documents, MB/s and tokens/s on stderr, from where this process began."""
 
-    def __init__(self, source: DocumentSource, begin: Extent, seconds_between: float = 5.0) -> None:
+    def __init__(self, source: DocumentSource | TokenSource, begin: Extent, seconds_between: float = 5.0) -> None:
         self._source, self._begin, self._seconds_between = source, begin, seconds_between
         self._start = self._last = time.monotonic()
         self._bar = None

@@ -165,7 +165,7 @@ class SentencePieceTokenizer:
                 max_sentence_length=1 << 16, input_sentence_size=200_000, shuffle_input_sentence=False, num_threads=1,
                 minloglevel=2,
             )  # fmt: skip
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[-200:]
             raise UserError(
                 f"--vocab-size {vocab_size} does not suit this input ({reason}); take between about 400 and a few "

@@ -115,7 +115,7 @@ def test_documents_are_runs_of_sequences(prefix, documents):
         ({"lengths": (-5, 25)}, "its pointers are not those of its lengths"),
         ({"pointers": (0, 12)}, "its pointers are not those of its lengths"),
         ({"pointers": (2, 10)}, "its pointers are not those of its lengths"),
-        ({"documents": (0, 2, 1)}, "its pointers are not those of its lengths"),
+        ({"documents": (0, 2, 1, 2)}, "its pointers are not those of its lengths"),
         ({"documents": (1, 1, 2)}, "its pointers are not those of its lengths"),
         ({"documents": (0, 1, 3)}, "its pointers are not those of its lengths"),
         ({"documents": ()}, "its pointers are not those of its lengths"),

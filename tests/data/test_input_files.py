@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,15 @@ def test_packed_files(tmp_path, packing):
     for damaged in (whole[: len(whole) // 2], whole[:-1], whole[:12], whole[:50] + bytes(8) + whole[58:]):
         path = written(tmp_path, "c.txt", damaged)
         assert f"--input {path}: damaged or cut short, and cannot be unpacked (" in refusal_of(path)
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_an_archive_of_texts_is_no_text(tmp_path, mode):
+    with tarfile.open(tmp_path / "a.txt", mode) as archive:
+        archive.add(written(tmp_path, "b.txt", "text"))
+    assert refusal_of(tmp_path / "a.txt") == (
+        f"--input {tmp_path}/a.txt: is a tar archive; unpack it, and name its files or their folder"
+    )
 
 
 def test_what_only_begins_like_a_packed_file_is_a_text(tmp_path):

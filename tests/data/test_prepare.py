@@ -232,6 +232,10 @@ def test_text8_is_cut_by_characters(tmp_path):
     [
         ([], "missing --input, --dataset or --preset"),
         (["--input", "ok.txt", "--dataset", "x"], "give one of them"),
+        (["--dataset", ""], "--dataset: is empty; give a name, or leave it out"),
+        (["--input", "ok.txt", "--output-prefix", ""], "--output-prefix: is empty; give a name"),
+        (["--input", "ok.txt", "--tokenizer-model", ""], "--tokenizer-model: is empty; give a name"),
+        (["--input", ""], "--input : no such file or folder"),
         (["--input", "ok.txt", "--preset", "lm1b"], "--preset lm1b: comes from the hub"),
         (["--input", "ok.txt", "--streaming"], "belong to --dataset"),
         (["--input", "ok.txt", "--workers", "0"], "--workers 0 must be at least 1"),

@@ -9,6 +9,7 @@ import sentencepiece
 import tokenizers as hf
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from sedd_megatron.data.encoding import encode_chunk
 from sedd_megatron.data.library_tokenizers import HuggingFaceTokenizer
 from sedd_megatron.data.tokenizers import ByteTokenizer, CharTokenizer, SentencePieceTokenizer, Tokenizer
 from sedd_megatron.generation.requests import TextRequest, frames_of
@@ -154,6 +155,42 @@ def test_no_text_becomes_the_end_of_a_document(tokenizer):
     library = tokenizer.tokenizer_type in ("SentencePieceTokenizer", "HuggingFaceTokenizer")
     assert tokenizer.special_tokens.get("</s>") == (tokenizer.eod_id if library else None)
     assert tokenizer.eod_id is not None or not library
+
+
+def test_the_name_of_an_added_token_has_the_tokens_of_any_text():
+    """Those that it has before it is added."""
+    plain = trained(models.BPE(), pre_tokenizer=pre_tokenizers.ByteLevel(), decoder=decoders.ByteLevel())
+    text = "foo<|end|>bar <|other|>"
+    expected = plain.encode(text), plain.encode_inside(text)
+    with_added = hf.Tokenizer.from_str(plain._tokenizer.to_str())
+    with_added.add_special_tokens(["<|end|>", "<|other|>"])
+    tokenizer = HuggingFaceTokenizer(with_added, "<|end|>")
+    assert (tokenizer.encode(text), tokenizer.encode_inside(text)) == expected
+    assert tokenizer.special_tokens["<|end|>"] == tokenizer.eod_id == plain.num_tokens
+    not_special = hf.Tokenizer.from_str(plain._tokenizer.to_str())
+    not_special.add_tokens(["<|end|>"])
+    tokenizer = HuggingFaceTokenizer(not_special, "<|end|>")
+    for ids in (tokenizer.encode(text), tokenizer.encode_inside(text)):
+        assert tokenizer.eod_id not in ids
+        assert tokenizer.decode(ids).strip() == text
+
+
+def test_an_end_of_document_that_is_the_unknown_token_is_an_end():
+    tokenizer = HuggingFaceTokenizer(hf.Tokenizer(models.WordLevel({"</s>": 0, "a": 1}, unk_token="</s>")), "</s>")
+    assert tokenizer.unknown_id == tokenizer.eod_id == 0
+    assert encode_chunk(["a", "a"], tokenizer, append_eod=True).num_unknown == 0
+
+
+def test_allowed_names_end_documents_as_the_flag_does(tokenizer):
+    """A text in which </s> ends each document has the tokens of these documents with their ends appended."""
+    if tokenizer.eod_id is None:
+        assert not tokenizer.special_tokens
+        return
+    written = encode_chunk(["</s>".join([*TEXTS, ""])], tokenizer, append_eod=False, allow_special_tokens=True)
+    appended = encode_chunk(TEXTS, tokenizer, append_eod=True)
+    assert written.tokens.tolist() == appended.tokens.tolist()
+    assert written.tokens.tolist().count(tokenizer.eod_id) == len(TEXTS)
+    assert written.num_unknown == appended.num_unknown == written.tokens.tolist().count(tokenizer.unknown_id)
 
 
 @pytest.mark.parametrize("seed", range(3))

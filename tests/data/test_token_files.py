@@ -123,6 +123,13 @@ def test_nanogpts_file_is_the_corpus_of_its_texts(tmp_path, gpt2_flags, capsys):
             str(tmp_path / "train.bin"), "--input-dtype", "uint16")  # fmt: skip
 
 
+def test_names_in_gpt2s_text_are_text_unless_they_are_allowed(tmp_path, gpt2_flags):
+    (tmp_path / "in.txt").write_text("one<|endoftext|>two words<|endoftext|>")
+    for flags, num_ends in (([], 0), (["--append-eod"], 1), (["--allow-special-tokens"], 2)):
+        run(*gpt2_flags, "--input", str(tmp_path / "in.txt"), *flags)
+        assert open_tokens(str(tmp_path / "p_text_document")).tolist().count(256) == num_ends
+
+
 def test_tokens_are_never_taken_for_a_packed_file(tmp_path):
     chunks = list(
         source_of(tmp_path, [0x8B1F, 8, 1], dtype="uint16").chunks(type("T", (ByteTokenizer,), {"num_tokens": 60000})())

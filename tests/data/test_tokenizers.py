@@ -279,7 +279,7 @@ def test_mistakes_in_the_flags_are_named(tmp_path, gpt2_files):
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("vocab_size", [-1, 20, 100_000])
+@pytest.mark.parametrize("vocab_size", [-1, 20, 100_000, 10**30])
 def test_vocabulary_size_that_does_not_suit_the_text_is_named(vocab_size):
     with pytest.raises(UserError, match=rf"--vocab-size {vocab_size} does not suit this input") as error:
         SentencePieceTokenizer.train(SOURCES, vocab_size)

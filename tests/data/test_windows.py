@@ -183,7 +183,8 @@ def test_micro_batches_are_parts_of_the_sequences_with_the_positions_that_count(
         fields = [getattr(part.noisy, name) for part in parts]
         assert all(field.is_contiguous() for field in fields), "a GPU would make the host wait for the copy"
         assert torch.equal(torch.cat(fields, dim=1), getattr(whole, name))
-    for noisy, position, num_rows in parts:
+    for noisy, position, num_rows, keys in parts:
+        assert torch.equal(keys, parts[0].dropout_keys), "those of the samples, on every rank of the context"
         # Rows in the order of [S, B], as Megatron's hidden states have them.
         counts = [s * 4 + b for s in range(LENGTH // 2) for b in range(4)
                   if graph.mask_token_id is None or noisy.x_t[b, s] == graph.mask_token_id]  # fmt: skip
