@@ -60,6 +60,10 @@ def parse_options(option_classes: Sequence[type], argv: Sequence[str], prog: str
     namespace, unknown = parser.parse_known_args(list(argv))
     if unknown:
         raise UserError(_unknown("flag", unknown[0], [flag_of(name) for name in fields]))
+    # Of --flag=-- argparse makes no value at all, in a list.
+    empty = [name for name, value in vars(namespace).items() if value == []]
+    if empty:
+        raise UserError(f"{flag_of(empty[0])} has no value; give one, or leave it out")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(namespace).items()}
     values = {**load_yaml_options(Path(given["config"]), option_classes), **given} if given.get("config") else given
     required = [name for name in required_options(option_classes) if name not in values]
@@ -223,14 +227,15 @@ def _fault_of(value: Any, field: dataclasses.Field) -> str | None:
         return None if _is_int64(value) else "fit into 64 bits"
     if isinstance(value, float):
         return None if math.isfinite(value) else "be finite"
-    return _fault_of_name(value) if isinstance(value, str) and not field.metadata["is_text"] else None
+    return fault_of_name(value) if isinstance(value, str) and not field.metadata["is_text"] else None
 
 
 def _is_int64(value: Any) -> bool:
     return type(value) is int and -(2**63) <= value < 2**63
 
 
-def _fault_of_name(name: str) -> str | None:
+def fault_of_name(name: str) -> str | None:
+    """What a name of a file, a folder or a key must still be; None if it can be one."""
     if not name:
         return "not be empty: leave it out, or give what it names"
     try:

@@ -23,6 +23,7 @@ from sedd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from sedd_megatron.diffusion import AbsorbingGraph, UniformGraph
 from sedd_megatron.diffusion.graph import make_graph
 from sedd_megatron.errors import UserError, one_line
+from sedd_megatron.options import fault_of_name, in_short
 from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.parallel.groups import ParallelGroups, choose_device
 from sedd_megatron.pretrained import PretrainedModel
@@ -80,6 +81,9 @@ def find_saved_model(directory: str | Path, device: str = "auto") -> SavedModel:
     Raises:
         UserError: no model there, or a damaged one.
     """
+    fault = fault_of_name(str(directory))
+    if fault is not None:
+        raise UserError(f"a model's folder {in_short(str(directory))} must {fault}")
     if choose_device(device).type == "cpu":
         cpu_backend.install()
     from sedd_megatron.training.published_format import is_published_folder

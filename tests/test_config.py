@@ -86,6 +86,7 @@ FP8 = ["--bf16", "--fp8-format", "hybrid"]
         (["--lr", "nan"], 1, "argument --lr: nan must be finite"),
         (["--adam-eps", "inf"], 1, "argument --adam-eps: inf must be finite"),
         (["--lr", "1e400"], 1, "argument --lr: inf must be finite"),
+        (["--seed=--"], 1, "--seed has no value; give one, or leave it out"),
         (["--save", ""], 1, "argument --save: '' must not be empty: leave it out, or give what it names"),
         (["--data-path", "0.5", "", "0.5", "b"], 1, "argument --data-path: '' must not be empty"),
         (["--load", "x" * 5000], 1, "must be at most 4095 bytes long, and 255 between slashes"),

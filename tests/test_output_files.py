@@ -59,7 +59,7 @@ def test_a_check_leaves_everything_as_it_was(tmp_path):
     check_output("--output", str(tmp_path / "new"))
     check_output("--output", None)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("old", "older")]
-    for path, reason in ((tmp_path, "Is a directory"), (tmp_path / "old" / "new", "Not a directory")):
+    for path, reason in ((tmp_path, "Is a directory"), (tmp_path / "old" / "new", "File exists")):
         with pytest.raises(UserError) as error:
             check_output("--output", str(path))
         assert str(error.value) == f"--output {path}: cannot be written ({reason}); name another file"

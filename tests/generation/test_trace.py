@@ -308,7 +308,7 @@ def test_failed_write_names_the_way_out_and_leaves_the_old_file(tmp_path):
     path.write_text("old", encoding="utf-8")
     with pytest.raises(UserError) as error:
         write_trace(path / "trace.html", [SHORT], TEXTS.__getitem__, MASK, SETTINGS)
-    assert str(error.value) == f"--trace {path / 'trace.html'}: cannot be written (Not a directory); name another file"
+    assert str(error.value) == f"--trace {path / 'trace.html'}: cannot be written (File exists); name another file"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:

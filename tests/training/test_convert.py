@@ -315,6 +315,20 @@ def test_mistakes_of_the_command(tmp_path, monkeypatch):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_name_that_can_be_none_is_refused_in_python_as_well(tmp_path, monkeypatch):
+    # The current folder is a model, and an empty name does not mean it.
+    monkeypatch.chdir(published_folder(tmp_path / "model", "absorb"))
+    assert load_pretrained(".", device="cpu").seq_length > 0
+    for name, text in (
+        ("", "a model's folder '' must not be empty: leave it out, or give what it names"),
+        ("x" * 5000, "must be at most 4095 bytes long, and 255 between slashes"),
+        ("a\0b", "must not have a NUL character in it"),
+    ):
+        with pytest.raises(UserError) as error:
+            load_pretrained(name, device="cpu")
+        assert str(error.value).endswith(text)
+
+
 def test_a_tokenizer_of_another_size_is_refused(tmp_path):
     from sedd_megatron.data.tokenizers import ByteTokenizer
 
