@@ -139,7 +139,7 @@ def _make_all(
 
     groups, is_first = model.groups, is_first_rank()
     observers = [recorder] if recorder is not None else []
-    if is_first and options.stream:
+    if is_first and options.stream and sys.stdout is not None:
         observers.append(StreamPrinter(model.tokenizer, sys.stdout))
     elif is_first:
         observers.append(ProgressBar())

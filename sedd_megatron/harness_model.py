@@ -27,13 +27,13 @@ from sedd_megatron.arguments import check_layout
 from sedd_megatron.config import LayoutOptions, ParallelOptions, PrecisionOptions
 from sedd_megatron.data.batches import batches_of
 from sedd_megatron.diffusion.score_reader import ScoresNotFiniteError
-from sedd_megatron.errors import UserError, scores_not_finite
+from sedd_megatron.errors import UserError, one_line, scores_not_finite
 from sedd_megatron.evaluation.bounds import bound_on_replicas, tensors_of, unit_bounds
 from sedd_megatron.evaluation.windows import MAX_DRAWS, Window, cut, strided
 from sedd_megatron.generation.greedy import greedy_gives
 from sedd_megatron.generation.requests import MAX_KEY, MAX_LENGTH, Frame
 from sedd_megatron.generation.settings import SamplingOptions, settings_of
-from sedd_megatron.options import check_rules, check_values, instances_of, option, required_options, shown
+from sedd_megatron.options import check_rules, check_values, instances_of, option, required_options
 from sedd_megatron.parallel.groups import (
     errors_of_all_replicas,
     gathered_from_replicas,
@@ -118,7 +118,7 @@ class HarnessModel(LM):
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> "HarnessModel":
         """As create_from_arg_obj, from name=value,name=value."""
-        return cls.create_from_arg_obj(arguments_of(arg_string), additional_config)
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     def loglikelihood(self, requests: "Sequence[Instance]", disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of each (context, continuation): the log-likelihood in nats, and whether greedy decoding gives it.
@@ -172,7 +172,11 @@ class HarnessModel(LM):
         stops, seen = [], Counter()
         for number, request in enumerate(requests):
             context, arguments = request.args
-            plan = normalize_gen_kwargs(arguments, self.options.max_gen_toks)
+            try:
+                plan = normalize_gen_kwargs(arguments, self.options.max_gen_toks)
+            except (ValueError, TypeError, OverflowError) as error:
+                raise UserError(f"generation_kwargs: {one_line(error)}; mend the task, or give --gen_kwargs") from error
+            check_numbers(replace(self.options, max_gen_toks=plan["max_gen_toks"]))
             # The harness asks a question that is to be answered several times so often, without telling them apart.
             key = draws_of(request)
             seen[key] += 1
@@ -259,7 +263,7 @@ class HarnessModel(LM):
 
     def _sampling(self, plan: dict[str, Any]) -> SamplingOptions:
         """The model's sampling options with a request's own."""
-        temperature = float(plan.get("temperature", self.sampling.temperature)) if plan["do_sample"] else 0.0
+        temperature = plan.get("temperature", self.sampling.temperature) if plan["do_sample"] else 0.0
         own = {name: value for name, value in plan.items() if name not in ("until", "max_gen_toks", "do_sample")}
         checked = check_values(own | {"temperature": temperature}, (SamplingOptions,), where="generation_kwargs")
         return replace(self.sampling, **checked)
@@ -294,18 +298,6 @@ def draws_of(request: "Instance") -> str:
 def key_of(draws: str) -> int:
     """The number that stands for it among the keys of draws: 63 bits of a hash."""
     return int.from_bytes(hashlib.blake2b(draws.encode("utf-8"), digest_size=8).digest(), "big") >> 1
-
-
-def arguments_of(arg_string: str) -> dict[str, Any]:
-    """From name=value,name=value, with numbers and booleans as such.
-
-    Raises:
-        UserError: it is not of that form.
-    """
-    try:
-        return simple_parse_args_string(arg_string)
-    except ValueError as error:
-        raise UserError(f"--model_args {shown(arg_string)}: write name=value,name=value") from error
 
 
 def check_arguments(

@@ -127,8 +127,6 @@ def _check(options: QualityOptions, request: TextRequest, sampling: SamplingOpti
         raise UserError("--samples are drawn already; leave out the flags that say how to draw, or --samples")
     if options.reference and not options.judge:
         raise UserError("--reference needs --judge: MAUVE compares the judge's features of two sets of texts")
-    if options.judge_batch_size < 1:
-        raise UserError(f"--judge-batch-size {options.judge_batch_size} must be at least 1")
     if options.judge_tokens < 0 or options.judge_tokens == 1:
         raise UserError(f"--judge-tokens {options.judge_tokens} must be at least 2, or 0 for all")
     for flag, path in (("--output", options.output), ("--save-samples", options.save_samples)):

@@ -111,11 +111,25 @@ def test_data_is_read_for_what_it_holds(tmp_path, capsys):
         (["--corpora", "ptb", "--input-format", "text"], "--input-format text: belongs to --data; leave it out"),
         (["--data", ""], "--data : no such file or folder; check the path"),
         (["--data", "nowhere.txt"], "--data nowhere.txt: no such file or folder; check the path"),
+        (["--data", ""], "argument --data: '' must not be empty: leave it out, or give what it names (--help "
+         "lists every flag)"),
+        (["--data", "x", "--mc-samples", "1000000000000"],
+         "--mc-samples 1000000000000 must be at most 1000000; see --until-half-width"),
+        (["--data", "x", "--pipeline-model-parallel-size", "0"],
+         "--pipeline-model-parallel-size 0 must be at least 1 and at most 2,147,483,647"),
     ],
-)
+)  # fmt: skip
 def test_mistakes(trained, monkeypatch, arguments, text):
     # Found before the model is loaded, so that they need no process of their own.
     monkeypatch.setattr(sys, "argv", ["evaluate", "--load", str(trained), "--device", "cpu", *arguments])
     with pytest.raises(UserError) as error:
         evaluate.main()
     assert str(error.value) == text
+
+
+def test_a_key_is_asked_for_by_this_commands_own_flag(trained, texts, monkeypatch):
+    flags = ["--load", str(trained), "--data", str(texts), "--json-key", "body", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *flags])
+    with pytest.raises(UserError) as error:
+        evaluate.main()
+    assert str(error.value) == f"--data {texts} line 1: no text at key 'body'; name the right one with --json-key"

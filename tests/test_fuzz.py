@@ -18,6 +18,8 @@ from sedd_megatron.parallel import cpu_backend
 
 cpu_backend.install()
 
+from lm_eval.utils import simple_parse_args_string  # noqa: E402
+
 from sedd_megatron import convert, evaluate, generate, harness_model, prepare_data, sample_quality  # noqa: E402
 from sedd_megatron.arguments import parse_pretrain_options, weighted_corpora  # noqa: E402
 from sedd_megatron.config import GROUPS, ConfigFile, LayoutOptions  # noqa: E402
@@ -36,40 +38,42 @@ NUMBERS = ["0", "1", "2", "3", "4", "7", "16", "-1", "-0", str(2**31 - 1), str(2
 REALS = ["0", "0.5", "1", "1.0", "-0.0", "-1", "1e-320", "1e-9", "0.999", "2", "30", "1e30", "1e308", "1e400",
          "-1e400", "nan", "inf", "", "x", "1/2", "9" * 5000]  # fmt: skip
 # None is of the form owner/name, which is looked for on a hub where there is no such folder.
-NAMES = [
-    *("", " ", "nowhere", "no/where/below", MODEL, TEXT, f"{TEXT}/be/low", "empty", CORPUS, ".", "x" * 256, "x" * 5000),
-    *("d/" * 2500, "new\nline", "\x1b[31mred", "\udcff", "é" * 200, "1e99999999", "0.5", "1,1", "1,1,1", "a", "b c"),
-    *("[MASK]", "[MASK*0]", f"[MASK*{'9' * 5000}]", "[MASK*" + "9" * 12 + "]", "--seed", "-", "~"),
-]
+NAMES = ["", " ", "nowhere", "no/where/below", MODEL, TEXT, f"{TEXT}/be/low", "empty", CORPUS, ".", "x" * 256,
+         "x" * 5000, "d/" * 2500, "new\nline", "\x1b[31mred", "\udcff", "é" * 200, "1e99999999", "0.5", "1,1", "1,1,1",
+         "a", "b c", "[MASK]", "[MASK*0]", f"[MASK*{'9' * 5000}]", "[MASK*" + "9" * 12 + "]", "--seed", "-",
+         "~"]  # fmt: skip
 SLOW_OR_AWAY = {"max_samples"}  # raising the limit is asking for the memory
 
 
 def values_of(field: dataclasses.Field) -> st.SearchStrategy[list[str]]:
-    """What stands behind an option's flag."""
+    """What stands behind an option's flag: every other time something that it might take."""
     annotation = str(field.type)
     if field.metadata["choices"]:
-        one = st.sampled_from([*field.metadata["choices"], "", "none", "x" * 5000])
+        good, bad = st.sampled_from(field.metadata["choices"]), st.sampled_from(["", "none", "x" * 5000])
     elif "int" in annotation:
-        one = st.sampled_from(NUMBERS) | st.integers(-(10**20), 10**20).map(str)
+        good, bad = st.integers(0, 64).map(str), st.sampled_from(NUMBERS) | st.integers(-(10**20), 10**20).map(str)
     elif "float" in annotation:
-        one = st.sampled_from(REALS) | st.floats().map(str)
+        good, bad = st.floats(0, 1).map(str), st.sampled_from(REALS) | st.floats().map(str)
     else:
-        one = st.sampled_from(NAMES) | st.text(st.characters(exclude_characters="/"), max_size=20)
+        good = st.sampled_from(["nowhere", MODEL, TEXT, CORPUS, "0.5", "1,1,1", "a"])
+        bad = st.sampled_from(NAMES) | st.text(st.characters(exclude_characters="/"), max_size=20)
+    one = good | bad
     return st.lists(one, min_size=1, max_size=4) if "tuple" in annotation else one.map(lambda value: [value])
 
 
 def flags_of(field: dataclasses.Field) -> st.SearchStrategy[list[str]]:
     flag = flag_of(field.name)
     if field.type is bool:
-        return st.sampled_from([[flag], [flag.replace("--", "--no-", 1)], [f"{flag}=true"], [flag, "true"]])
+        good = st.sampled_from([[flag], [flag.replace("--", "--no-", 1)]])
+        return good | good | st.sampled_from([[f"{flag}=true"], [flag, "true"]])
     joined = values_of(field).map(lambda values: [f"{flag}={values[0]}", *values[1:]])
     return values_of(field).map(lambda values: [flag, *values]) | joined
 
 
 def typed(option_classes: Sequence[type]) -> st.SearchStrategy[list[str]]:
-    """Up to five flags of a command, in any order and number."""
+    """Up to four flags of a command, in any order and number."""
     fields = [field for cls in option_classes for field in dataclasses.fields(cls) if field.name not in SLOW_OR_AWAY]
-    some = st.lists(st.sampled_from(fields).flatmap(flags_of), min_size=1, max_size=5)
+    some = st.lists(st.sampled_from(fields).flatmap(flags_of), min_size=1, max_size=4)
     return some.map(lambda lists: [word for words in lists for word in words])
 
 
@@ -115,19 +119,20 @@ def harness_check(argv: Sequence[str]) -> None:
     """As name=value,name=value and not as flags, which the harness itself reads."""
     pairs = [word.removeprefix("--").replace("-", "_", word.count("-")) for word in argv]
     added = {"device": harness_model.HARNESS_DEVICE, "batch_size": 1}
-    harness_model.check_arguments(harness_model.arguments_of(",".join(pairs)), added)
+    harness_model.check_arguments(simple_parse_args_string(",".join(pairs)), added)
 
 
 OF_TEXTS = (TextRequest, SamplingOptions)
 COMMANDS = {
-    "pretrain": (pretrain_check, (ConfigFile, *GROUPS), ["--data-path", CORPUS], 500),
-    "generate": (generate.check, (generate.GenerateOptions, *OF_TEXTS, LayoutOptions), ["--load", MODEL], 400),
-    "evaluate": (evaluate.check, (evaluate.EvaluateOptions, LayoutOptions), ["--load", MODEL], 300),
+    "pretrain": (pretrain_check, (ConfigFile, *GROUPS),
+                 ["--data-path", CORPUS, "--seq-length", "16", "--global-batch-size", "8", "--split", "1,1,1"], 800),
+    "generate": (generate.check, (generate.GenerateOptions, *OF_TEXTS, LayoutOptions), ["--load", MODEL], 600),
+    "evaluate": (evaluate.check, (evaluate.EvaluateOptions, LayoutOptions), ["--load", MODEL], 500),
     "prepare_data": (prepare_check, (prepare_data.PrepareOptions,),
-                     ["--output-prefix", "out", "--input", TEXT, "--tokenizer-type", "ByteTokenizer"], 250),
-    "convert": (convert.check, (convert.ConvertOptions,), [], 100),
-    "harness": (harness_check, harness_model.MODEL_ARGUMENTS, [f"--load={MODEL}"], 250),
-    "sample_quality": (sample_quality.check, (sample_quality.QualityOptions, *OF_TEXTS), ["--samples", TEXT], 200),
+                     ["--output-prefix", "out", "--input", TEXT, "--tokenizer-type", "ByteTokenizer"], 400),
+    "convert": (convert.check, (convert.ConvertOptions,), [], 150),
+    "harness": (harness_check, harness_model.MODEL_ARGUMENTS, [f"--load={MODEL}"], 400),
+    "sample_quality": (sample_quality.check, (sample_quality.QualityOptions, *OF_TEXTS), ["--samples", TEXT], 300),
 }  # fmt: skip
 
 

@@ -12,13 +12,14 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.config.evaluate_config import EvaluatorConfig
+from lm_eval.utils import simple_parse_args_string
 
 from sedd_megatron.data.library_tokenizers import HuggingFaceTokenizer
 from sedd_megatron.data.tokenizers import CharTokenizer
 from sedd_megatron.diffusion.score_reader import score_fn_of
 from sedd_megatron.errors import UserError
 from sedd_megatron.generation.settings import SamplingOptions
-from sedd_megatron.harness_model import HARNESS_DEVICE, HarnessModel, HarnessOptions, arguments_of, check_arguments
+from sedd_megatron.harness_model import HARNESS_DEVICE, HarnessModel, HarnessOptions, check_arguments
 from sedd_megatron.pretrained import PretrainedModel
 from tests.diffusion.laws import chi_squared_p_value
 from tests.diffusion.toy import GRAPHS, LAW, LENGTH, SCHEDULES, conditional_law, exact_log_score_fn
@@ -226,6 +227,12 @@ def test_options_of_sampling_come_with_the_request():
         )
     )
     assert {len(text) for text in (plain, sharp, other)} == {3}
+    for own, text in (
+        ({"max_gen_toks": 10**12}, r"^max_gen_toks 1000000000000 must be from 1 to 1048576$"),
+        ({"temperature": "hot"}, r"^generation_kwargs: could not convert string to float: 'hot'; mend the task, or"),
+    ):
+        with pytest.raises(UserError, match=text):
+            model.generate_until(requests("", ("", settings | own)))
     with pytest.raises(UserError, match=r"^generation_kwargs: unknown option num_beams: "):
         model.generate_until(requests("", ("", settings | {"num_beams": 4})))
     with pytest.raises(UserError, match=r"^top_p 2\.0 must be above 0 and at most 1"):
@@ -237,7 +244,7 @@ def test_the_harness_names_a_gpu_where_nobody_has_named_a_device(tmp_path):
     folder = published_folder(tmp_path / "model", "absorb")
 
     def device_of(arguments: str, named: str | None) -> str:
-        *_, layout, _ = check_arguments(arguments_of(arguments), {"device": named, "batch_size": 1})
+        *_, layout, _ = check_arguments(simple_parse_args_string(arguments), {"device": named, "batch_size": 1})
         return layout.device
 
     assert device_of(f"load={folder}", HARNESS_DEVICE) == "auto"
@@ -257,9 +264,9 @@ def test_the_harness_names_a_gpu_where_nobody_has_named_a_device(tmp_path):
         ("load=x,mc_sample=4", "--model_args: unknown option mc_sample: did you mean mc_samples? --help lists every "
          "flag"),
         ("load=x,mc_samples=3", "mc_samples 3 must be even and at least 2"),
-        ("load=x,tensor_model_parallel_size=0", "tensor_model_parallel_size 0 must be at least 1 and at most 2,"),
+        ("load=x,tensor_model_parallel_size=0", "tensor_model_parallel_size 0 must be at least 1 and at most "
+         "2,147,483,647"),
         ("load=", "--model_args: load is '', must not be empty: leave it out, or give what it names"),
-        ("load", "--model_args load: write name=value,name=value"),
         ("load=x,batch_size=auto", "--model_args: batch_size is 'auto', must be of type int"),
         ("load=x,sampler=heun", "--model_args: sampler is 'heun', must be one of euler, analytic, ancestral, "
          "event-driven, predictor-corrector"),

@@ -123,7 +123,8 @@ def run_sampler(
     sigmas: list[Tensor] = []
     if on_round is not None:
         on_round(SamplingProgress(0, num_rounds, torch.zeros(num_sequences, dtype=torch.long), x, network.calls))
-    for network.round, (step_function, steps, may_move, draw) in enumerate(rounds, start=1):
+    for number, (step_function, steps, may_move, draw) in enumerate(rounds, start=1):
+        network.round = number
         begin, end = times[steps], times[(steps + 1).clamp_max(settings.num_steps)]
         noise = schedule(begin)
         sigmas.append(noise.sigma)
@@ -133,11 +134,11 @@ def run_sampler(
         step = Step(graph, now, later, delta_t, may_move, draw, settings.choose, settings.corrector_strength)
         x = step_function(network, x, step)
         if on_round is not None:
-            on_round(SamplingProgress(network.round, num_rounds, steps + 1, x, network.calls))
+            on_round(SamplingProgress(number, num_rounds, steps + 1, x, network.calls))
     fault = network.first_fault()
     if fault is not None:
-        number, sequence = fault
-        raise ScoresNotFiniteError(sequence, sigmas[number - 1][sequence].item(), number)
+        first, sequence = fault
+        raise ScoresNotFiniteError(sequence, sigmas[first - 1][sequence].item(), first)
     return SamplingResult(x, network.calls)
 
 
