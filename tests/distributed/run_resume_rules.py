@@ -3,9 +3,14 @@
 import contextlib
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -16,9 +21,11 @@ from sedd_megatron.data.tokenizers import ByteTokenizer, CharTokenizer, load_tok
 from sedd_megatron.errors import UserError
 from sedd_megatron.training.checkpoint_format import read_manifest
 from sedd_megatron.training.pretrain import pretrain
+from sedd_megatron.training.run_lock import Owner, _started
 from tests.distributed.compare import metrics, whole_tensors
 from tests.distributed.launch import own_jobs
 from tests.distributed.run_checkpoint_faults import flip_a_bit, interrupted_save
+from tests.training.resigned import resign
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 FOX = "the quick brown fox jumps over the lazy dog. "
@@ -210,7 +217,41 @@ def check(folder: str) -> None:
     a_run_goes_back_and_around_damage(run)
     leftovers_retention_and_numbers_that_are_not_finite(run)
     checkpoints_of_every_release_go_on(run)
+    a_lock_tells_of_a_live_run_and_not_of_a_dead_one(run)
+    sizes_are_checked_before_a_model_is_made(run)
     releases_give_their_averages()
+
+
+def sizes_are_checked_before_a_model_is_made(run: Commands) -> None:
+    release = FIXTURES / "checkpoint_0.6.0"
+    for name, value in (("num_layers", 10**9), ("hidden_size", 10**9), ("ffn_hidden_size", 10**9), ("cond_dim", 10**9)):
+        folder = run.root / f"large {name}"
+        shutil.copytree(release, folder)
+        resign(
+            folder / "iter_0000002", lambda body, name=name, value=value: body["state"]["options"].update({name: value})
+        )
+        with pytest.raises(UserError, match="which is not that of a model of its options"):
+            load_pretrained(folder, device="cpu")
+
+
+def a_lock_tells_of_a_live_run_and_not_of_a_dead_one(run: Commands) -> None:
+    # This test's own parent, which lives, and a process that has ended.
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    owner = Owner.of_this_process()
+    live = replace(owner, process=os.getppid(), started=_started(psutil.Process(os.getppid())))
+    path = run.root / "x" / "training.lock"
+    path.write_text(json.dumps(asdict(live)))
+    before = sorted(run.root.glob("x/*"))
+    with pytest.raises(UserError, match=f"another run saves there, process {os.getppid()} on "):
+        run.train(8, "--save", "@/x", "--allow-changed", "data_path")
+    assert sorted(run.root.glob("x/*")) == before
+    dead = replace(owner, process=ended.pid, started=owner.started)
+    path.write_text(json.dumps(asdict(dead)))
+    lines = run.train(8, "--save", "@/x", "--allow-changed", "data_path")
+    assert lines[0] == f"took over {path}, whose run is dead: {dead}"
+    assert run.tracker("x") == "8"
+    assert not path.exists()
 
 
 def releases_give_their_averages() -> None:

@@ -1,13 +1,10 @@
 """What lies in a run's folder: which checkpoint counts, what is kept, and that nothing wrong is loaded or saved."""
 
-import hashlib
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from sedd_megatron.config import ParallelOptions
 from sedd_megatron.data.tokenizers import ByteTokenizer
@@ -30,6 +27,7 @@ from sedd_megatron.training.run_folder import (  # noqa: E402
     remove_old,
     set_aside_later,
 )
+from tests.training.resigned import resign, resign_files  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,24 +46,6 @@ def save(root: Path, *iterations: int, own: str = "ours", value: float = 1.0) ->
                  "scheduler_samples": 0}  # fmt: skip
         weights = [shard("w", torch.full((2, 3), float(iteration))), shard("ema.w", torch.full((4,), value))]
         save_checkpoint(root, weights, state, ByteTokenizer(), iteration)
-
-
-def resign(folder: Path, change) -> None:
-    """Change a manifest and sign it again, as one who knows the format can."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    change(manifest["body"])
-    digest = hashlib.sha256(json.dumps(manifest["body"], sort_keys=True).encode()).hexdigest()
-    (folder / MANIFEST).write_text(json.dumps({"digest": digest, "body": manifest["body"]}))
-
-
-def resign_files(folder: Path, change) -> None:
-    """Change the tensors and sign them again."""
-    path = folder / "shards-00000.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
-    record = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    resign(folder, lambda body: body["files"].update({path.name: record}))
 
 
 def loaded(root: Path, exact: bool = False) -> tuple[int, list[str]]:
