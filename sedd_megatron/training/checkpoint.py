@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sedd_megatron.config import CheckpointOptions
+from sedd_megatron.config import PretrainOptions
 from sedd_megatron.data.tokenizers import Tokenizer
 from sedd_megatron.errors import UserError
 from sedd_megatron.parallel.groups import on_first_rank, raise_on_every_rank
@@ -62,11 +62,13 @@ class CheckpointWriter:
     One checkpoint is under way at a time: a save waits for the one before. Every method is collective over all ranks.
     """
 
-    def __init__(self, root: Path, options: CheckpointOptions, lock: RunLock | None = None) -> None:
-        """`lock` is the first rank's, on `root`."""
+    def __init__(self, root: Path, options: PretrainOptions, num_tokens: int, lock: RunLock | None = None) -> None:
+        """`num_tokens` is the tokenizer's; `lock` is the first rank's, on `root`."""
         self.root = root
-        self.options = options
+        self.options = options.checkpoint
         self.lock = lock
+        # Now and not at each save: the data's files may be moved while a run has them open.
+        self._description = describe_run(options, num_tokens) if torch.distributed.get_rank() == 0 else {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _PendingCheckpoint | None = None
 
@@ -127,7 +129,7 @@ class CheckpointWriter:
         if self.lock is not None:
             self.lock.check()
         records = _begin(partial, run.tokenizer)
-        return describe_run(run.options, run.graph.num_tokens) | {"tokenizer_files": records}
+        return self._description | {"tokenizer_files": records}
 
     def _publish(self, pending: "_PendingCheckpoint", gathered: list[Any]) -> None:
         if self.lock is not None:

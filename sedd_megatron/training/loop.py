@@ -53,7 +53,7 @@ def train(
         found = resume(run, found)
     writer = None
     if options.checkpoint.save:
-        writer = CheckpointWriter(Path(options.checkpoint.save), options.checkpoint, lock)
+        writer = CheckpointWriter(Path(options.checkpoint.save), options, tokenizer.num_tokens, lock)
     print_summary(run, windows)
     compile_validation(run, windows.valid)
     find_fp8_scales(run, windows.train)

@@ -1,6 +1,7 @@
 """What lies in a run's folder: which checkpoint counts, what is kept, and that nothing wrong is loaded or saved."""
 
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,25 @@ def test_a_checkpoint_that_vanishes_while_it_is_read_gives_way_to_a_newer_one(tm
     assert load_first_whole(found, load, lambda found: None, said.extend).iteration == 2
     assert len(said) == 1
     assert "missing from the checkpoint; falls back to iter_0000002" in said[0]
+
+
+def test_a_reader_beside_a_run_that_saves_and_deletes_gets_one_whole_checkpoint_each_time(tmp_path):
+    save(tmp_path, 1)
+
+    def run() -> None:
+        for iteration in range(2, 80):
+            save(tmp_path, iteration)
+            remove_old(tmp_path, iteration, 2, None, lambda body: True)
+
+    thread, seen = threading.Thread(target=run), []
+    thread.start()
+    while thread.is_alive() or not seen:
+        # Its tensors hold its number: see `loaded`.
+        seen.append(loaded(tmp_path)[0])
+    thread.join()
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 5
+    assert loaded(tmp_path) == (79, [])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
