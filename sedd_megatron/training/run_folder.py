@@ -9,7 +9,7 @@ DIR/.iter_0000700.partial, .replaced, .removed     a checkpoint while it is writ
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -126,10 +126,8 @@ def load_first_whole(
             if not found.folder.is_dir():
                 # Its run has deleted it, and has a newer one.
                 chosen = find_checkpoint(found.folder.parent)
-            elif found.older:
-                chosen = _first_intact(list(found.older), exact=False)
             else:
-                raise damage
+                chosen = _first_intact(found.older, exact=False, damage=damage)
             check(chosen)
             return replace(chosen, lines=(_fallback_line(str(damage), chosen.folder), *chosen.lines))
 
@@ -216,9 +214,13 @@ def remove_old(
     return lines
 
 
-def _first_intact(folders: list[Path], exact: bool) -> FoundCheckpoint:
-    """The first of the folders that is intact but for its tensors; the damage of the first if none is."""
-    first_error, damages = None, []
+def _first_intact(
+    folders: Sequence[Path], exact: bool, damage: DamagedCheckpointError | None = None
+) -> FoundCheckpoint:
+    """The first of the folders that is intact but for its tensors; if none is, raises the damage of the first, or what
+    is given.
+    """
+    damages = []
     for position, folder in enumerate(folders):
         try:
             body = _read_description(folder)
@@ -229,12 +231,12 @@ def _first_intact(folders: list[Path], exact: bool) -> FoundCheckpoint:
         except DamagedCheckpointError as error:
             if exact:
                 raise
-            first_error = first_error or error
+            damage = damage or error
             damages.append(str(error))
         else:
-            lines = tuple(_fallback_line(damage, folder) for damage in damages)
+            lines = tuple(_fallback_line(text, folder) for text in damages)
             return FoundCheckpoint(folder, body, exact, tuple(folders[position + 1 :]), lines)
-    raise first_error
+    raise damage
 
 
 def _read_description(folder: Path) -> dict[str, Any]:

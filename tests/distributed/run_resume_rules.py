@@ -1,6 +1,7 @@
 """What --save and --load mean, command after command in this process."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -16,12 +17,15 @@ import torch
 
 from sedd_megatron import load_pretrained
 from sedd_megatron.arguments import parse_pretrain_options
+from sedd_megatron.config import DiffusionOptions, ModelOptions
 from sedd_megatron.data.corpus import write_corpus
+from sedd_megatron.data.null_tokenizer import NullTokenizer
 from sedd_megatron.data.tokenizers import ByteTokenizer, CharTokenizer, load_tokenizer
 from sedd_megatron.errors import UserError
 from sedd_megatron.training.checkpoint_format import read_manifest
 from sedd_megatron.training.pretrain import pretrain
 from sedd_megatron.training.run_lock import Owner, _started
+from sedd_megatron.training.same_run import save_tokenizer
 from tests.distributed.compare import metrics, whole_tensors
 from tests.distributed.launch import own_jobs
 from tests.distributed.run_checkpoint_faults import flip_a_bit, interrupted_save
@@ -218,8 +222,28 @@ def check(folder: str) -> None:
     leftovers_retention_and_numbers_that_are_not_finite(run)
     checkpoints_of_every_release_go_on(run)
     a_lock_tells_of_a_live_run_and_not_of_a_dead_one(run)
+    a_converted_model_is_of_no_run(run)
     sizes_are_checked_before_a_model_is_made(run)
     releases_give_their_averages()
+
+
+def a_converted_model_is_of_no_run(run: Commands) -> None:
+    """It has no seed or data to be kept, and may come without a tokenizer."""
+    root = run.root / "converted"
+    shutil.copytree(FIXTURES / "checkpoint_0.6.0", root)
+    shutil.rmtree(root / "iter_0000002" / "tokenizer")
+    records = save_tokenizer(NullTokenizer(28), root / "iter_0000002" / "tokenizer")
+    names = {field.name for cls in (ModelOptions, DiffusionOptions) for field in dataclasses.fields(cls)}
+
+    def change(body: dict) -> None:
+        options = {name: value for name, value in body["state"]["options"].items() if name in names}
+        body["state"] |= {"options": options, "tokenizer_files": records}
+
+    resign(root / "iter_0000002", change)
+    lines = run.train(3, "--load", str(root), "--save", "@/from converted", "--seed", "9", "--seq-length", "4")
+    assert lines[0] == f"resumes from {root}/iter_0000002"
+    assert load_tokenizer(run.root / "from converted" / "iter_0000003" / "tokenizer").num_tokens == 28
+    assert "was trained with --cond-dim 2, this run has 4" in run.refusal("--load", str(root), "--cond-dim", "4")
 
 
 def sizes_are_checked_before_a_model_is_made(run: Commands) -> None:

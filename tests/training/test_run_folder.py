@@ -139,6 +139,14 @@ def test_nothing_whole_is_an_error_that_names_the_newest(tmp_path):
         (folder / MANIFEST).write_text("{}")
     with pytest.raises(DamagedCheckpointError, match=r"iter_0000002/manifest.json: damaged"):
         loaded(tmp_path)
+    save(tmp_path / "one", 1, 2)
+    (tmp_path / "one" / "iter_0000001" / MANIFEST).unlink()
+    (tmp_path / "one" / "iter_0000002" / "shards-00000.safetensors").unlink()
+    with pytest.raises(DamagedCheckpointError, match=r"iter_0000002/shards-00000.safetensors: missing"):
+        loaded(tmp_path / "one")
+    shutil.rmtree(tmp_path / "one" / "iter_0000001")
+    with pytest.raises(DamagedCheckpointError, match=r"iter_0000002/shards-00000.safetensors: missing"):
+        loaded(tmp_path / "one")
     with pytest.raises(UserError, match=r"--load .*/none: no checkpoint there \(no folder iter_\*\)"):
         loaded(tmp_path / "none")
     with pytest.raises(UserError, match="cannot be read"):
