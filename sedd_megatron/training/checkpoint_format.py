@@ -173,6 +173,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """
     path = directory / MANIFEST
     try:
+        if not path.is_file():
+            raise FileNotFoundError(path)
         manifest = json.loads(path.read_text(encoding="utf-8"))
         body = manifest["body"]
         version = body["format_version"]
@@ -184,7 +186,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         fault = None if manifest["digest"] == _digest_of_json(body) else "its digest does not match"
         if fault is None:
             check_body(body)
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except FileNotFoundError as error:
         raise DamagedCheckpointError(
             f"{directory}: no {MANIFEST}, so not a checkpoint of sedd_megatron; give the folder after --save"
         ) from error

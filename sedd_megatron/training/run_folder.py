@@ -252,7 +252,8 @@ def _fallback_line(damage: str, folder: Path) -> str:
 def _tracker_line(root: Path, folder: Path, iteration: int) -> list[str]:
     marker = root / LATEST
     try:
-        content = marker.read_bytes()[:40].strip()
+        with marker.open("rb") as file:
+            content = file.read(40).strip()
         says = f"says {content.decode('utf-8', 'backslashreplace')!r}"
         agrees = content.isdigit() and int(content) == iteration
     except OSError as error:
