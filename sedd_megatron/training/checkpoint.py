@@ -81,8 +81,7 @@ class CheckpointWriter:
         """
         self.finish()
         final = self.root / checkpoint_name(run.iteration)
-        partial = self.root / f".{final.name}.partial"
-        description = _written_on_first_rank(lambda: self._begin(partial, run), f"cannot write {partial}")
+        partial, description = _written_on_first_rank(lambda: self._begin(final, run), f"cannot write {final}")
         run.gather_parameters()
         own = copy_own_shards(run_shards(run))
         written = self._thread.submit(_write, partial, own, run.iteration)
@@ -125,11 +124,15 @@ class CheckpointWriter:
                 shutil.rmtree(pending.partial, ignore_errors=True)
             raise
 
-    def _begin(self, partial: Path, run: TrainingRun) -> dict[str, Any]:
+    def _begin(self, final: Path, run: TrainingRun) -> tuple[Path, dict[str, Any]]:
+        name = f".{final.name}.partial"
         if self.lock is not None:
             self.lock.check()
+            # Of this start alone: a rank that outlives a dead one cannot write into what the next one saves.
+            name += f".{self.lock.owner.token}"
+        partial = self.root / name
         records = _begin(partial, run.tokenizer)
-        return self._description | {"tokenizer_files": records}
+        return partial, self._description | {"tokenizer_files": records}
 
     def _publish(self, pending: "_PendingCheckpoint", gathered: list[Any]) -> None:
         if self.lock is not None:

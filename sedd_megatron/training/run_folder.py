@@ -1,9 +1,9 @@
 """What lies in a run's folder: which checkpoint counts, what a dead run left, which checkpoints are kept.
 
-DIR/latest_checkpointed_iteration.txt      the newest whole checkpoint, as in Megatron-LM; for people and other tools
+DIR/latest_checkpointed_iteration.txt      the newest, as in Megatron-LM: written for others, compared, not obeyed
 DIR/iter_0000500/                          a checkpoint
 DIR/iter_0000600.set-aside/                one that a run which went back behind it has put away
-DIR/.iter_0000700.partial, .replaced, .removed     a checkpoint while it is written, replaced or deleted
+DIR/.iter_0000700.partial.TOKEN/           one while a start writes it; .replaced, .removed while that is done to it
 """
 
 import re
@@ -21,7 +21,7 @@ from sedd_megatron.training.checkpoint_format import MANIFEST, read_manifest, sy
 
 LATEST = "latest_checkpointed_iteration.txt"
 NAME = re.compile(r"iter_([0-9]{7,})")
-HIDDEN_NAME = re.compile(r"\.(iter_[0-9]{7,})\.(partial|replaced|removed)")
+HIDDEN_NAME = re.compile(r"\.(iter_[0-9]{7,})\.(partial|replaced|removed)(?:\.[0-9a-f]+)?")
 # A folder that vanishes while it is read was replaced or deleted by its run: the next look finds what there is then.
 LOOKS, SECONDS_BETWEEN_LOOKS = 5, 0.2
 

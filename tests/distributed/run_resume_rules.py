@@ -185,9 +185,9 @@ def a_run_goes_back_and_around_damage(run: Commands) -> None:
 def leftovers_retention_and_numbers_that_are_not_finite(run: Commands) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted_save([*MODEL, "--data-path", run.corpus, "--train-iters", "2", "--save", f"{run.root}/left"])
-    assert (run.root / "left" / ".iter_0000002.partial").is_dir()
+    (left,) = (run.root / "left").glob(".iter_0000002.partial.*")
     lines = run.train(6, "--save", "@/left", "--save-interval", "1", "--keep-last", "2", "--keep-every", "3")
-    assert lines[0] == f"removed {run.root}/left/.iter_0000002.partial: a run that died left it unfinished"
+    assert lines[0] == f"removed {left}: a run that died left it unfinished"
     kept = sorted(path.name for path in (run.root / "left").iterdir())
     assert kept == ["iter_0000003", "iter_0000005", "iter_0000006", "latest_checkpointed_iteration.txt",
                     "metrics.jsonl"]  # fmt: skip
@@ -222,6 +222,7 @@ def check(folder: str) -> None:
     leftovers_retention_and_numbers_that_are_not_finite(run)
     checkpoints_of_every_release_go_on(run)
     a_lock_tells_of_a_live_run_and_not_of_a_dead_one(run)
+    a_run_whose_lock_is_gone_saves_no_more(run)
     a_converted_model_is_of_no_run(run)
     sizes_are_checked_before_a_model_is_made(run)
     releases_give_their_averages()
@@ -276,6 +277,28 @@ def a_lock_tells_of_a_live_run_and_not_of_a_dead_one(run: Commands) -> None:
     assert lines[0] == f"took over {path}, whose run is dead: {dead}"
     assert run.tracker("x") == "8"
     assert not path.exists()
+
+
+def a_run_whose_lock_is_gone_saves_no_more(run: Commands) -> None:
+    from sedd_megatron.training import loop
+
+    step, path = loop.train_step, run.root / "stolen" / "training.lock"
+    thief = replace(Owner.of_this_process(), host="node7", token="0")
+
+    def stolen_step(*arguments, **keywords):
+        done = step(*arguments, **keywords)
+        if (run.root / "stolen" / "iter_0000002").exists():
+            path.write_text(json.dumps(asdict(thief)))
+        return done
+
+    loop.train_step = stolen_step
+    try:
+        with pytest.raises(UserError, match=r"was taken from this run and is held by process \d+ on node7"):
+            run.train(5, "--save", "@/stolen", "--save-interval", "1")
+    finally:
+        loop.train_step = step
+    assert sorted(path.name for path in (run.root / "stolen").glob("*iter_*")) == ["iter_0000001", "iter_0000002"]
+    assert json.loads(path.read_text()) == asdict(thief)
 
 
 def releases_give_their_averages() -> None:

@@ -230,7 +230,7 @@ def test_what_dead_runs_left_is_removed_and_the_only_copy_put_back(tmp_path):
     (tmp_path / "iter_0000002").rename(tmp_path / ".iter_0000002.replaced")
     shutil.copytree(tmp_path / "iter_0000003", tmp_path / ".iter_0000003.replaced")
     (tmp_path / "iter_0000003" / MANIFEST).write_text("{}")
-    shutil.copytree(tmp_path / "iter_0000004", tmp_path / ".iter_0000005.partial")
+    shutil.copytree(tmp_path / "iter_0000004", tmp_path / ".iter_0000005.partial.0123456789abcdef")
     (tmp_path / ".iter_0000000.removed").mkdir()
     for name in (".iter_5.partial", ".mine.partial", "iter_0000009.set-aside"):
         (tmp_path / name).mkdir()
