@@ -1,9 +1,11 @@
 """What lies in a run's folder: which checkpoint counts, what a dead run left, which checkpoints are kept.
 
-DIR/latest_checkpointed_iteration.txt      the newest, as in Megatron-LM: written for others, compared, not obeyed
-DIR/iter_0000500/                          a checkpoint
-DIR/iter_0000600.set-aside/                one that a run which went back behind it has put away
-DIR/.iter_0000700.partial.TOKEN/           one while a start writes it; .replaced, .removed while that is done to it
+    DIR/latest_checkpointed_iteration.txt      the newest, as in Megatron-LM: written for others, compared, not obeyed
+    DIR/iter_0000500/                          a checkpoint
+    DIR/iter_0000600.set-aside/                one that a run which went back behind it has put away
+    DIR/.iter_0000700.partial.TOKEN/           one while a start writes it; .replaced, .removed while that is done to it
+
+Only names of the second kind are read as checkpoints.
 """
 
 import re

@@ -299,6 +299,7 @@ def a_run_whose_lock_is_gone_saves_no_more(run: Commands) -> None:
         loop.train_step = step
     assert sorted(path.name for path in (run.root / "stolen").glob("*iter_*")) == ["iter_0000001", "iter_0000002"]
     assert json.loads(path.read_text()) == asdict(thief)
+    path.unlink()
 
 
 def releases_give_their_averages() -> None:
