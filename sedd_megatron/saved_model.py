@@ -103,12 +103,14 @@ def find_saved_model(directory: str | Path, device: str = "auto") -> SavedModel:
 
 
 def _checkpoint(path: Path) -> SavedModel:
+    from sedd_megatron.training.checkpoint_checks import check_sizes
     from sedd_megatron.training.run_folder import find_checkpoint
 
     found = find_checkpoint(path)
     _tell(found.lines)
     state = found.body["state"]
     model_options, diffusion = model_options_from_dict(state["options"], str(found.folder))
+    check_sizes(found.body, model_options, found.folder)
     tokenizer = load_tokenizer(found.folder / "tokenizer")
     open_weights = partial(_open_averages, found)
     return SavedModel(found.folder, model_options, diffusion, state["num_tokens"], tokenizer, open_weights)

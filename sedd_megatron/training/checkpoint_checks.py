@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from sedd_megatron.config import ModelOptions
 from sedd_megatron.errors import UserError
 
 # Of a tensor on disk: the name of its dtype in safetensors, and bytes of an element.
@@ -51,6 +52,29 @@ def check_body(body: dict[str, Any]) -> None:
         num_bytes += math.prod(entry["global_shape"]) * DTYPES[entry["dtype"]][1]
     held = sum(record["bytes"] for record in files.values())
     _require(num_bytes <= held, f"its tensors have {num_bytes:,} bytes and its files {held:,}")
+
+
+def check_sizes(body: dict[str, Any], model: ModelOptions, where: Path) -> None:
+    """Check the sizes in a checkpoint's options against its tensors, before a model of these sizes is made.
+
+    Raises:
+        DamagedCheckpointError: naming the first tensor that has others.
+    """
+    num_tokens = body["state"]["num_tokens"]
+    rows = range(num_tokens, num_tokens + 1 + model.make_vocab_size_divisible_by)
+    for key, sizes in {
+        "embedding.weight": (rows, model.hidden_size),
+        "decoder.layers.mlp.linear_fc1.weight": (model.num_layers, model.mlp_hidden_size, model.hidden_size),
+        "sigma_embedding.input.weight": (model.cond_dim, range(1, 1 << 20)),
+    }.items():
+        shape = body["tensors"].get(f"ema.{key}", {"global_shape": []})["global_shape"]
+        if len(shape) != len(sizes) or not all(
+            size in rule if isinstance(rule, range) else size == rule for size, rule in zip(shape, sizes, strict=True)
+        ):
+            raise DamagedCheckpointError(
+                f"{where}: its tensor ema.{key} has shape {tuple(shape)}, which is not that of a model of its options; "
+                "use another copy"
+            )
 
 
 def coverage_fault(entry: dict[str, Any]) -> str | None:

@@ -68,7 +68,7 @@ def train(
             # A run with no steps left still saves what it loaded from elsewhere: that is how to change its layout.
             is_saved = continues and found.folder.name == checkpoint_name(run.iteration)
             saver = RunSaver(
-                CheckpointWriter(Path(save), options.checkpoint, lock),
+                CheckpointWriter(Path(save), options, tokenizer.num_tokens, lock),
                 options.checkpoint.max_save_failures,
                 saved_at=run.iteration if is_saved else None,
             )
