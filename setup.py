@@ -18,7 +18,7 @@ setup(
         "huggingface-hub",
         "numpy",
         "packaging",
-        "psutil",  # imported by Megatron-Core, which does not declare it
+        "psutil",  # imported by Megatron-Core as well, which does not declare it
         "pyyaml",
         "safetensors>=0.4",
         "sentencepiece>=0.2",

@@ -24,11 +24,9 @@ fi
 DATA="$RUN_DIR/data/stdlib_text_document"
 
 echo "== training =="
-RESUME=()
-[ -e "$RUN_DIR/checkpoints/latest_checkpointed_iteration.txt" ] && RESUME=(--load "$RUN_DIR/checkpoints")
 torchrun --standalone --nproc-per-node 2 examples/pretrain_sedd.py --config examples/configs/tiny.yaml \
     --tensor-model-parallel-size 2 --data-path "$DATA" --save "$RUN_DIR/checkpoints" \
-    ${TRAIN_ITERS:+--train-iters "$TRAIN_ITERS"} ${RESUME[@]+"${RESUME[@]}"}
+    ${TRAIN_ITERS:+--train-iters "$TRAIN_ITERS"}
 
 echo "== result =="
 python - "$RUN_DIR/checkpoints/metrics.jsonl" "${DATA}_stats.json" <<'PY'

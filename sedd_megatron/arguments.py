@@ -262,8 +262,8 @@ def _check_ranges(options: PretrainOptions) -> None:
         "num_layers hidden_size num_attention_heads ffn_hidden_size seq_length cond_dim make_vocab_size_divisible_by "
         "tensor_model_parallel_size pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage "
         "context_parallel_size ddp_bucket_size fp8_amax_history_len recompute_num_layers micro_batch_size "
-        "global_batch_size lr_decay_iters ema_interval save_interval max_save_failures eval_iters log_interval "
-        "verify_layout_steps"
+        "global_batch_size lr_decay_iters ema_interval save_interval max_save_failures keep_last keep_every eval_iters "
+        "log_interval verify_layout_steps"
     ).split()
     at_least_zero = (
         "loss_chunk_rows train_iters lr min_lr lr_warmup_iters clip_grad weight_decay seed num_workers eval_interval"
@@ -280,6 +280,12 @@ def _check_ranges(options: PretrainOptions) -> None:
         for name in names:
             value = values[name]
             _require(value is None or holds(value), f"{flag_of(name)} {value} must be {rule}")
+    checkpoint = options.checkpoint
+    _require(
+        checkpoint.keep_every is None or checkpoint.keep_last is not None,
+        f"--keep-every {checkpoint.keep_every} keeps more than --keep-last does, which is not given, so that all is "
+        "kept; add --keep-last, or leave it out",
+    )
     training = options.training
     _require(
         training.ema_interval <= max(training.train_iters, 1),

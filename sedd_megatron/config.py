@@ -206,12 +206,29 @@ class DataOptions:
         return NUM_WORKERS[device] if self.num_workers is None else self.num_workers
 
 
+# What a run must have in common with the checkpoint that it continues, unless --allow-changed names it.
+CHANGES_TO_ALLOW = "seed split seq_length data_path global_batch_size time_sampling time_eps tokenizer".split()
+
+
 @dataclass(frozen=True)
 class CheckpointOptions:
     """Checkpoints"""
 
-    save: str | None = option(None, "folder for checkpoints")
-    load: str | None = option(None, "folder of checkpoints to resume from; any layout loads into any other")
+    save: str | None = option(
+        None, "folder for checkpoints; where it holds this run's, the run goes on from the newest of them"
+    )
+    load: str | None = option(
+        None,
+        "folder of checkpoints, or one iter_* folder in it, to start from where --save holds none; any layout loads "
+        "into any other",
+    )
+    resume: bool = option(True, "go on from what --save holds; --no-resume refuses a folder that holds checkpoints")
+    exact_load: bool = option(False, "refuse a damaged checkpoint, and do not fall back to the one before it")
+    allow_changed: tuple[str, ...] = option(
+        (), "differences from the run that is continued which are meant", choices=CHANGES_TO_ALLOW
+    )
+    keep_last: int | None = option(None, "keep this many of the newest checkpoints; all if not given")
+    keep_every: int | None = option(None, "with --keep-last: also keep the iterations that are multiples of this")
     save_interval: int = option(5000, "steps between checkpoints; the last step is always saved")
     async_save: bool = option(False, "write checkpoints while training goes on; costs a copy in host memory")
     max_save_failures: int = option(

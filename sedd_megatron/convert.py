@@ -54,9 +54,10 @@ def from_published(source: str, root: Path) -> Path:
     from sedd_megatron.saved_model import find_saved_model
 
     saved = find_saved_model(source, "cpu")
-    from sedd_megatron.training.checkpoint import LATEST, save_checkpoint
+    from sedd_megatron.training.checkpoint import save_checkpoint
+    from sedd_megatron.training.run_folder import checkpoint_folders
 
-    if (root / LATEST).exists():
+    if checkpoint_folders(root):
         raise UserError(f"--save {root}: has checkpoints already; name another folder")
     network = _whole_network(saved)
     state = {

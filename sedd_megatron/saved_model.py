@@ -1,7 +1,8 @@
 """What lies in a folder: a checkpoint of ours or a published model; its description before its weights."""
 
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,11 +25,18 @@ from sedd_megatron.diffusion import AbsorbingGraph, UniformGraph
 from sedd_megatron.diffusion.graph import make_graph
 from sedd_megatron.errors import UserError, one_line
 from sedd_megatron.parallel import cpu_backend
-from sedd_megatron.parallel.groups import ParallelGroups, choose_device
+from sedd_megatron.parallel.groups import (
+    ParallelGroups,
+    choose_device,
+    is_first_rank,
+    on_first_rank,
+    raise_on_every_rank,
+)
 from sedd_megatron.pretrained import PretrainedModel
 
 if TYPE_CHECKING:
     from sedd_megatron.model.sedd_model import SEDDModel
+    from sedd_megatron.training.run_folder import FoundCheckpoint
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -89,29 +97,63 @@ def find_saved_model(directory: str | Path, device: str = "auto") -> SavedModel:
 
 
 def _checkpoint(path: Path) -> SavedModel:
-    from sedd_megatron.training.checkpoint import latest_checkpoint, load_saved_tokenizer
-    from sedd_megatron.training.checkpoint_format import read_manifest
+    from sedd_megatron.training.checkpoint_checks import check_sizes
+    from sedd_megatron.training.run_folder import find_checkpoint
 
-    checkpoint = latest_checkpoint(path)
-    body = read_manifest(checkpoint)
-    model_options, diffusion = model_options_from_dict(body["state"]["options"], str(checkpoint))
-    tokenizer = load_saved_tokenizer(checkpoint, body)
-    open_weights = partial(_open_averages, checkpoint, body)
-    return SavedModel(checkpoint, model_options, diffusion, body["state"]["num_tokens"], tokenizer, open_weights)
+    found = find_checkpoint(path)
+    _tell(found.lines)
+    state = found.body["state"]
+    model_options, diffusion = model_options_from_dict(state["options"], str(found.folder))
+    check_sizes(found.body, model_options, found.folder)
+    tokenizer = load_tokenizer(found.folder / "tokenizer")
+    open_weights = partial(_open_averages, found)
+    return SavedModel(found.folder, model_options, diffusion, state["num_tokens"], tokenizer, open_weights)
 
 
-def _open_averages(checkpoint: Path, body: dict[str, Any]) -> Callable[["SEDDModel"], None]:
-    from sedd_megatron.training.checkpoint_format import Shard, read_shards, verify_files
+def _open_averages(own: "FoundCheckpoint") -> Callable[["SEDDModel"], None]:
+    """The averages of the checkpoint that the first rank has found, or of the newest whole one before it; of the model
+    and tokenizer that this rank has read already.
+    """
+    from sedd_megatron.training.checkpoint_format import Shard, verify_files
+    from sedd_megatron.training.checkpoint_reading import read_shards
     from sedd_megatron.training.ema import KEY_PREFIX
+    from sedd_megatron.training.run_folder import load_first_whole
 
-    verify_files(checkpoint, body)
+    def check(found: "FoundCheckpoint") -> None:
+        if _description(found) != _description(own):
+            raise UserError(f"{found.folder}: is of another model than {own.folder}; name the one that is meant")
+
+    def check_other_rank() -> UserError | None:
+        try:
+            check(found)
+        except UserError as error:
+            return error
+        return None
+
+    # Looked for by every rank before there were groups; a run that saves meanwhile may have shown them different ones.
+    found = on_first_rank(lambda: own)
+    raise_on_every_rank(check_other_rank())
+    found = load_first_whole(found, lambda found: verify_files(found.folder, found.body), check, _tell)
 
     def fill(network: "SEDDModel") -> None:
         # One call: it opens each shard file once, not once per parameter.
         averages = [Shard.of(sharded, KEY_PREFIX + sharded.key) for sharded in network.sharded_tensors().values()]
-        read_shards(checkpoint, body, averages)
+        read_shards(found.folder, found.body, averages)
 
     return fill
+
+
+def _description(found: "FoundCheckpoint") -> tuple[Any, ...]:
+    """What of a checkpoint is in a SavedModel."""
+    state = found.body["state"]
+    return *model_options_from_dict(state["options"], str(found.folder)), state["num_tokens"], state["tokenizer_files"]
+
+
+def _tell(lines: Iterable[str]) -> None:
+    # Not among the samples.
+    if is_first_rank():
+        for line in lines:
+            print(line, file=sys.stderr, flush=True)
 
 
 def _published_model(path: Path) -> SavedModel:

@@ -211,7 +211,7 @@ MISTAKES = {
     "requests": (["--requests", "{folder}/file"],
                  "--requests {folder}/file: no line there; write one JSON object a line"),
     "no model": (["--load", "{folder}"],
-                 "--load {folder}: no checkpoint there (no latest_checkpointed_iteration.txt); give a folder that "),
+                 "--load {folder}: no checkpoint there (no folder iter_*); give a folder that "),
     "layout": (["--tensor-model-parallel-size", "3"],
                "--num-attention-heads 4 is not a multiple of --tensor-model-parallel-size 3; change one of them"),
 }  # fmt: skip

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
@@ -228,6 +228,37 @@ def gathered_from_replicas(found: dict[Key, Value], groups: ParallelGroups) -> d
     parts = [None] * groups.data_size
     torch.distributed.all_gather_object(parts, found, group=groups.collection.dp)
     return {key: value for part in parts for key, value in part.items()}
+
+
+def on_first_rank(action: Callable[[], Value]) -> Value:
+    """What `action` gives on the first rank, to every rank, as a pickle. Collective over all ranks.
+
+    Raises:
+        UserError: the action's, on every rank.
+    """
+    outcome: list = [None, None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except UserError as error:
+            outcome[1] = error
+    torch.distributed.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def raise_on_every_rank(error: UserError | None) -> None:
+    """Raise the first rank's error that has one, on every rank. Collective over all ranks.
+
+    Raises:
+        UserError: of any rank.
+    """
+    errors: list[UserError | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(errors, error)
+    for found in errors:
+        if found is not None:
+            raise found
 
 
 def _join_ranks(device: torch.device, world_size: int, timeout: timedelta) -> None:

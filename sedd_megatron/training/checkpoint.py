@@ -1,12 +1,11 @@
-"""Checkpoints of a run: what is in them, where they lie, and that they appear whole or not at all.
+"""Checkpoints of a run: what is in them, and that they appear whole or not at all.
 
-    DIR/latest_checkpointed_iteration.txt      the newest whole checkpoint, as in Megatron-LM
     DIR/iter_0000500/                          manifest.json, shards-*.safetensors, tokenizer/
 
-A checkpoint is written under a hidden name, brought to the disk, and renamed; only then does the text file name it.
+A checkpoint is written under a hidden name, brought to the disk, and renamed; only then does the tracker file name it.
+Nothing that is not finite is saved, from whatever tensor.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,44 +15,58 @@ from typing import Any
 
 import torch
 
-from sedd_megatron.config import PretrainOptions
-from sedd_megatron.data.tokenizers import Tokenizer, load_tokenizer
+from sedd_megatron.config import CheckpointOptions
+from sedd_megatron.data.tokenizers import Tokenizer
 from sedd_megatron.errors import UserError, say
-from sedd_megatron.options import flag_of
+from sedd_megatron.parallel.groups import on_first_rank, raise_on_every_rank
 from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.checkpoint_format import (
-    MANIFEST,
+    OwnShards,
     Shard,
     copy_own_shards,
-    file_record,
-    read_manifest,
-    read_shards,
+    first_not_finite,
     sync_file,
     verify_files,
-    verify_records,
     write_manifest,
     write_own_shards,
-    write_synced,
 )
+from sedd_megatron.training.checkpoint_reading import read_shards
 from sedd_megatron.training.main_parameters import adam_moments, set_adam_step
+from sedd_megatron.training.run_folder import (
+    FoundCheckpoint,
+    checkpoint_name,
+    load_first_whole,
+    remove_old,
+    set_aside_later,
+    write_tracker,
+)
+from sedd_megatron.training.run_lock import RunLock
+from sedd_megatron.training.same_run import (
+    check_same_run,
+    describe_run,
+    first_difference,
+    save_tokenizer,
+    tokenizer_records,
+)
 
 MASTER_PREFIX = "optimizer.state.fp32_param."
-LATEST = "latest_checkpointed_iteration.txt"
 
 
-class SaveError(UserError):
-    """A disk that refused a checkpoint; nothing is left of it, and those before it are whole."""
+class CheckpointNotWrittenError(UserError):
+    """The disk did not take a checkpoint; those before it are whole."""
 
 
 class CheckpointWriter:
-    """Saves a run's checkpoints under `root`; with `is_async` their files are written by a thread of each rank.
+    """Saves a run's checkpoints under `root`; with async_save their files are written by a thread of each rank.
 
     One checkpoint is under way at a time: a save waits for the one before. Every method is collective over all ranks.
     """
 
-    def __init__(self, root: Path, is_async: bool) -> None:
+    def __init__(self, root: Path, options: CheckpointOptions, lock: RunLock | None = None) -> None:
+        """`lock` is the first rank's, on `root`."""
         self.root = root
-        self.is_async = is_async
+        self.options = options
+        self.lock = lock
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _PendingCheckpoint | None = None
 
@@ -61,18 +74,20 @@ class CheckpointWriter:
         """Save model, optimizer, EMA, progress, options and tokenizer, or start to.
 
         Raises:
-            SaveError: on every rank, if a rank could not write this checkpoint or the one before.
+            CheckpointNotWrittenError: on every rank, if a rank could not write this checkpoint or the one before.
+            UserError: on every rank, if a tensor of either is not finite, or the folder's lock is lost.
         """
         self.finish()
-        final = self.root / f"iter_{run.iteration:07d}"
+        final = self.root / checkpoint_name(run.iteration)
         partial = self.root / f".{final.name}.partial"
-        tokenizer_files = _on_first_rank(lambda: _begin(partial, run.tokenizer), f"cannot write {partial}", partial)
+        description = _written_on_first_rank(lambda: self._begin(partial, run), f"cannot write {partial}")
         run.gather_parameters()
         own = copy_own_shards(run_shards(run))
-        written = self._thread.submit(write_own_shards, partial, own)
-        state = _state(run) | {"tokenizer_files": tokenizer_files}
-        self._pending = _PendingCheckpoint(partial, final, run.iteration, own.entries, written, state)
-        if not self.is_async:
+        written = self._thread.submit(_write, partial, own, run.iteration)
+        self._pending = _PendingCheckpoint(
+            partial, final, run.iteration, own.entries, written, description | _progress(run)
+        )
+        if not self.options.async_save:
             self.finish()
 
     @property
@@ -84,28 +99,54 @@ class CheckpointWriter:
         """Wait for the checkpoint under way on every rank and publish it.
 
         Raises:
-            SaveError: on every rank, if a rank could not write.
+            CheckpointNotWrittenError: on every rank, if a rank could not write.
+            UserError: on every rank, if a tensor is not finite, or the folder's lock is lost.
         """
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        own: tuple[list[dict[str, Any]], dict[str, Any], str | None]
+        files, fault = {}, None
         try:
-            own = (pending.entries, pending.written.result(), None)
+            files = pending.written.result()
         except OSError as error:
-            own = ([], {}, f"rank {torch.distributed.get_rank()} cannot write {pending.partial}: {error}")
+            rank = torch.distributed.get_rank()
+            fault = CheckpointNotWrittenError(f"rank {rank} cannot write {pending.partial}: {error}")
+        except UserError as error:
+            fault = error
         gathered: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(gathered, own)
-        _refuse_fault(next((fault for _, _, fault in gathered if fault), None), pending.partial)
-        entries = [entry for entries, _, _ in gathered for entry in entries]
-        files = {name: record for _, records, _ in gathered for name, record in records.items()}
+        torch.distributed.all_gather_object(gathered, (pending.entries, files))
+        try:
+            raise_on_every_rank(fault)
+            _written_on_first_rank(lambda: self._publish(pending, gathered), f"cannot finish {pending.final}")
+        except UserError:
+            # No rank writes to it any more; a disk that is full wants the room.
+            if torch.distributed.get_rank() == 0:
+                shutil.rmtree(pending.partial, ignore_errors=True)
+            raise
 
-        def publish() -> None:
-            write_manifest(pending.partial, entries, files, pending.state)
-            _publish(pending.partial, pending.final, self.root, pending.iteration)
-            say(f"saved {pending.final}")
+    def _begin(self, partial: Path, run: TrainingRun) -> dict[str, Any]:
+        if self.lock is not None:
+            self.lock.check()
+        records = _begin(partial, run.tokenizer)
+        return describe_run(run.options, run.graph.num_tokens) | {"tokenizer_files": records}
 
-        _on_first_rank(publish, f"cannot finish {pending.final}", pending.partial)
+    def _publish(self, pending: "_PendingCheckpoint", gathered: list[Any]) -> None:
+        if self.lock is not None:
+            self.lock.check()
+        entries = [entry for own, _ in gathered for entry in own]
+        files = {name: record for _, records in gathered for name, record in records.items()}
+        write_manifest(pending.partial, entries, files, pending.state)
+        _publish(pending.partial, pending.final, pending.iteration)
+        say(f"saved {pending.final}")
+        _tell(
+            remove_old(
+                self.root,
+                pending.iteration,
+                self.options.keep_last,
+                self.options.keep_every,
+                is_own=lambda body: _is_own(body["state"], pending.state),
+            )
+        )
 
 
 def save_checkpoint(
@@ -114,49 +155,51 @@ def save_checkpoint(
     """Write a checkpoint of one process's whole tensors, as CheckpointWriter does that of a run; returns its folder.
 
     Raises:
-        UserError: it cannot be written; nothing is left of it then that could be taken for a checkpoint.
+        UserError: it cannot be written, or a tensor is not finite; nothing is left of it then that could be taken for a
+            checkpoint.
     """
-    final = root / f"iter_{iteration:07d}"
+    final = root / checkpoint_name(iteration)
     partial = root / f".{final.name}.partial"
     try:
         tokenizer_files = _begin(partial, tokenizer)
         own = copy_own_shards(shards)
-        files = write_own_shards(partial, own)
+        files = _write(partial, own, iteration)
         write_manifest(partial, own.entries, files, state | {"tokenizer_files": tokenizer_files})
-        _publish(partial, final, root, iteration)
+        _publish(partial, final, iteration)
     except OSError as error:
         raise UserError(f"cannot write {final}: {error}; make room, or name another folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return final
 
 
-def _on_first_rank(action: Callable[[], Any], fault: str, partial: Path) -> Any:
-    """What `action` gives on rank 0, to every rank; if the disk refuses, every rank raises the one line."""
-    outcome: list[Any] = [None, None]
-    if torch.distributed.get_rank() == 0:
+def _written_on_first_rank(action: Callable[[], Any], fault: str) -> Any:
+    """What `action` gives on rank 0, to every rank; if the disk refuses, every rank ends with the one line."""
+
+    def told() -> Any:
         try:
-            outcome[0] = action()
+            return action()
         except OSError as error:
-            outcome[1] = f"{fault}: {error}"
-    torch.distributed.broadcast_object_list(outcome, src=0)
-    _refuse_fault(outcome[1], partial)
-    return outcome[0]
+            raise CheckpointNotWrittenError(f"{fault}: {error}") from error
 
-
-def _refuse_fault(fault: str | None, partial: Path) -> None:
-    if fault is None:
-        return
-    # No rank writes to it any more, and what a full disk needs is room.
-    if torch.distributed.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-    raise SaveError(fault)
+    return on_first_rank(told)
 
 
 def _begin(partial: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     """Make the hidden folder with the tokenizer in it; returns the records of the tokenizer's files."""
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tokenizer.save(partial / "tokenizer")
-    return {path.name: file_record(path) for path in sorted((partial / "tokenizer").iterdir())}
+    return save_tokenizer(tokenizer, partial / "tokenizer")
+
+
+def _write(partial: Path, own: OwnShards, iteration: int) -> dict[str, Any]:
+    key = first_not_finite(own)
+    if key is not None:
+        raise UserError(
+            f"the tensor {key} is not finite at iteration {iteration}, which is not saved; resume from the last "
+            "checkpoint with a lower --lr or --clip-grad, and look at the data"
+        )
+    return write_own_shards(partial, own)
 
 
 @dataclass(frozen=True)
@@ -171,18 +214,16 @@ class _PendingCheckpoint:
     state: dict[str, Any]
 
 
-def _state(run: TrainingRun) -> dict[str, Any]:
-    """All of a run that is not a tensor."""
+def _progress(run: TrainingRun) -> dict[str, Any]:
     return {
-        "options": run.options.to_dict(),
-        "num_tokens": run.graph.num_tokens,
         "iteration": run.iteration,
         "consumed_samples": run.consumed_samples,
         "scheduler_samples": run.scheduler.num_steps,
     }
 
 
-def _publish(partial: Path, final: Path, root: Path, iteration: int) -> None:
+def _publish(partial: Path, final: Path, iteration: int) -> None:
+    root = final.parent
     replaced = root / f".{final.name}.replaced"
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
@@ -190,73 +231,56 @@ def _publish(partial: Path, final: Path, root: Path, iteration: int) -> None:
     sync_file(partial)
     partial.rename(final)
     sync_file(root)
-    write_synced(root / f".{LATEST}", f"{iteration}\n")
-    os.replace(root / f".{LATEST}", root / LATEST)
-    sync_file(root)
+    write_tracker(root, iteration)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def latest_checkpoint(root: Path) -> Path:
-    """The newest whole checkpoint under `root`, or `root` itself if it is one.
-
-    Raises:
-        UserError: there is none.
-    """
-    if (root / MANIFEST).is_file():
-        return root
-    marker = root / LATEST
-    if not marker.is_file():
-        raise UserError(f"--load {root}: no checkpoint there (no {LATEST}); give a folder that training saved to")
-    text = marker.read_text(encoding="utf-8").strip()
-    if not text.isdigit():
-        raise UserError(
-            f"{marker}: holds {text[:40]!r}, must hold an iteration number; write the newest iter_* into it"
-        )
-    return root / f"iter_{int(text):07d}"
+def _is_own(saved: dict[str, Any], own: dict[str, Any]) -> bool:
+    """Whether a checkpoint of the folder is of the run that saves there."""
+    same_tokenizer = saved["tokenizer_files"] == own["tokenizer_files"]
+    return same_tokenizer and first_difference(saved, own, own["options"]["allow_changed"]) is None
 
 
-def load_saved_tokenizer(directory: Path, body: dict[str, Any]) -> Tokenizer:
-    """The tokenizer kept in a checkpoint.
+def resume(run: TrainingRun, found: FoundCheckpoint) -> FoundCheckpoint:
+    """Resume `run` from the checkpoint that was found, of any layout, or where that is damaged from the newest whole
+    one before it; returns which it was. Collective over all ranks.
 
-    Raises:
-        UserError: one of its files is missing or damaged.
-    """
-    verify_records(directory / "tokenizer", body["state"]["tokenizer_files"])
-    return load_tokenizer(directory / "tokenizer")
-
-
-def check_same_model(body: dict[str, Any], options: PretrainOptions, num_tokens: int, where: Path) -> None:
-    """Refuse a checkpoint of another model, naming the first option that differs.
-
-    Raises:
-        UserError: before anything is allocated.
-    """
-    saved = body["state"]
-    if saved["num_tokens"] != num_tokens:
-        raise UserError(
-            f"--load {where}: its vocabulary has {saved['num_tokens']} tokens, the data's {num_tokens}; "
-            "use data of the same tokenizer"
-        )
-    now = options.to_dict()
-    names = (
-        "num_layers hidden_size num_attention_heads ffn_hidden_size cond_dim make_vocab_size_divisible_by graph noise "
-        "noise_eps sigma_min sigma_max"
-    ).split()
-    for name in names:
-        if saved["options"][name] != now[name]:
-            raise UserError(
-                f"--load {where}: it was trained with {flag_of(name)} {saved['options'][name]}, this run has "
-                f"{now[name]}; give the same value, or leave --load out to start anew"
-            )
-
-
-def load_checkpoint(run: TrainingRun, directory: Path) -> None:
-    """Resume `run` from a checkpoint of any layout. Collective over all ranks.
+    In the run's own --save folder later checkpoints are set aside then: they are not of the run from here on.
 
     Raises:
         UserError: a damaged or missing file, named; a model of another shape.
     """
-    body = read_manifest(directory)
+
+    def check(older: FoundCheckpoint) -> None:
+        own = describe_run(run.options, run.graph.num_tokens) | {"tokenizer_files": tokenizer_records(run.tokenizer)}
+        check_same_run(older, own, f"{older.folder}: it", "name another folder")
+
+    def set_aside() -> list[str]:
+        try:
+            return set_aside_later(found.folder.parent, found.iteration)
+        except OSError as error:
+            raise UserError(f"cannot set aside what is later than {found.folder}: {error}; rename it") from error
+
+    found = load_first_whole(found, lambda found: load_checkpoint(run, found.folder, found.body), check, _tell)
+    save = run.options.checkpoint.save
+    if save and found.folder.parent.resolve() == Path(save).resolve():
+        _tell(on_first_rank(set_aside))
+    return found
+
+
+def _tell(lines: Iterable[str]) -> None:
+    if torch.distributed.get_rank() == 0:
+        for line in lines:
+            say(line)
+
+
+def load_checkpoint(run: TrainingRun, directory: Path, body: dict[str, Any]) -> None:
+    """Resume `run` from one checkpoint. Collective over all ranks.
+
+    Raises:
+        DamagedCheckpointError: a damaged or missing file, or a tensor that is not finite; named.
+        UserError: a model of another shape.
+    """
     verify_files(directory, body)
     # A float32 run saves no master weights: its weights are that. Either kind of run takes the best there is.
     has_masters = any(key.startswith(MASTER_PREFIX) for key in body["tensors"])

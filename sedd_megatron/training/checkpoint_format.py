@@ -7,7 +7,7 @@ formats that hold nothing but numbers and text:
     manifest.json                     {"digest": sha256 of the body, "body": {state, files, tensors}}
     shards-00000.safetensors, ...     one file per rank that holds a first replica of anything
 
-Any layout reads any other: a rank copies what overlaps its own shards.
+Any layout reads any other: a rank copies what overlaps its own shards (checkpoint_reading.py).
 """
 
 import hashlib
@@ -27,9 +27,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sedd_megatron.errors import UserError
+from sedd_megatron.errors import UserError, one_line
+from sedd_megatron.parallel.groups import raise_on_every_rank
+from sedd_megatron.training.checkpoint_checks import (
+    DTYPES,
+    DamagedCheckpointError,
+    check_body,
+    coverage_fault,
+    stored_shapes,
+)
 
 MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
 # Axis by axis: where a box of a whole tensor starts, and its sizes.
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -120,6 +129,12 @@ def copy_own_shards(shards: Iterable[Shard]) -> OwnShards:
     return OwnShards(file, data, entries)
 
 
+def first_not_finite(own: OwnShards) -> str | None:
+    """The key of the first of these tensors that has a NaN or an infinity; a tenth of the time of their digest."""
+    keys = (entry["key"] for entry in own.entries)
+    return next((key for key, tensor in zip(keys, own.data.values(), strict=True) if not _is_finite(tensor)), None)
+
+
 def write_own_shards(directory: Path, own: OwnShards) -> dict[str, Any]:
     """Write this rank's file and bring it to the disk; returns its record by name. Calls no collective.
 
@@ -143,8 +158,9 @@ def write_manifest(
     """Write the manifest over all ranks' entries and files, after checking that they make whole tensors."""
     tensors = _by_key(entries)
     for key, entry in tensors.items():
-        _check_coverage(key, entry)
-    body = {"format_version": 1, "state": state, "files": files, "tensors": tensors}
+        fault = coverage_fault(entry)
+        assert fault is None, f"{key}: {fault}"
+    body = {"format_version": FORMAT_VERSION, "state": state, "files": files, "tensors": tensors}
     write_synced(directory / MANIFEST, json.dumps({"digest": _digest_of_json(body), "body": body}))
 
 
@@ -152,63 +168,71 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest's body: state, files, tensors.
 
     Raises:
-        UserError: there is none, or it does not match its digest.
+        DamagedCheckpointError: there is none, it does not match its digest, or it is not what a manifest must be.
+        UserError: it is of a later format.
     """
     path = directory / MANIFEST
-    if not path.is_file():
-        raise UserError(
-            f"{directory}: no {MANIFEST}, so not a checkpoint of sedd_megatron; give the folder after --save"
-        )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        intact = manifest["digest"] == _digest_of_json(manifest["body"])
-    except (ValueError, KeyError, TypeError):
-        intact = False
-    if not intact:
-        raise UserError(f"{path}: damaged (its digest does not match); use an earlier checkpoint or another copy")
-    return manifest["body"]
+        body = manifest["body"]
+        version = body["format_version"]
+        if type(version) is int and version > FORMAT_VERSION:
+            raise UserError(
+                f"{path}: has format {version}, and this version reads {FORMAT_VERSION}; load it with the version of "
+                "sedd_megatron that wrote it, or a later one"
+            )
+        fault = None if manifest["digest"] == _digest_of_json(body) else "its digest does not match"
+        if fault is None:
+            check_body(body)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DamagedCheckpointError(
+            f"{directory}: no {MANIFEST}, so not a checkpoint of sedd_megatron; give the folder after --save"
+        ) from error
+    except OSError as error:
+        fault = error.strerror
+    except (KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+        fault = "it has another form"
+    except ValueError as error:
+        fault = one_line(error)
+    if fault is not None:
+        raise DamagedCheckpointError(f"{path}: damaged ({fault}); use an earlier checkpoint or another copy")
+    return body
 
 
 def verify_files(directory: Path, body: dict[str, Any]) -> None:
-    """Compare every file with its digest before any is read; the ranks share the work. Collective over all ranks.
+    """Check every file and every tensor in it before any is used: digests, shapes, and that all numbers are finite.
+
+    The ranks share the work. Collective over all ranks.
 
     Raises:
-        UserError: on every rank, naming the first missing or damaged file.
+        DamagedCheckpointError: on every rank, naming the first missing or damaged file, or the first tensor that is not
+            finite.
     """
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    gathered: list[Any] = [None] * world_size
-    own_records = {name: body["files"][name] for name in sorted(body["files"])[rank::world_size]}
-    torch.distributed.all_gather_object(gathered, _faults(directory, own_records))
-    _refuse([fault for own in gathered for fault in own])
+    own_files = {name: body["files"][name] for name in sorted(body["files"])[rank::world_size]}
+    pieces: dict[str, list[tuple[str, str, dict[str, Any]]]] = {name: [] for name in own_files}
+    for key, entry in body["tensors"].items():
+        for piece in entry["shards"]:
+            if piece["file"] in pieces:
+                pieces[piece["file"]].append((key, entry["dtype"], piece))
+    with ThreadPoolExecutor(4) as pool:
+        faults = pool.map(
+            lambda name: _fault(directory / name, own_files[name]) or _tensor_fault(directory / name, pieces[name]),
+            own_files,
+        )
+        raise_on_every_rank(next((_damaged(fault) for fault in faults if fault), None))
 
 
 def verify_records(directory: Path, records: dict[str, Any]) -> None:
     """Compare files with their records, on this rank alone.
 
     Raises:
-        UserError: naming the first missing or damaged file.
+        DamagedCheckpointError: naming the first missing or damaged file.
     """
-    _refuse(_faults(directory, records))
-
-
-def read_shards(directory: Path, body: dict[str, Any], shards: Iterable[Shard]) -> None:
-    """Fill the data of each shard, converting to its dtype, from whatever saved shards overlap it.
-
-    Raises:
-        UserError: a tensor is not in the checkpoint or has another shape there.
-    """
-    open_files: dict[str, Any] = {}
-    with torch.no_grad():
-        for shard in shards:
-            entry = body["tensors"].get(shard.key)
-            if entry is None:
-                raise UserError(f"{directory}: has no tensor {shard.key}; it was saved by another kind of run or model")
-            if tuple(entry["global_shape"]) != shard.global_shape:
-                raise UserError(
-                    f"{directory}: {shard.key} has shape {tuple(entry['global_shape'])}, this model needs "
-                    f"{shard.global_shape}; load with the options it was trained with"
-                )
-            _read_shard(directory, entry, shard, open_files)
+    for name, record in records.items():
+        fault = _fault(directory / name, record)
+        if fault is not None:
+            raise _damaged(fault)
 
 
 def write_synced(path: Path, text: str) -> None:
@@ -245,99 +269,41 @@ def _by_key(entries: list[dict[str, Any]]) -> dict[str, Any]:
     return tensors
 
 
-def _check_coverage(key: str, entry: dict[str, Any]) -> None:
-    """Every element is written, and by one rank alone: sizes add up to the whole, and no two places are the same."""
-    size, places = 0, set()
-    for shard in entry["shards"]:
-        first, last = _flat_range(shard)
-        size += last - first
-        places.add((*shard["offset"], first))
-    assert len(places) == len(entry["shards"]), f"{key}: two ranks wrote the same place"
-    assert size == math.prod(entry["global_shape"]), f"{key}: {size} elements of {entry['global_shape']} were written"
-
-
-def _flat_range(shard: dict[str, Any]) -> tuple[int, int]:
-    return tuple(shard.get("flat_range", (0, math.prod(shard["shape"]))))
-
-
-def _read_shard(directory: Path, entry: dict[str, Any], target: Shard, open_files: dict[str, Any]) -> None:
-    """By boxes: of the target's own box only its range is read, other boxes are put together and cut."""
-    pieces_of_box: dict[Box, list[dict[str, Any]]] = {}
-    for piece in entry["shards"]:
-        pieces_of_box.setdefault((tuple(piece["offset"]), tuple(piece["shape"])), []).append(piece)
-    dtype = getattr(torch, entry["dtype"])
-    if target.box in pieces_of_box:
-        values = _read_range(directory, pieces_of_box[target.box], target.range, dtype, open_files)
-    else:
-        whole = torch.empty(target.shape, dtype=dtype)
-        for box, pieces in pieces_of_box.items():
-            overlap = _overlap(box, target.box)
-            if overlap is not None:
-                in_source, in_target = overlap
-                source = _read_range(directory, pieces, (0, math.prod(box[1])), dtype, open_files)
-                whole[in_target] = source.view(box[1])[in_source]
-        values = whole.view(-1)[slice(*target.range)]
-    # To the device first: FP8 tensors are quantised where they are.
-    target.data.copy_(values.view(target.data.shape).to(target.data.device))
-
-
-def _read_range(
-    directory: Path,
-    pieces: list[dict[str, Any]],
-    wanted: tuple[int, int],
-    dtype: torch.dtype,
-    open_files: dict[str, Any],
-) -> Tensor:
-    """The flat range `wanted` of a box, from its pieces: 1-D."""
-    values = torch.empty(wanted[1] - wanted[0], dtype=dtype)
-    for piece in pieces:
-        first, last = _flat_range(piece)
-        start, stop = max(first, wanted[0]), min(last, wanted[1])
-        if start >= stop:
-            continue
-        path = directory / piece["file"]
-        try:
-            if piece["file"] not in open_files:
-                open_files[piece["file"]] = safe_open(path, framework="pt")
-            # Of a flat range only what is wanted is read; a box is read whole, to be cut in memory.
-            saved = open_files[piece["file"]].get_slice(piece["name"])
-            part = slice(start - first, stop - first)
-            found = saved[part] if "flat_range" in piece else saved[:].view(-1)[part]
-        except SafetensorError as error:
-            raise UserError(f"{path}: {piece['name']} cannot be read ({error})") from error
-        values[start - wanted[0] : stop - wanted[0]].copy_(found)
-    return values
-
-
-def _overlap(source: Box, target: Box) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """Where two boxes meet, as slices of each; None if they do not."""
-    in_source, in_target = [], []
-    for a, n, b, m in zip(*source, *target, strict=True):
-        start, stop = max(a, b), min(a + n, b + m)
-        if start >= stop:
-            return None
-        in_source.append(slice(start - a, stop - a))
-        in_target.append(slice(start - b, stop - b))
-    return tuple(in_source), tuple(in_target)
-
-
-def _faults(directory: Path, records: dict[str, Any]) -> list[str]:
-    with ThreadPoolExecutor(4) as pool:
-        faults = pool.map(lambda name: _fault(directory / name, records[name]), records)
-        return [fault for fault in faults if fault]
-
-
-def _refuse(faults: list[str]) -> None:
-    if faults:
-        raise UserError(f"{faults[0]}; use an earlier checkpoint or another copy")
+def _damaged(fault: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(f"{fault}; use an earlier checkpoint or another copy")
 
 
 def _fault(path: Path, record: dict[str, Any]) -> str | None:
-    if not path.is_file():
+    try:
+        if path.stat().st_size != record["bytes"] or file_record(path)["sha256"] != record["sha256"]:
+            return f"{path}: damaged (its digest does not match)"
+    except FileNotFoundError:
         return f"{path}: missing from the checkpoint"
-    if path.stat().st_size != record["bytes"] or file_record(path)["sha256"] != record["sha256"]:
-        return f"{path}: damaged (its digest does not match)"
+    except OSError as error:
+        return f"{path}: damaged ({error.strerror})"
     return None
+
+
+def _tensor_fault(path: Path, pieces: list[tuple[str, str, dict[str, Any]]]) -> str | None:
+    """Of a file's pieces, (key, dtype, piece): the first that is not what the manifest says, or not finite."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key, dtype, piece in pieces:
+                # The header alone: nothing is read of a tensor that has another size.
+                saved = file.get_slice(piece["name"])
+                found = saved.get_dtype(), saved.get_shape()
+                if found[0] != DTYPES[dtype][0] or list(found[1]) not in stored_shapes(piece):
+                    return f"{path}: damaged ({piece['name']} is {found[0]} {found[1]}, the manifest has another)"
+                if not _is_finite(file.get_tensor(piece["name"])):
+                    return f"{path}: the tensor {key} is not finite"
+    except (SafetensorError, OSError) as error:
+        return f"{path}: damaged ({one_line(error)})"
+    return None
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # One pass without a mask of the tensor's size: a NaN is the smallest and the largest value wherever there is one.
+    return tensor.numel() == 0 or all(math.isfinite(bound) for bound in torch.aminmax(tensor))
 
 
 def _digest_of_json(body: dict[str, Any]) -> str:

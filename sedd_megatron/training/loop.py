@@ -24,13 +24,15 @@ from sedd_megatron.errors import UserError, forget_unsaid, say
 from sedd_megatron.parallel.fused_head import ROW_MULTIPLE
 from sedd_megatron.parallel.groups import ParallelGroups, seed_dropout
 from sedd_megatron.training.build import TrainingRun, build_run
-from sedd_megatron.training.checkpoint import CheckpointWriter, load_checkpoint
+from sedd_megatron.training.checkpoint import CheckpointWriter, resume
 from sedd_megatron.training.estimates import peak_tflops
 from sedd_megatron.training.forward_step import make_forward_step
 from sedd_megatron.training.main_parameters import copy_main_parameters_to_model
 from sedd_megatron.training.metrics import MetricsWriter
 from sedd_megatron.training.metrics_file import MetricsFile
 from sedd_megatron.training.optimizer_step import step_optimizer
+from sedd_megatron.training.run_folder import FoundCheckpoint, checkpoint_name
+from sedd_megatron.training.run_lock import RunLock
 from sedd_megatron.training.saving import RunSaver
 from sedd_megatron.training.stop_requests import StopRequests
 from sedd_megatron.training.summary import print_summary, trained_flops_per_token
@@ -40,8 +42,9 @@ def train(
     options: PretrainOptions,
     windows: Windows,
     tokenizer: Tokenizer,
-    checkpoint: Path | None,
+    found: FoundCheckpoint | None,
     groups: ParallelGroups,
+    lock: RunLock | None = None,
 ) -> TrainingRun:
     """Train until `train_iters`, or until a signal asks to save and leave; returns the finished run.
 
@@ -51,21 +54,18 @@ def train(
     """
     with StopRequests() as requests:
         run = build_run(options, tokenizer, groups)
-        if checkpoint is not None:
-            load_checkpoint(run, checkpoint)
+        if found is not None:
+            found = resume(run, found)
         print_summary(run, windows)
         compile_validation(run, windows.valid)
         find_fp8_scales(run, windows.train)
-        save = options.checkpoint.save
-        is_saved = save is not None and checkpoint is not None and checkpoint.parent.resolve() == Path(save).resolve()
-        saver = None
-        if save is not None:
+        saver, is_saved = None, False
+        if options.checkpoint.save:
+            root = Path(options.checkpoint.save)
             # A run with no steps left still saves what it loaded from elsewhere: that is how to change its layout.
-            saver = RunSaver(
-                CheckpointWriter(Path(save), options.checkpoint.async_save),
-                options.checkpoint.max_save_failures,
-                saved_at=run.iteration if is_saved else None,
-            )
+            is_saved = found is not None and found.folder.resolve() == (root / checkpoint_name(run.iteration)).resolve()
+            writer = CheckpointWriter(root, options.checkpoint, lock)
+            saver = RunSaver(writer, options.checkpoint, run.iteration if is_saved else None)
         metrics = _open_metrics(run, continues=is_saved)
         requests.start_waiting()
         try:

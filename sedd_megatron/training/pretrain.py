@@ -1,16 +1,20 @@
 """A training run from the command line: every check that needs no GPU and no other rank, then the loop."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sedd_megatron.arguments import weighted_corpora
 from sedd_megatron.config import PretrainOptions
 from sedd_megatron.data.blend import common_tokenizer
 from sedd_megatron.data.tokenizers import Tokenizer, build_tokenizer
 from sedd_megatron.data.windows import open_windows
-from sedd_megatron.errors import UserError
+from sedd_megatron.errors import UserError, one_line, say
 from sedd_megatron.parallel import cpu_backend
-from sedd_megatron.parallel.groups import choose_device, parallel_groups
+from sedd_megatron.parallel.groups import choose_device, is_first_rank, on_first_rank, parallel_groups
+
+if TYPE_CHECKING:
+    from sedd_megatron.training.run_folder import FoundCheckpoint
+    from sedd_megatron.training.run_lock import RunLock
 
 
 def pretrain(options: PretrainOptions) -> int:
@@ -26,6 +30,7 @@ def pretrain(options: PretrainOptions) -> int:
         cpu_backend.install()
     from sedd_megatron.model.layer_spec import check_transformer_engine
     from sedd_megatron.training.loop import train
+    from sedd_megatron.training.run_lock import RunLock
     from sedd_megatron.training.verify_layout import verify_layout
 
     check_transformer_engine(options.precision, device)
@@ -39,11 +44,17 @@ def pretrain(options: PretrainOptions) -> int:
     )
     if options.verify.verify_layout:
         return 0 if verify_layout(options, windows, tokenizer) else 1
-    checkpoint = checkpoint_to_resume(options, tokenizer.num_tokens)
     _check_log_folders(options)
     num_chunks = options.parallel.num_model_chunks(options.model.num_layers)
     with parallel_groups(options.parallel, num_chunks) as groups:
-        train(options, windows, tokenizer, checkpoint, groups)
+        lock = RunLock(Path(options.checkpoint.save)) if options.checkpoint.save and is_first_rank() else None
+        try:
+            # One rank looks for all: what lies on the disk may change from one look to the next.
+            found = on_first_rank(lambda: choose_start(options, tokenizer, lock))
+            train(options, windows, tokenizer, found, groups, lock)
+        finally:
+            if lock is not None:
+                lock.release()
     return 0
 
 
@@ -55,27 +66,50 @@ def data_tokenizer(options: PretrainOptions) -> Tokenizer:
     return build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file)
 
 
-def checkpoint_to_resume(options: PretrainOptions, num_tokens: int) -> Path | None:
-    """The checkpoint folder that --load means, checked against the options; None to start anew.
+def choose_start(options: PretrainOptions, tokenizer: Tokenizer, lock: "RunLock | None") -> "FoundCheckpoint | None":
+    """The checkpoint that the run goes on from, checked against the options; None to start anew. On the first rank.
+
+    Takes the lock of the --save folder and removes what a dead run left there. What --save holds counts before --load,
+    so that one command line starts a run and goes on with it; but an iteration of that folder that --load names.
 
     Raises:
-        UserError: no checkpoint, another model's, or a --save folder that belongs to another run.
+        UserError: another run saves there or did, there is no checkpoint, or none that is whole.
     """
-    from sedd_megatron.training.checkpoint import LATEST, check_same_model, latest_checkpoint
-    from sedd_megatron.training.checkpoint_format import read_manifest
+    from sedd_megatron.training.run_folder import checkpoint_folders, find_checkpoint, remove_leftovers
+    from sedd_megatron.training.same_run import check_same_run, describe_run, tokenizer_records
 
-    save, load = options.checkpoint.save, options.checkpoint.load
-    if save and (Path(save) / LATEST).exists() and (load is None or Path(load).resolve() != Path(save).resolve()):
+    save, load = (None if path is None else Path(path) for path in (options.checkpoint.save, options.checkpoint.load))
+    exact, lines, held = options.checkpoint.exact_load, [], []
+    if save is not None:
+        lines += lock.acquire()
+        try:
+            lines += remove_leftovers(save)
+            held = checkpoint_folders(save)
+        except OSError as error:
+            raise UserError(f"--save {save}: {one_line(error)}; name a folder you may write to") from error
+    if held and not options.checkpoint.resume:
         raise UserError(
-            f"--save {save}: holds another run's checkpoints; add --load {save} to continue it, "
-            "or save to another folder"
+            f"--save {save}: holds {held[0].name}, and --no-resume does not go on from it; leave it out, or save to "
+            "another folder"
         )
-    if load is None:
-        return None
-    directory = latest_checkpoint(Path(load))
-    body: dict[str, Any] = read_manifest(directory)
-    check_same_model(body, options, num_tokens, directory)
-    return directory
+    goes_back = load is not None and save is not None and load.resolve().parent == save.resolve()
+    if held and not goes_back:
+        found = find_checkpoint(save, "--save", exact)
+        subject, way_out = f"--save {save}: holds another run's checkpoints; {found.folder.name}", "save elsewhere"
+        if load is not None and load.resolve() != save.resolve():
+            lines.append(f"--save {save} holds this run already, so that --load {load} is not read")
+    elif load is None or (save is not None and load.resolve() == save.resolve()):
+        found = None
+    else:
+        found = find_checkpoint(load, "--load", exact)
+        subject, way_out = f"--load {found.folder}: it", "leave --load out to start anew"
+    if found is not None:
+        own = describe_run(options, tokenizer.num_tokens) | {"tokenizer_files": tokenizer_records(tokenizer)}
+        changed = check_same_run(found, own, subject, way_out)
+        lines += [*found.lines, f"resumes from {found.folder}" + (f" with {', '.join(changed)}" if changed else "")]
+    for line in lines:
+        say(line)
+    return found
 
 
 def _check_log_folders(options: PretrainOptions) -> None:

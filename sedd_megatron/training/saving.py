@@ -2,20 +2,21 @@
 
 import torch
 
+from sedd_megatron.config import CheckpointOptions
 from sedd_megatron.errors import UserError, say
 from sedd_megatron.training.build import TrainingRun
-from sedd_megatron.training.checkpoint import CheckpointWriter, SaveError
+from sedd_megatron.training.checkpoint import CheckpointNotWrittenError, CheckpointWriter
 
 
 class RunSaver:
-    """Saves a run at its intervals, and goes on without a checkpoint until `max_failures` in a row could not be
+    """Saves a run at its intervals, and goes on without a checkpoint until `max_save_failures` in a row could not be
     written. Every method but `is_writing` is collective over all ranks.
     """
 
-    def __init__(self, writer: CheckpointWriter, max_failures: int, saved_at: int | None) -> None:
+    def __init__(self, writer: CheckpointWriter, options: CheckpointOptions, saved_at: int | None) -> None:
         """`saved_at` is the iteration of the checkpoint in the save folder that the run starts from, if it does."""
         self._writer = writer
-        self._max_failures = max_failures
+        self._options = options
         self._failures = 0
         self._under_way: int | None = None
         self._saved_at = saved_at
@@ -29,16 +30,16 @@ class RunSaver:
         """Save, or start to, after the checkpoint under way.
 
         Raises:
-            UserError: the last of `max_failures` failures in a row.
+            UserError: the last of `max_save_failures` failures in a row, or a tensor that is not finite.
         """
         self.finish()
         try:
             self._writer.save(run)
-        except SaveError as error:
+        except CheckpointNotWrittenError as error:
             self._count_failure(error)
             return
         self._under_way = run.iteration
-        if not self._writer.is_async:
+        if not self._options.async_save:
             self.finish()
 
     def finish(self) -> None:
@@ -49,14 +50,14 @@ class RunSaver:
         """
         try:
             self._finish()
-        except SaveError as error:
+        except CheckpointNotWrittenError as error:
             self._count_failure(error)
 
     def wait(self) -> None:
         """Wait for the checkpoint under way where the run ends anyway: that it failed is told, and no more."""
         try:
             self._finish()
-        except SaveError as error:
+        except CheckpointNotWrittenError as error:
             _say_first(f"warning: {error}")
 
     def save_last(self, run: TrainingRun) -> None:
@@ -71,7 +72,7 @@ class RunSaver:
         try:
             self._writer.save(run)
             self._writer.finish()
-        except SaveError as error:
+        except CheckpointNotWrittenError as error:
             raise UserError(
                 f"{error}; iteration {run.iteration} is not saved, the checkpoints before are whole: make room and "
                 "give the same command again"
@@ -83,16 +84,16 @@ class RunSaver:
         if under_way is not None:
             self._saved_at, self._failures = under_way, 0
 
-    def _count_failure(self, error: SaveError) -> None:
+    def _count_failure(self, error: CheckpointNotWrittenError) -> None:
         self._failures += 1
-        if self._failures == self._max_failures:
+        if self._failures == self._options.max_save_failures:
             raise UserError(
                 f"{error}; it is failure {self._failures} in a row (--max-save-failures), the checkpoints before are "
-                f"whole: make room and give the same command again"
+                "whole: make room and give the same command again"
             ) from error
         _say_first(
             f"warning: {error}; training goes on and saves again at the next interval (failure {self._failures} of "
-            f"{self._max_failures} in a row)"
+            f"{self._options.max_save_failures} in a row)"
         )
 
 

@@ -53,7 +53,7 @@ def check(arguments: list[str], folder: str) -> None:
     assert "no checkpoint there" in refusal([*resume, str(root.parent / "nothing")])
     other_model = [*resume, folder, "--num-layers", "2"]
     assert "trained with --num-layers 4, this run has 2" in refusal(other_model)
-    assert "holds another run's checkpoints; add --load" in refusal([*arguments, "--save", folder])
+    assert "trained with --num-layers 4, this run has 2" in refusal([*arguments, "--save", folder, "--num-layers", "2"])
     before = {path: path.stat().st_mtime_ns for path in source.rglob("*")}
     with pytest.raises(KeyboardInterrupt):
         interrupted_save([*resume, folder, "--save", folder, "--save-interval", "1"])

@@ -1,0 +1,276 @@
+"""What lies in a run's folder: which checkpoint counts, what a dead run left, which checkpoints are kept.
+
+DIR/latest_checkpointed_iteration.txt      the newest whole checkpoint, as in Megatron-LM; for people and other tools
+DIR/iter_0000500/                          a checkpoint
+DIR/iter_0000600.set-aside/                one that a run which went back behind it has put away
+DIR/.iter_0000700.partial, .replaced, .removed     a checkpoint while it is written, replaced or deleted
+"""
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sedd_megatron.errors import UserError, one_line
+from sedd_megatron.parallel.groups import on_first_rank
+from sedd_megatron.training.checkpoint_checks import DamagedCheckpointError
+from sedd_megatron.training.checkpoint_format import MANIFEST, read_manifest, sync_file, verify_records, write_synced
+
+LATEST = "latest_checkpointed_iteration.txt"
+NAME = re.compile(r"iter_([0-9]{7,})")
+HIDDEN_NAME = re.compile(r"\.(iter_[0-9]{7,})\.(partial|replaced|removed)")
+# A folder that vanishes while it is read was replaced or deleted by its run: the next look finds what there is then.
+LOOKS, SECONDS_BETWEEN_LOOKS = 5, 0.2
+
+
+@dataclass(frozen=True)
+class FoundCheckpoint:
+    """A checkpoint whose manifest and tokenizer are intact, and what to fall back to if its tensors are not."""
+
+    folder: Path
+    body: dict[str, Any]
+    is_exact: bool  # this one or none
+    older: tuple[Path, ...] = ()  # newest first
+    lines: tuple[str, ...] = ()  # what people are told of how it was found
+
+    @property
+    def iteration(self) -> int:
+        """The optimizer step after which it was saved."""
+        return self.body["state"]["iteration"]
+
+
+def checkpoint_name(iteration: int) -> str:
+    """500 -> iter_0000500."""
+    return f"iter_{iteration:07d}"
+
+
+def checkpoint_folders(root: Path) -> list[Path]:
+    """The folders under `root` that are called as checkpoints are, newest first; whole or not."""
+    if not root.is_dir():
+        return []
+    folders = [path for path in root.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(folders, key=iteration_of, reverse=True)
+
+
+def iteration_of(folder: Path) -> int:
+    """iter_0000500 -> 500."""
+    return int(folder.name.removeprefix("iter_"))
+
+
+def find_checkpoint(root: Path, flag: str = "--load", exact: bool = False) -> FoundCheckpoint:
+    """`root` itself if it is a checkpoint, else the newest one under it whose manifest and tokenizer are intact.
+
+    Args:
+        flag: what named `root`, for errors.
+        exact: refuse what is damaged where the one before would do.
+
+    Raises:
+        UserError: there is none.
+        DamagedCheckpointError: all are damaged, or the one that was named is.
+    """
+    try:
+        if NAME.fullmatch(root.name) or (root / MANIFEST).is_file():
+            return FoundCheckpoint(root, _read_description(root), is_exact=True)
+        return _newest(root, flag, exact)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {str(root)[:200]!r}: cannot be read ({one_line(error)}); name a folder") from error
+
+
+def _newest(root: Path, flag: str, exact: bool) -> FoundCheckpoint:
+    for _ in range(LOOKS):
+        folders = checkpoint_folders(root)
+        if not folders:
+            raise UserError(
+                f"{flag} {root}: no checkpoint there (no folder iter_*); give a folder that training saved to"
+            )
+        try:
+            found = _first_intact(folders, exact)
+        except DamagedCheckpointError:
+            if all(folder.is_dir() for folder in folders):
+                raise
+        else:
+            if folders[0].is_dir():
+                line = _tracker_line(root, found.folder, found.iteration)
+                return replace(found, lines=(*found.lines, *line))
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    raise _vanishing(root)
+
+
+def load_first_whole(
+    found: FoundCheckpoint,
+    load: Callable[[FoundCheckpoint], None],
+    check: Callable[[FoundCheckpoint], None],
+    tell: Callable[[Iterable[str]], None],
+) -> FoundCheckpoint:
+    """Load the checkpoint or, where that finds it damaged, the newest before it that is whole; returns which it was.
+
+    The first rank chooses for all, and `check` may refuse its choice there. `load` and this are collective over all
+    ranks, and `tell` has the lines for people, on each.
+
+    Raises:
+        DamagedCheckpointError: of the newest, where nothing is left to fall back to.
+    """
+    for _ in range(LOOKS + len(found.older)):
+        try:
+            load(found)
+            return found
+        except DamagedCheckpointError as error:
+            damage = error
+
+        def choose_another(found: FoundCheckpoint = found, damage: DamagedCheckpointError = damage) -> FoundCheckpoint:
+            if found.is_exact:
+                raise damage
+            if not found.folder.is_dir():
+                # Its run has deleted it, and has a newer one.
+                chosen = find_checkpoint(found.folder.parent)
+            elif found.older:
+                chosen = _first_intact(list(found.older), exact=False)
+            else:
+                raise damage
+            check(chosen)
+            return replace(chosen, lines=(_fallback_line(str(damage), chosen.folder), *chosen.lines))
+
+        found = on_first_rank(choose_another)
+        tell(found.lines)
+    raise _vanishing(found.folder.parent)
+
+
+def set_aside_later(root: Path, iteration: int) -> list[str]:
+    """Rename the checkpoints of later iterations so that nothing takes them for a part of this run, and have the
+    tracker file name this one; what people are told of it.
+    """
+    lines = []
+    for folder in checkpoint_folders(root):
+        if iteration_of(folder) <= iteration:
+            continue
+        lines.append(f"set aside {folder} as {_set_aside(folder).name}: the run goes on from iteration {iteration}")
+    if _tracker_line(root, root / checkpoint_name(iteration), iteration):
+        write_tracker(root, iteration)
+    return lines
+
+
+def write_tracker(root: Path, iteration: int) -> None:
+    """Have the tracker file name this iteration, in one step."""
+    write_synced(root / f".{LATEST}", f"{iteration}\n")
+    (root / f".{LATEST}").replace(root / LATEST)
+    sync_file(root)
+
+
+def remove_leftovers(root: Path) -> list[str]:
+    """Remove what dead runs left of checkpoints that they were writing, replacing or deleting; what people are told.
+
+    Only for whoever holds the folder's lock. A replaced checkpoint is put back where the new one did not get there:
+    it is then the only copy of its iteration.
+    """
+    lines = []
+    for path in sorted(root.iterdir()):
+        match = HIDDEN_NAME.fullmatch(path.name)
+        if match is None:
+            continue
+        final = root / match[1]
+        if match[2] == "replaced" and not _is_intact(final):
+            if final.exists():
+                _set_aside(final)
+            path.rename(final)
+            lines.append(f"put {final} back: a run died while it replaced it")
+        else:
+            shutil.rmtree(path)
+            lines.append(f"removed {path}: a run that died left it unfinished")
+    (root / f".{LATEST}").unlink(missing_ok=True)
+    return lines
+
+
+def remove_old(
+    root: Path, iteration: int, keep_last: int | None, keep_every: int | None, is_own: Callable[[dict[str, Any]], bool]
+) -> list[str]:
+    """After iteration's checkpoint is there: delete older ones that are not to be kept; what people are told.
+
+    Only whole checkpoints for whose manifest `is_own` holds are deleted, or count as kept. A failure to delete is told
+    and no more.
+    """
+    if keep_last is None:
+        return []
+    lines, kept = [], 0
+    for folder in checkpoint_folders(root):
+        is_milestone = keep_every is not None and iteration_of(folder) % keep_every == 0
+        if iteration_of(folder) > iteration or (kept >= keep_last and is_milestone):
+            continue
+        try:
+            if not is_own(read_manifest(folder)):
+                continue
+        except UserError:
+            continue  # not whole: not ours to delete
+        if kept < keep_last:
+            kept += 1
+            continue
+        removed = root / f".{folder.name}.removed"
+        try:
+            # Renamed first: nobody finds half of it.
+            folder.rename(removed)
+            shutil.rmtree(removed)
+        except OSError as error:
+            lines.append(f"cannot delete {folder} (--keep-last {keep_last}): {one_line(error)}; training goes on")
+    return lines
+
+
+def _first_intact(folders: list[Path], exact: bool) -> FoundCheckpoint:
+    """The first of the folders that is intact but for its tensors; the damage of the first if none is."""
+    first_error, damages = None, []
+    for position, folder in enumerate(folders):
+        try:
+            body = _read_description(folder)
+            if checkpoint_name(body["state"]["iteration"]) != folder.name:
+                raise DamagedCheckpointError(
+                    f"{folder}: holds iteration {body['state']['iteration']}; give the folder its name back"
+                )
+        except DamagedCheckpointError as error:
+            if exact:
+                raise
+            first_error = first_error or error
+            damages.append(str(error))
+        else:
+            lines = tuple(_fallback_line(damage, folder) for damage in damages)
+            return FoundCheckpoint(folder, body, exact, tuple(folders[position + 1 :]), lines)
+    raise first_error
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    body = read_manifest(folder)
+    verify_records(folder / "tokenizer", body["state"]["tokenizer_files"])
+    return body
+
+
+def _fallback_line(damage: str, folder: Path) -> str:
+    return f"{damage.split(';')[0]}; falls back to {folder.name}"
+
+
+def _tracker_line(root: Path, folder: Path, iteration: int) -> list[str]:
+    marker = root / LATEST
+    try:
+        content = marker.read_bytes()[:40].strip()
+        says = f"says {content.decode('utf-8', 'backslashreplace')!r}"
+        agrees = content.isdigit() and int(content) == iteration
+    except OSError as error:
+        says, agrees = f"cannot be read ({error.strerror})", False
+    return [] if agrees else [f"{marker} {says}, and the newest whole checkpoint is {folder.name}, which is taken"]
+
+
+def _vanishing(root: Path) -> UserError:
+    return UserError(f"{root}: its checkpoints vanish while they are read; load one by its name, or wait for its run")
+
+
+def _set_aside(folder: Path) -> Path:
+    names = (f"{folder.name}.set-aside{suffix}" for suffix in ("", *(f"-{number}" for number in range(2, 10_000))))
+    aside = next(path for name in names if not (path := folder.with_name(name)).exists())
+    return folder.rename(aside)
+
+
+def _is_intact(folder: Path) -> bool:
+    try:
+        read_manifest(folder)
+    except UserError:
+        return False
+    return True

@@ -1,0 +1,184 @@
+"""The lock on a --save folder: one run at a time writes there.
+
+DIR/training.lock says who: host, process, since when. It is made by a link, which one start alone can do, and lives as
+long as the first rank's process. A lock that a killed run left behind is taken over once its owner is known to be dead:
+
+- On the same machine: no process of that number is there, or it is one that began at another time, or nobody has yet
+  asked for the exit status of it.
+- On another machine, or in a container with process numbers of its own, a process cannot be looked for. A thread of the
+  owner touches the file every BEAT_SECONDS; a start that finds the lock watches it for WATCH_SECONDS, whatever the
+  clocks say, and takes it over if it was not touched. An owner that could not touch it for so long (a file system that
+  hung, a stopped process) is taken for dead; so it looks before each checkpoint whether the lock is still its own.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from sedd_megatron.errors import UserError, one_line
+from sedd_megatron.training.checkpoint_format import write_synced
+
+FILE = "training.lock"
+BEAT_SECONDS, WATCH_SECONDS = 10.0, 60.0
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds a lock."""
+
+    host: str
+    machine: str  # tells processes that this one can look for: boot and process namespace
+    process: int
+    started: float  # seconds from the machine's boot to the process' start
+    since: str
+    token: str  # of this one start
+
+    @classmethod
+    def of_this_process(cls) -> "Owner":
+        """This process, since now."""
+        pid, now = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
+        return cls(socket.gethostname(), _machine(), pid, _started(psutil.Process(pid)), now, secrets.token_hex(8))
+
+    def __str__(self) -> str:
+        return f"process {self.process} on {self.host}, since {self.since}"
+
+
+class RunLock:
+    """The lock on `root`, held by this process from `acquire` to `release`."""
+
+    def __init__(self, root: Path, beat_seconds: float = BEAT_SECONDS, watch_seconds: float = WATCH_SECONDS) -> None:
+        self.path = root / FILE
+        self.beat_seconds, self.watch_seconds = beat_seconds, watch_seconds
+        self.owner = Owner.of_this_process()
+        self._ended = threading.Event()
+
+    def acquire(self) -> list[str]:
+        """Take the lock, or take it over from a dead owner; what people are told.
+
+        Raises:
+            UserError: a live run holds it, named; or the folder cannot be written to.
+        """
+        own = self.path.with_name(f".{FILE}.{self.owner.token}")
+        try:
+            write_synced(own, json.dumps(asdict(self.owner)) + "\n")
+            try:
+                lines = self._take(self.path, own)
+            finally:
+                own.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"--save {self.path.parent}: cannot be locked ({one_line(error)}); name another") from error
+        threading.Thread(target=self._beat, name="lock", daemon=True).start()
+        return lines
+
+    def check(self) -> None:
+        """Check that nobody has taken the lock over or away.
+
+        Raises:
+            UserError: somebody has; what this process would write could meet another run's.
+        """
+        owner = _read(self.path)
+        if owner != self.owner:
+            now = "nobody" if owner is None else str(owner)
+            raise UserError(
+                f"{self.path}: was taken from this run and is held by {now}; nothing more is saved: end one of the two "
+                "runs, or save to another folder"
+            )
+
+    def release(self) -> None:
+        """Give the lock back, if it is still this process'."""
+        self._ended.set()
+        # A lock that cannot be removed is one of a dead owner when this process has ended.
+        with contextlib.suppress(OSError):
+            if _read(self.path) == self.owner:
+                self.path.unlink()
+
+    def _take(self, path: Path, own: Path) -> list[str]:
+        """Have `path` be this process' file. Whoever takes over from a dead owner first takes a lock on doing so, which
+        is one for each dead owner: of two that find it dead one comes second, and finds a live one.
+        """
+        while True:
+            try:
+                os.link(own, path)
+                return []
+            except FileExistsError:
+                owner = _read(path)
+            if owner is None:
+                continue  # given back in between
+            if self._is_alive(owner, path):
+                raise UserError(
+                    f"--save {self.path.parent}: another run saves there, {owner}; wait for it or end that process "
+                    "(it may train on without its launcher), or save to another folder"
+                )
+            right = path.with_name(f".{FILE}.after-{owner.token}")
+            self._take(right, own)
+            try:
+                if _read(path) == owner:
+                    os.replace(own, path)
+                    return [f"took over {path}, whose run is dead: {owner}"]
+            finally:
+                right.unlink(missing_ok=True)
+
+    def _is_alive(self, owner: Owner, path: Path) -> bool:
+        if owner.machine != self.owner.machine:
+            say(f"{path} is held by {owner}: watching it for {self.watch_seconds:.0f} s")
+            return self._is_touched(path)
+        try:
+            process = psutil.Process(owner.process)
+            return process.status() != psutil.STATUS_ZOMBIE and abs(_started(process) - owner.started) < 0.5
+        except psutil.NoSuchProcess:
+            return False
+
+    def _is_touched(self, path: Path) -> bool:
+        before, deadline = _touched_at(path), time.monotonic() + self.watch_seconds
+        while time.monotonic() < deadline:
+            time.sleep(self.beat_seconds / 10)
+            now = _touched_at(path)
+            if now != before:
+                return now is not None
+        return False
+
+    def _beat(self) -> None:
+        while not self._ended.wait(self.beat_seconds):
+            try:
+                os.utime(self.path)
+            except OSError:
+                continue  # `check` says so, if the lock is gone
+
+
+def _read(path: Path) -> Owner | None:
+    try:
+        return Owner(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: is not the lock of a run; remove it if no run saves there") from error
+
+
+def _touched_at(path: Path) -> int | None:
+    # Opened, since a network file system may answer a mere question from memory.
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def _started(process: psutil.Process) -> float:
+    # Of the two by themselves each moves when the clock is set.
+    return round(process.create_time() - psutil.boot_time(), 2)
+
+
+def _machine() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()

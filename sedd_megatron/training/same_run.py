@@ -1,0 +1,164 @@
+"""Whether a checkpoint is of the run at hand: what may not differ, what may if a person says so, what is reported.
+
+Everything that no list here has is free to change: the layout, micro-batches, recompute, devices, loaders, and what is
+saved and logged.
+"""
+
+import dataclasses
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from sedd_megatron.arguments import weighted_corpora
+from sedd_megatron.config import CHANGES_TO_ALLOW, GROUPS, ModelOptions, PretrainOptions
+from sedd_megatron.data.null_tokenizer import NullTokenizer
+from sedd_megatron.data.tokenizer_folder import DESCRIPTION
+from sedd_megatron.data.tokenizers import Tokenizer, load_tokenizer
+from sedd_megatron.errors import UserError
+from sedd_megatron.options import flag_of
+from sedd_megatron.training.checkpoint_format import file_record
+from sedd_megatron.training.run_folder import FoundCheckpoint
+
+# The model's own: with another of these its tensors do not fit, or mean something else.
+FIXED = (
+    "num_layers hidden_size num_attention_heads ffn_hidden_size cond_dim make_vocab_size_divisible_by graph noise "
+    "noise_eps sigma_min sigma_max"
+).split()
+# What people change on purpose in the middle of a run. They are told.
+REPORTED = (
+    "hidden_dropout bf16 transformer_impl fp8_format fp8_recipe fp8_amax_history_len fp8_amax_compute_algo "
+    "fp8_param_gather train_iters lr min_lr lr_decay_style lr_decay_iters lr_warmup_iters clip_grad adam_beta1 "
+    "adam_beta2 adam_eps weight_decay ema_decay ema_interval"
+).split()
+# Of a file of data, this many blocks of this many bytes, evenly spaced, stand for all of it.
+BLOCKS, BLOCK_BYTES = 64, 1 << 16
+
+
+def describe_run(options: PretrainOptions, num_tokens: int) -> dict[str, Any]:
+    """What of a run is kept in its checkpoints to know it again, but for the tokenizer: options, size of the
+    vocabulary, and of each corpus its weight and a digest of its sizes and a sample of its bytes.
+    """
+    data = [[str(weight), _sample_digest(prefix)] for weight, prefix in weighted_corpora(options.data)]
+    return {"options": options.to_dict(), "num_tokens": num_tokens, "data": data}
+
+
+def tokenizer_records(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Size and sha256 of each file that the tokenizer's description folder has, by name, as in a checkpoint's state."""
+    with tempfile.TemporaryDirectory() as folder:
+        return save_tokenizer(tokenizer, Path(folder) / "tokenizer")
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
+    """Write the tokenizer's description into a new folder; returns the records of its files."""
+    tokenizer.save(folder)
+    return {path.name: file_record(path) for path in sorted(folder.iterdir())}
+
+
+def check_same_run(found: FoundCheckpoint, own: dict[str, Any], subject: str, way_out: str) -> list[str]:
+    """Check that a checkpoint may be continued by the run that `own` describes; what people are told has changed.
+
+    Args:
+        own: `describe_run`, with the `tokenizer_files`.
+        subject, way_out: the beginning and the end of an error's line: "--load X: it", "leave --load out".
+
+    Raises:
+        UserError: naming the first difference that is not in --allow-changed.
+    """
+    saved = found.body["state"]
+    allowed = own["options"]["allow_changed"]
+    difference = first_difference(saved, own, allowed)
+    if difference is None and "tokenizer" not in allowed:
+        difference = _tokenizer_difference(found, own)
+    if difference is not None:
+        name, words = difference
+        exception = f", --allow-changed {name} to go on with the change" if name in CHANGES_TO_ALLOW else ""
+        raise UserError(f"{subject} {words}; give the same{exception}, or {way_out}")
+    return changes(saved, own)
+
+
+def first_difference(saved: dict[str, Any], own: dict[str, Any], allowed: tuple[str, ...]) -> tuple[str, str] | None:
+    """The first thing but the tokenizer by which a checkpoint's state is of another run: its name, and in words."""
+    if saved["num_tokens"] != own["num_tokens"]:
+        words = f"has a vocabulary of {saved['num_tokens']} tokens, the data one of {own['num_tokens']}"
+        return "num_tokens", words
+    theirs, ours = _comparable(saved), _comparable(own)
+    names = FIXED if _has_no_run(saved) else [*FIXED, *(name for name in CHANGES_TO_ALLOW if name in ours)]
+    for name in names:
+        unknown = name == "data_path" and "data" not in saved
+        if name in allowed or unknown or theirs[name] == ours[name]:
+            continue
+        if name == "data_path":
+            words = f"was trained on other data than {flag_of(name)} {' '.join(own['options'][name])}"
+        else:
+            words = f"was trained with {flag_of(name)} {theirs[name]}, this run has {ours[name]}"
+        return name, words
+    return None
+
+
+def changes(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:
+    """Every option that a run may change on resuming and that has changed, as "--lr 0.001 -> 0.0005"."""
+    if _has_no_run(saved):
+        return []
+    theirs, ours = _comparable(saved), _comparable(own)
+    found = [f"{flag_of(name)} {theirs[name]} -> {ours[name]}" for name in REPORTED if theirs[name] != ours[name]]
+    for name in own["options"]["allow_changed"]:
+        if name in ours and theirs[name] != ours[name] and name != "data_path":
+            found.append(f"{flag_of(name)} {theirs[name]} -> {ours[name]}")
+    before, now = (" ".join(_listed(state["options"]["data_path"])) for state in (saved, own))
+    if before != now:
+        found.append(f"{flag_of('data_path')} {before} -> {now}")
+    return found
+
+
+def _has_no_run(state: dict[str, Any]) -> bool:
+    """Whether a checkpoint was converted from another format and not trained here: it has a model's options alone."""
+    return "data_path" not in state["options"]
+
+
+def _listed(value: Any) -> list[str]:
+    # A string in the checkpoints of before 0.4, which knew no blends.
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _comparable(state: dict[str, Any]) -> dict[str, Any]:
+    """A state's options by name, as JSON gives them; an option that it lacks, being newer, has its default."""
+    options = {field.name: field.default for cls in GROUPS for field in dataclasses.fields(cls)} | state["options"]
+    options["ffn_hidden_size"] = ModelOptions(
+        hidden_size=options["hidden_size"], ffn_hidden_size=options["ffn_hidden_size"]
+    ).mlp_hidden_size
+    # By what is in it, wherever it lies; older checkpoints do not know.
+    options["data_path"] = state.get("data")
+    return json.loads(json.dumps(options, default=str))
+
+
+def _tokenizer_difference(found: FoundCheckpoint, own: dict[str, Any]) -> tuple[str, str] | None:
+    records = found.body["state"]["tokenizer_files"]
+    if records == own["tokenizer_files"]:
+        return None
+    tokenizer = load_tokenizer(found.folder / "tokenizer")
+    # Token ids in place of text: a converted model whose folder had no tokenizer.
+    if isinstance(tokenizer, NullTokenizer):
+        return None
+    # Written by another version of a library, perhaps: as this one writes it, then.
+    records = tokenizer_records(tokenizer)
+    for name in sorted(records.keys() | own["tokenizer_files"].keys(), key=lambda name: (name == DESCRIPTION, name)):
+        if records.get(name) != own["tokenizer_files"].get(name):
+            return "tokenizer", f"has another tokenizer than the data ({name} differs)"
+    return None
+
+
+def _sample_digest(prefix: str) -> str:
+    digest = hashlib.sha256()
+    for path in (Path(f"{prefix}.idx"), Path(f"{prefix}.bin")):
+        size = path.stat().st_size
+        digest.update(f"{path.suffix} {size} ".encode())
+        with path.open("rb") as file:
+            starts = range(0, size, BLOCK_BYTES)
+            if len(starts) > BLOCKS:
+                starts = [(size - BLOCK_BYTES) * block // (BLOCKS - 1) for block in range(BLOCKS)]
+            for start in starts:
+                file.seek(start)
+                digest.update(file.read(BLOCK_BYTES))
+    return digest.hexdigest()

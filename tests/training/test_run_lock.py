@@ -1,0 +1,153 @@
+"""One run at a time saves to a folder, whoever died and however many start at once."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+
+import pytest
+
+from sedd_megatron.errors import UserError
+from sedd_megatron.parallel import cpu_backend
+
+cpu_backend.install()
+
+from sedd_megatron.training.run_lock import FILE, Owner, RunLock  # noqa: E402
+
+QUICK = {"beat_seconds": 0.05, "watch_seconds": 0.5}
+
+
+@pytest.fixture
+def other_process():
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def owner_of(pid: int) -> Owner:
+    from psutil import Process
+
+    from sedd_megatron.training.run_lock import _started
+
+    return replace(Owner.of_this_process(), process=pid, started=_started(Process(pid)), token="0123")
+
+
+def leave(folder, owner: Owner) -> None:
+    (folder / FILE).write_text(json.dumps(asdict(owner)))
+
+
+def test_a_live_run_is_named_and_keeps_its_lock(tmp_path, other_process):
+    owner = owner_of(other_process.pid)
+    leave(tmp_path, owner)
+    with pytest.raises(UserError) as error:
+        RunLock(tmp_path).acquire()
+    assert str(error.value).startswith(
+        f"--save {tmp_path}: another run saves there, process {other_process.pid} on {owner.host}, "
+        f"since {owner.since}; wait for it or end that process"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    assert json.loads((tmp_path / FILE).read_text()) == asdict(owner)
+
+
+def test_a_dead_runs_lock_is_taken_over_with_one_line(tmp_path, other_process):
+    owner = owner_of(other_process.pid)
+    other_process.kill()
+    # Nobody has asked for its exit status: it still has its number.
+    while other_process.pid in zombies_not_yet(other_process.pid):
+        time.sleep(0.01)
+    for left in (owner, replace(owner, process=2**22 - 3), replace(owner, process=os.getpid(), started=-1.0)):
+        leave(tmp_path, left)
+        lock = RunLock(tmp_path)
+        assert lock.acquire() == [f"took over {tmp_path / FILE}, whose run is dead: {left}"]
+        lock.check()
+        lock.release()
+        assert not list(tmp_path.iterdir())
+
+
+def zombies_not_yet(pid: int) -> set[int]:
+    from psutil import STATUS_ZOMBIE, Process
+
+    return set() if Process(pid).status() == STATUS_ZOMBIE else {pid}
+
+
+def test_an_owner_on_another_machine_is_watched(tmp_path, capsys):
+    elsewhere = replace(owner_of(os.getpid()), machine="another", host="node7", process=7)
+    leave(tmp_path, elsewhere)
+    lock = RunLock(tmp_path, **QUICK)
+    assert lock.acquire() == [f"took over {tmp_path / FILE}, whose run is dead: {elsewhere}"]
+    assert "is held by process 7 on node7" in capsys.readouterr().out
+    lock.release()
+
+    leave(tmp_path, elsewhere)
+    ended = threading.Event()
+
+    def beat():
+        while not ended.wait(0.05):
+            os.utime(tmp_path / FILE)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(UserError, match="another run saves there, process 7 on node7"):
+            RunLock(tmp_path, **QUICK).acquire()
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_the_owner_touches_its_lock_and_notices_when_it_is_gone(tmp_path):
+    lock = RunLock(tmp_path, **QUICK)
+    assert lock.acquire() == []
+    os.utime(tmp_path / FILE, (1, 1))
+    deadline = time.monotonic() + 10
+    while (tmp_path / FILE).stat().st_mtime == 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    lock.check()
+    stolen = replace(lock.owner, host="node7", token="0")
+    leave(tmp_path, stolen)
+    with pytest.raises(UserError, match=r"was taken from this run and is held by process \d+ on node7"):
+        lock.check()
+    lock.release()
+    assert json.loads((tmp_path / FILE).read_text()) == asdict(stolen), "another's lock was removed"
+    (tmp_path / FILE).unlink()
+    with pytest.raises(UserError, match="is held by nobody"):
+        lock.check()
+
+
+@pytest.mark.parametrize("left_behind", [False, True], ids=["free", "of a dead run"])
+def test_of_many_starts_at_once_one_gets_the_lock(tmp_path, left_behind):
+    for trial in range(20):
+        folder = tmp_path / str(trial)
+        folder.mkdir()
+        if left_behind:
+            leave(folder, replace(owner_of(os.getpid()), process=2**22 - 3))
+        locks, barrier = [RunLock(folder) for _ in range(8)], threading.Barrier(8)
+
+        def start(lock, barrier=barrier):
+            barrier.wait()
+            try:
+                return lock.acquire(), lock
+            except UserError as error:
+                assert "another run saves there" in str(error)  # noqa: PT017
+                return None
+
+        with ThreadPoolExecutor(8) as pool:
+            winners = [won for won in pool.map(start, locks) if won is not None]
+        assert len(winners) == 1
+        assert len(winners[0][0]) == left_behind
+        winners[0][1].check()
+        assert [path.name for path in folder.iterdir()] == [FILE]
+        winners[0][1].release()
+
+
+def test_what_is_no_lock_is_not_removed(tmp_path):
+    (tmp_path / FILE).write_text("mine")
+    with pytest.raises(UserError, match="is not the lock of a run; remove it if no run saves there"):
+        RunLock(tmp_path).acquire()
+    assert (tmp_path / FILE).read_text() == "mine"
