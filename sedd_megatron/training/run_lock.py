@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-from sedd_megatron.errors import UserError, one_line
+from sedd_megatron.errors import UserError, one_line, say
 from sedd_megatron.training.checkpoint_format import write_synced
 
 FILE = "training.lock"
