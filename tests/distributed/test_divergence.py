@@ -16,7 +16,7 @@ CASES = {
     "gradient norm": ("8", 0, HELD.format("gradient norm", 3), 2),
     "loss": ("1e3", 0, HELD.format("loss", 3), 2),
     "validation loss": ("1e38", 2, HELD.format("validation loss", 2), 1),
-    "tensor": ("1e38", 0, r"the tensor [\w.]+ is not finite at iteration 2, which is not saved", 1),
+    "tensor": ("1e40", 0, r"the tensor [\w.]+ is not finite at iteration 2, which is not saved", 1),
 }
 
 
