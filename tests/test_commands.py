@@ -42,12 +42,12 @@ def test_load_pretrained_gives_the_moving_average_and_log_scores(trained):
     assert (model.graph.num_tokens, model.tokenizer.num_tokens, model.schedule.eps) == (256, 256, 1e-3)
 
 
-@pytest.mark.parametrize("to_all", [False, True], ids=["by torchrun", "to every process"])
-def test_sigterm_saves_and_the_run_goes_on_from_there(to_all, tmp_path, byte_corpus):
+@pytest.mark.parametrize("to_all", [False, True], ids=["SIGTERM by torchrun", "SIGINT to every process"])
+def test_a_signal_saves_and_the_run_goes_on_from_there(to_all, tmp_path, byte_corpus):
     arguments = ["--data-path", str(byte_corpus), "--save", str(tmp_path / "save"), "--eval-interval", "0"]
     command = train_command(*arguments, "--train-iters", "100000")
     if to_all:
-        # As Slurm does where there is no torchrun; the loader's processes get it as well.
+        # As a terminal does; the loader's processes get it as well.
         command = [sys.executable, *command[command.index(str(EXAMPLE)) :], "--num-workers", "2"]
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                start_new_session=True)  # fmt: skip
@@ -58,13 +58,17 @@ def test_sigterm_saves_and_the_run_goes_on_from_there(to_all, tmp_path, byte_cor
         assert process.poll() is None, "the run ended by itself"
         time.sleep(0.2)
     if to_all:
-        os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGINT)
         assert process.wait(timeout=60) == 0
     else:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=60)
     saved_at = int((tmp_path / "save" / "latest_checkpointed_iteration.txt").read_text())
     assert saved_at == metrics(tmp_path / "save", "iteration")[-1]
+    # As if it had gone on, and been killed in the middle of a line before the next checkpoint.
+    with log.open("a") as file:
+        file.write(f'{{"iteration": {saved_at + 1}, "loss": 1.0}}\n{{"iteration": {saved_at + 2}, "lo')
     done = run(train_command(*arguments, "--load", str(tmp_path / "save"), "--train-iters", str(saved_at + 2)))
     assert done.returncode == 0, done.stderr
     assert metrics(tmp_path / "save", "iteration").tolist() == list(range(1, saved_at + 3))
+    assert (tmp_path / "save" / "metrics-lost.jsonl").read_text() == f'{{"iteration": {saved_at + 1}, "loss": 1.0}}\n'

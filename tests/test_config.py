@@ -73,6 +73,9 @@ FP8 = ["--bf16", "--fp8-format", "hybrid"]
         (["--tensor-model-parallel-size", "2"], 3, "must divide the 3 ranks started; start a multiple of 2"),
         (["--global-batch-size", "9"], 1, "--global-batch-size 9 is not a multiple of --micro-batch-size 8 times 1"),
         (["--micro-batch-size", "0"], 1, "--micro-batch-size 0 must be at least 1"),
+        (["--max-save-failures", "0"], 1, "--max-save-failures 0 must be at least 1"),
+        (["--distributed-timeout-minutes", "0"], 1, "timeout-minutes 0.0 must be above 0 and at most 10000"),
+        (["--distributed-timeout-minutes", "inf"], 1, "timeout-minutes inf must be above 0 and at most 10000"),
         (["--lr", "-1"], 1, "--lr -1.0 must be at least 0"),
         (
             ["--ema-interval", "100", "--train-iters", "3", "--lr-warmup-iters", "1"],

@@ -181,12 +181,12 @@ def _lost_rank(error: RuntimeError) -> LostRankError | None:
     themselves.
     """
     # Gloo has no class of its own: "[.../gloo/transport/tcp/pair.cc:538] Connection closed by peer [10.0.0.2]:4711".
-    from_gloo = re.match(r"\[\S*\bgloo/\S+\] (.*)", str(error), re.DOTALL)
+    from_gloo = re.match(r"\[\S*\bgloo/\S+\] (.*?)(\. This is|$)", str(error), re.DOTALL)
     if from_gloo is None and not isinstance(error, torch.distributed.DistError):
         return None
     said = one_line(RuntimeError(from_gloo[1]) if from_gloo else error)
     frames = traceback.extract_tb(error.__traceback__)
-    where = [frame.name for frame in frames if f"{os.sep}torch{os.sep}" not in frame.filename][-1]
+    where = [frame.name for frame in frames if "megatron" in frame.filename][-1]
     return LostRankError(
         f"rank {torch.distributed.get_rank()} waited in {where} for a rank that is gone or stands still: {said}; look "
         "for the reason on that rank, and start again"

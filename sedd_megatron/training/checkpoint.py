@@ -110,7 +110,8 @@ class CheckpointWriter:
         try:
             files = pending.written.result()
         except OSError as error:
-            fault = _not_written(f"rank {torch.distributed.get_rank()} cannot write {pending.partial}: {error}")
+            rank = torch.distributed.get_rank()
+            fault = CheckpointNotWrittenError(f"rank {rank} cannot write {pending.partial}: {error}")
         except UserError as error:
             fault = error
         gathered: list[Any] = [None] * torch.distributed.get_world_size()
@@ -184,13 +185,9 @@ def _written_on_first_rank(action: Callable[[], Any], fault: str) -> Any:
         try:
             return action()
         except OSError as error:
-            raise _not_written(f"{fault}: {error}") from error
+            raise CheckpointNotWrittenError(f"{fault}: {error}") from error
 
     return on_first_rank(told)
-
-
-def _not_written(fault: str) -> CheckpointNotWrittenError:
-    return CheckpointNotWrittenError(fault)
 
 
 def _begin(partial: Path, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -279,7 +276,7 @@ def resume(run: TrainingRun, found: FoundCheckpoint) -> FoundCheckpoint:
 def _tell(lines: Iterable[str]) -> None:
     if torch.distributed.get_rank() == 0:
         for line in lines:
-            print(line, flush=True)
+            say(line)
 
 
 def load_checkpoint(run: TrainingRun, directory: Path, body: dict[str, Any]) -> None:

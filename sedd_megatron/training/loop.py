@@ -61,17 +61,14 @@ def train(
         print_summary(run, windows)
         compile_validation(run, windows.valid)
         find_fp8_scales(run, windows.train)
-        save = options.checkpoint.save
         saver, continues = None, False
-        if save is not None:
-            continues = found is not None and found.folder.parent.resolve() == Path(save).resolve()
+        if options.checkpoint.save:
+            root = Path(options.checkpoint.save)
+            continues = found is not None and found.folder.parent.resolve() == root.resolve()
             # A run with no steps left still saves what it loaded from elsewhere: that is how to change its layout.
             is_saved = continues and found.folder.name == checkpoint_name(run.iteration)
-            saver = RunSaver(
-                CheckpointWriter(Path(save), options, tokenizer.num_tokens, lock),
-                options.checkpoint.max_save_failures,
-                saved_at=run.iteration if is_saved else None,
-            )
+            writer = CheckpointWriter(root, options, tokenizer.num_tokens, lock)
+            saver = RunSaver(writer, options.checkpoint, run.iteration if is_saved else None)
         metrics = _open_metrics(run, continues)
         requests.start_waiting()
         try:

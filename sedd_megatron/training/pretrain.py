@@ -8,7 +8,7 @@ from sedd_megatron.config import PretrainOptions
 from sedd_megatron.data.blend import common_tokenizer
 from sedd_megatron.data.tokenizers import Tokenizer, build_tokenizer
 from sedd_megatron.data.windows import open_windows
-from sedd_megatron.errors import UserError, one_line
+from sedd_megatron.errors import UserError, one_line, say
 from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.parallel.groups import choose_device, is_first_rank, on_first_rank, parallel_groups
 
@@ -108,7 +108,7 @@ def choose_start(options: PretrainOptions, tokenizer: Tokenizer, lock: "RunLock 
         changed = check_same_run(found, own, subject, way_out)
         lines += [*found.lines, f"resumes from {found.folder}" + (f" with {', '.join(changed)}" if changed else "")]
     for line in lines:
-        print(line, flush=True)
+        say(line)
     return found
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-from sedd_megatron.errors import UserError, one_line
+from sedd_megatron.errors import UserError, one_line, say
 from sedd_megatron.training.checkpoint_format import write_synced
 
 FILE = "training.lock"
@@ -128,7 +128,7 @@ class RunLock:
 
     def _is_alive(self, owner: Owner, path: Path) -> bool:
         if owner.machine != self.owner.machine:
-            print(f"{path} is held by {owner}: watching it for {self.watch_seconds:.0f} s", flush=True)
+            say(f"{path} is held by {owner}: watching it for {self.watch_seconds:.0f} s")
             return self._is_touched(path)
         try:
             process = psutil.Process(owner.process)

@@ -2,20 +2,21 @@
 
 import torch
 
+from sedd_megatron.config import CheckpointOptions
 from sedd_megatron.errors import UserError, say
 from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.checkpoint import CheckpointNotWrittenError, CheckpointWriter
 
 
 class RunSaver:
-    """Saves a run at its intervals, and goes on without a checkpoint until `max_failures` in a row could not be
+    """Saves a run at its intervals, and goes on without a checkpoint until `max_save_failures` in a row could not be
     written. Every method but `is_writing` is collective over all ranks.
     """
 
-    def __init__(self, writer: CheckpointWriter, max_failures: int, saved_at: int | None) -> None:
+    def __init__(self, writer: CheckpointWriter, options: CheckpointOptions, saved_at: int | None) -> None:
         """`saved_at` is the iteration of the checkpoint in the save folder that the run starts from, if it does."""
         self._writer = writer
-        self._max_failures = max_failures
+        self._options = options
         self._failures = 0
         self._under_way: int | None = None
         self._saved_at = saved_at
@@ -29,7 +30,7 @@ class RunSaver:
         """Save, or start to, after the checkpoint under way.
 
         Raises:
-            UserError: the last of `max_failures` failures in a row.
+            UserError: the last of `max_save_failures` failures in a row, or a tensor that is not finite.
         """
         self.finish()
         try:
@@ -38,7 +39,7 @@ class RunSaver:
             self._count_failure(error)
             return
         self._under_way = run.iteration
-        if not self._writer.options.async_save:
+        if not self._options.async_save:
             self.finish()
 
     def finish(self) -> None:
@@ -85,14 +86,14 @@ class RunSaver:
 
     def _count_failure(self, error: CheckpointNotWrittenError) -> None:
         self._failures += 1
-        if self._failures == self._max_failures:
+        if self._failures == self._options.max_save_failures:
             raise UserError(
                 f"{error}; it is failure {self._failures} in a row (--max-save-failures), the checkpoints before are "
-                f"whole: make room and give the same command again"
+                "whole: make room and give the same command again"
             ) from error
         _say_first(
             f"warning: {error}; training goes on and saves again at the next interval (failure {self._failures} of "
-            f"{self._max_failures} in a row)"
+            f"{self._options.max_save_failures} in a row)"
         )
 
 

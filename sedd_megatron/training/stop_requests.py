@@ -12,6 +12,7 @@ from sedd_megatron.parallel.groups import is_first_rank
 
 # Slurm signals every process of a step, and a torchrun among them passes on at once what it got: that is one request.
 SAME_REQUEST_SECONDS = 1.0
+_END = b"\0"  # no signal has this number
 
 
 class StopRequests:
@@ -47,8 +48,10 @@ class StopRequests:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_fd)
-        self._sender.close()
+        # Closing alone does not end the listener: loader processes have copies.
+        self._sender.send(_END)
         self._listener.join()
+        self._sender.close()
         self._receiver.close()
 
     def start_waiting(self) -> None:
@@ -56,7 +59,7 @@ class StopRequests:
         self._is_waiting = True
 
     def _listen(self) -> None:
-        while received := self._receiver.recv(1):
+        while (received := self._receiver.recv(1)) != _END:
             number = received[0]
             if number not in self._handlers:
                 continue

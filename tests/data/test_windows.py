@@ -193,16 +193,18 @@ def test_micro_batches_are_parts_of_the_sequences_with_the_positions_that_count(
 
 
 def test_a_process_that_ends_while_its_loader_runs_ends(data_path):
-    # What an exception leaves behind: the iterator lives on in its traceback. Workers do not heed SIGTERM.
+    # What an exception leaves behind: the iterator lives on in its traceback. Workers heed none of these signals.
     code = f"""
 import os, signal
+from sedd_megatron.errors import STOP_SIGNALS
 from tests.data.test_windows import collator, training_batches, windows
 
 batches = training_batches(windows({data_path!r}).train, collator(), consumed_samples=0, micro_batch_size=4,
                            data_parallel_rank=0, data_parallel_size=1, num_workers=2)
 next(batches)
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-os.killpg(0, signal.SIGTERM)
+for number in STOP_SIGNALS:
+    signal.signal(number, signal.SIG_IGN)
+    os.killpg(0, number)
 for _ in range(20):
     next(batches)
 print("went on", flush=True)

@@ -28,8 +28,12 @@ def launch(script: str, world_size: int, jobs: list[Any], timeout: int = 400) ->
     assert codes == [0] * world_size, f"{script} ended with {codes}\n{said}"
 
 
-def start(script: str, world_size: int, jobs: list[Any], timeout: int = 400) -> tuple[list[int], list[str]]:
-    """As `launch`; returns the ranks' exit codes and what they said."""
+def start(
+    script: str, world_size: int, jobs: list[Any], timeout: int = 400, patience: float = 2
+) -> tuple[list[int], list[str]]:
+    """As `launch`; returns the ranks' exit codes and what they said. When one has failed, the others wait for it in
+    vain and are stopped after `patience` seconds, which are for their own last words.
+    """
     ports = free_ports(len(jobs))
     processes = []
     for rank in range(world_size):
@@ -46,7 +50,7 @@ def start(script: str, world_size: int, jobs: list[Any], timeout: int = 400) -> 
                 text=True,
             )
         )
-    outputs = _outputs(processes, timeout)
+    outputs = _outputs(processes, timeout, patience)
     return [process.returncode for process in processes], outputs
 
 
@@ -65,14 +69,14 @@ def own_jobs() -> Iterator[Any]:
         yield job
 
 
-def _outputs(processes: list[subprocess.Popen], timeout: int) -> list[str]:
-    """What the ranks said. When one has failed, the others wait for it in vain and are stopped."""
+def _outputs(processes: list[subprocess.Popen], timeout: int, patience: float) -> list[str]:
     with ThreadPoolExecutor(len(processes)) as pool:
         outputs = [pool.submit(lambda p: p.communicate()[0], process) for process in processes]
         deadline = time.monotonic() + timeout
         while any(process.poll() is None for process in processes):
-            if time.monotonic() > deadline or any(process.poll() for process in processes):
-                time.sleep(2)  # for the others' own last words
+            if any(process.poll() for process in processes):
+                deadline = min(deadline, time.monotonic() + patience)
+            if time.monotonic() > deadline:
                 for process in processes:
                     process.kill()
                 break

@@ -1,0 +1,71 @@
+"""A first signal is noted, a second one ends the process at once, whatever its main thread waits for."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.commands import ENVIRONMENT
+
+SCRIPT = """
+import os, signal, sys, threading, time
+from datetime import timedelta
+from torch.distributed import HashStore
+from sedd_megatron.training.stop_requests import SAME_REQUEST_SECONDS, StopRequests
+
+number, is_waiting, pauses = int(sys.argv[1]), bool(int(sys.argv[2])), [float(pause) for pause in sys.argv[3:]]
+
+def send():
+    for pause in pauses:
+        time.sleep(pause * SAME_REQUEST_SECONDS)
+        os.kill(os.getpid(), number)
+
+with StopRequests() as requests:
+    if is_waiting:
+        requests.start_waiting()
+    sender = threading.Thread(target=send)
+    sender.start()
+    # In C++ and for good, as a collective waits for a rank that stands still.
+    try:
+        HashStore().wait(["never"], timedelta(seconds=2.5 * SAME_REQUEST_SECONDS))
+    except RuntimeError:
+        pass
+    sender.join()
+    print(requests.requested)
+signal.raise_signal(number)
+"""
+CASES = {
+    "before the first step": (signal.SIGUSR1, False, (0.1,), 138, "", "SIGUSR1: ended before the first step\n"),
+    # The process ends by the signal itself, as it does where nobody listens.
+    "once": (signal.SIGHUP, True, (0.1,), -1, "1\n", ""),
+    "twice at once, by torchrun and Slurm": (signal.SIGTERM, True, (0.1, 0.0), -15, "15\n", ""),
+    "again": (signal.SIGINT, True, (0.1, 1.5), 130, "",
+              "SIGINT: asked again, ended at once; the checkpoints of before are whole\n"),
+}  # fmt: skip
+
+
+def start(number: int, is_waiting: bool, pauses: tuple[float, ...], *, ignored: bool = False) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(int(number)), str(int(is_waiting)), *map(str, pauses)],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=(lambda: signal.signal(number, signal.SIG_IGN)) if ignored else None,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict:
+    """Of all cases, which wait beside each other: exit code, stdout, stderr."""
+    processes = {name: start(number, waits, pauses) for name, (number, waits, pauses, *_) in CASES.items()}
+    processes["nohup"] = start(signal.SIGHUP, True, (0.1, 1.5), ignored=True)
+    outputs = {name: process.communicate(timeout=60) for name, process in processes.items()}
+    return {name: (processes[name].returncode, *output) for name, output in outputs.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_signal_is_noted_once_and_obeyed_the_second_time(name, outcomes):
+    assert outcomes[name] == CASES[name][3:]
+
+
+def test_a_run_under_nohup_stays_deaf_to_the_hangup(outcomes):
+    assert outcomes["nohup"] == (0, "0\n", "")
