@@ -1,6 +1,5 @@
 """R9: numbers that are not finite, put where a digest says that they belong there."""
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from tests.campaign.attempts import Attempt, Row, expect, expect_right
 from tests.campaign.checks import expect_done, expect_no_traceback, expect_refused, expect_same_run, metrics_of, tail
 from tests.campaign.processes import run
 from tests.campaign.saves import copy_run
+from tests.campaign.signatures import record, sign
 
 VALUES = (np.nan, np.inf, -np.inf)
 KINDS = {
@@ -119,18 +119,14 @@ def expect_nothing_saved(save: Path, except_iteration: int = -1) -> None:
 
 def change_tensor(checkpoint: Path, dice, is_wanted, value_of, whole: bool = False) -> str:
     """Change an element, or all, of a random tensor of a kind, and sign the checkpoint again; returns its key."""
-    path = checkpoint / "manifest.json"
-    body = json.loads(path.read_text())["body"]
+    body = json.loads((checkpoint / "manifest.json").read_text())["body"]
     key = dice.choice(sorted(filter(is_wanted, body["tensors"])))
     shard = dice.choice(body["tensors"][key]["shards"])
     tensors = load_file(checkpoint / shard["file"])
     values = tensors[shard["name"]].reshape(-1)
     values[slice(None) if whole else dice.randrange(len(values))] = value_of(values)
     save_file(tensors, checkpoint / shard["file"])
-    data = (checkpoint / shard["file"]).read_bytes()
-    body["files"][shard["file"]] |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    path.write_text(json.dumps({"digest": digest, "body": body}))
+    sign(checkpoint, lambda body: body["files"][shard["file"]].update(record(checkpoint / shard["file"])))
     return key
 
 

@@ -279,6 +279,8 @@ def _read(pid: int, name: str) -> bytes:
 def import_everything() -> None:
     """What the commands import, before any fork; no operation that starts threads."""
     sys.path.insert(0, str(REPOSITORY))
+    # A name that is no folder is asked for nowhere.
+    os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
 
     torch.set_num_threads(1)
