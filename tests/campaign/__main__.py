@@ -29,7 +29,7 @@ from tests.campaign import (
     signals,
 )
 from tests.campaign.attempts import Attempt, FailedError, Row, SilentlyWrongError
-from tests.campaign.processes import import_everything
+from tests.campaign.processes import die_with, end_marked, import_everything
 from tests.campaign.runs import Base, make_base
 
 MODULES = (kills, saves, damage, full_disk, signals, order, repeats, non_finite, flags, data_files, payloads)
@@ -74,9 +74,10 @@ def main(argv: Sequence[str]) -> int:
         base = make_base(folder / "base")
         scores = attack(rows, base, folder, arguments, begin)
     finally:
+        end_marked(f"{folder}/")
         unmount_below(folder)
         if not arguments.keep:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
     card = scorecard(scores, arguments.command, time.monotonic() - begin)
     print(card)
     if arguments.output:
@@ -151,11 +152,12 @@ def start(row: Row, number: int, case: object, base: Base, folder: Path, seed: i
     own, report = folder / f"{row.id}-{number}", folder / f"{row.id}-{number}.report"
     own.mkdir()
     sys.stdout.flush()
-    pid = os.fork()
+    parent, pid = os.getpid(), os.fork()
     if pid == 0:
         code = FAILED
         try:
             os.setsid()
+            die_with(parent)
             row.run(Attempt(seed, row.id, number, base, own, case))
             code = PASSED
         except SilentlyWrongError as error:
@@ -183,6 +185,7 @@ def note(score: Score, one: Running, code: int, arguments: argparse.Namespace) -
         repeat = f"--rows {one.row.id} --seed {arguments.seed} --attempt {one.number} --keep"
         where = f"\n    {one.folder}" if arguments.keep else ""
         print(f"{line}\n    python -m tests.campaign {repeat}{where}", flush=True)
+    end_marked(f"{one.folder}/")
     unmount_below(one.folder)
     if not arguments.keep:
         shutil.rmtree(one.folder, ignore_errors=True)

@@ -1,5 +1,6 @@
 """R14: files that would run code, if anything in them were run; each would then leave a file behind."""
 
+import io
 import json
 import os
 import pickle
@@ -64,8 +65,6 @@ def _pytorch_model(attempt: Attempt, dice: random.Random, shell: str) -> list[st
 
 
 def _torch_file(attempt: Attempt, dice: random.Random, shell: str) -> list[str]:
-    import io
-
     import torch
 
     buffer = io.BytesIO()
