@@ -3,6 +3,7 @@
 import argparse
 import os
 import platform
+import random
 import shutil
 import signal
 import subprocess
@@ -136,8 +137,9 @@ def planned(rows: Sequence[Row], cases: dict, arguments: argparse.Namespace) -> 
     for row in rows:
         there = len(cases[row.id]) if row.cases else row.attempts
         count = min(there, row.short if arguments.short else row.attempts, arguments.attempts or there)
-        # Of cases that are listed in order, some from all over the list.
-        numbers = [i * there // count for i in range(count)] if row.cases else range(count)
+        # Cases are listed in order: those of all kinds come early.
+        dice = random.Random(f"{arguments.seed} {row.id}")
+        numbers = dice.sample(range(there), count) if row.cases else range(count)
         if arguments.attempt is not None:
             numbers = [arguments.attempt]
         plan += [(i / max(count, 1), row, number) for i, number in enumerate(numbers)]
