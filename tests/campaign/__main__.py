@@ -3,6 +3,7 @@
 import argparse
 import os
 import platform
+import random
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,7 @@ from tests.campaign import (
     signals,
 )
 from tests.campaign.attempts import Attempt, FailedError, Row, SilentlyWrongError
-from tests.campaign.processes import import_everything
+from tests.campaign.processes import die_with, end_marked, import_everything
 from tests.campaign.runs import Base, make_base
 
 MODULES = (kills, saves, damage, full_disk, signals, order, repeats, non_finite, flags, data_files, payloads)
@@ -74,9 +75,10 @@ def main(argv: Sequence[str]) -> int:
         base = make_base(folder / "base")
         scores = attack(rows, base, folder, arguments, begin)
     finally:
+        end_marked(f"{folder}/")
         unmount_below(folder)
         if not arguments.keep:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
     card = scorecard(scores, arguments.command, time.monotonic() - begin)
     print(card)
     if arguments.output:
@@ -135,8 +137,9 @@ def planned(rows: Sequence[Row], cases: dict, arguments: argparse.Namespace) -> 
     for row in rows:
         there = len(cases[row.id]) if row.cases else row.attempts
         count = min(there, row.short if arguments.short else row.attempts, arguments.attempts or there)
-        # Of cases that are listed in order, some from all over the list.
-        numbers = [i * there // count for i in range(count)] if row.cases else range(count)
+        # Cases are listed in order: those of all kinds come early.
+        dice = random.Random(f"{arguments.seed} {row.id}")
+        numbers = dice.sample(range(there), count) if row.cases else range(count)
         if arguments.attempt is not None:
             numbers = [arguments.attempt]
         plan += [(i / max(count, 1), row, number) for i, number in enumerate(numbers)]
@@ -151,11 +154,12 @@ def start(row: Row, number: int, case: object, base: Base, folder: Path, seed: i
     own, report = folder / f"{row.id}-{number}", folder / f"{row.id}-{number}.report"
     own.mkdir()
     sys.stdout.flush()
-    pid = os.fork()
+    parent, pid = os.getpid(), os.fork()
     if pid == 0:
         code = FAILED
         try:
             os.setsid()
+            die_with(parent)
             row.run(Attempt(seed, row.id, number, base, own, case))
             code = PASSED
         except SilentlyWrongError as error:
@@ -183,6 +187,7 @@ def note(score: Score, one: Running, code: int, arguments: argparse.Namespace) -
         repeat = f"--rows {one.row.id} --seed {arguments.seed} --attempt {one.number} --keep"
         where = f"\n    {one.folder}" if arguments.keep else ""
         print(f"{line}\n    python -m tests.campaign {repeat}{where}", flush=True)
+    end_marked(f"{one.folder}/")
     unmount_below(one.folder)
     if not arguments.keep:
         shutil.rmtree(one.folder, ignore_errors=True)

@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": "generate",
     "evaluate": "evaluate",
     "convert": "convert",
+    "sample_quality": "sample_quality",
 }
 MEMORY = 12 << 30
 # Numbers of any size are asked for; every other number decides how long a command takes, and stays small.
@@ -85,6 +86,7 @@ def _working(command: str, attempt: Attempt) -> list[str]:
         "generate": ["--load", str(base.run), *runs.SAMPLING, "--sampling-steps", "2"],
         "evaluate": ["--load", str(base.run), "--data", str(text), "--mc-samples", "2", "--device", "cpu"],
         "convert": ["--load", str(base.run), "--to-published", str(folder / "model")],
+        "sample_quality": ["--samples", str(base.folder / f"samples-{runs.STEPS}.jsonl")],
     }[command]  # fmt: skip
 
 

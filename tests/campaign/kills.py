@@ -78,6 +78,6 @@ def kill_torchrun(attempt: Attempt) -> None:
 
 
 ROWS = [
-    Row("R1", "kills of ranks, SIGKILL at a random time", kill_ranks, attempts=72, short=10),
-    Row("R2", "kills of torchrun, KILL and USR1", kill_torchrun, attempts=16, short=1),
+    Row("R1", "kills of ranks, SIGKILL at a random time", kill_ranks, attempts=72, short=10, seconds=240),
+    Row("R2", "kills of torchrun, KILL and USR1", kill_torchrun, attempts=16, short=1, seconds=240),
 ]

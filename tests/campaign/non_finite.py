@@ -1,6 +1,5 @@
 """R9: numbers that are not finite, put where a digest says that they belong there."""
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -10,9 +9,11 @@ from safetensors.numpy import load_file, save_file
 from tests.campaign import runs
 from tests.campaign.attempts import Attempt, Row, expect, expect_right
 from tests.campaign.checks import expect_done, expect_no_traceback, expect_refused, expect_same_run, metrics_of, tail
-from tests.campaign.processes import run
+from tests.campaign.processes import Job, fork, run
 from tests.campaign.saves import copy_run
+from tests.campaign.signatures import record, sign
 
+NO_SCORE = "no position has finite scores"
 VALUES = (np.nan, np.inf, -np.inf)
 KINDS = {
     "weights": lambda key: not key.startswith(("optimizer.", "ema.")),
@@ -103,10 +104,26 @@ def by_scores(attempt: Attempt) -> None:
                     "--device", "cpu", "--output", str(output)], attempt.folder)  # fmt: skip
     if done.code:
         expect_refused(done)
-    else:
-        # Where scores stayed finite, what comes of them does.
-        said = done.said + output.read_text()
-        expect_right("nan" not in said.lower(), f"a result of scores that are not finite: {tail(done)}")
+        return
+    said = done.said + output.read_text()
+    expect_right("nan" not in said.lower(), f"a result of scores that are not finite: {tail(done)}")
+    scores = fork(lambda: _look_at_scores(save / "iter_0000006"), attempt.folder / "scores.txt")
+    look = Job([scores]).wait()
+    expect_done(look)
+    expect_right(NO_SCORE not in look.said, f"exit code 0 with no score that is finite: {tail(done)}")
+
+
+def _look_at_scores(checkpoint: Path) -> None:
+    """Say so if the scores of a masked sequence are nowhere finite, whatever the noise."""
+    import torch
+
+    from sedd_megatron import load_pretrained
+
+    model = load_pretrained(checkpoint, "cpu")
+    x_t = torch.full((3, model.seq_length), model.graph.mask_token_id)
+    scores = model.log_score(x_t, torch.tensor([0.01, 1.0, 6.0]))
+    if not scores.isfinite().all(dim=-1).any():
+        print(NO_SCORE)
 
 
 def expect_nothing_saved(save: Path, except_iteration: int = -1) -> None:
@@ -119,18 +136,14 @@ def expect_nothing_saved(save: Path, except_iteration: int = -1) -> None:
 
 def change_tensor(checkpoint: Path, dice, is_wanted, value_of, whole: bool = False) -> str:
     """Change an element, or all, of a random tensor of a kind, and sign the checkpoint again; returns its key."""
-    path = checkpoint / "manifest.json"
-    body = json.loads(path.read_text())["body"]
+    body = json.loads((checkpoint / "manifest.json").read_text())["body"]
     key = dice.choice(sorted(filter(is_wanted, body["tensors"])))
     shard = dice.choice(body["tensors"][key]["shards"])
     tensors = load_file(checkpoint / shard["file"])
     values = tensors[shard["name"]].reshape(-1)
     values[slice(None) if whole else dice.randrange(len(values))] = value_of(values)
     save_file(tensors, checkpoint / shard["file"])
-    data = (checkpoint / shard["file"]).read_bytes()
-    body["files"][shard["file"]] |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    path.write_text(json.dumps({"digest": digest, "body": body}))
+    sign(checkpoint, lambda body: body["files"][shard["file"]].update(record(checkpoint / shard["file"])))
     return key
 
 

@@ -1,6 +1,6 @@
 """R14: files that would run code, if anything in them were run; each would then leave a file behind."""
 
-import hashlib
+import io
 import json
 import os
 import pickle
@@ -14,6 +14,7 @@ from tests.campaign.attempts import Attempt, Row, expect, expect_right
 from tests.campaign.checks import expect_no_traceback, expect_refused, tail
 from tests.campaign.processes import run
 from tests.campaign.saves import copy_run
+from tests.campaign.signatures import record, sign
 
 
 class Payload:
@@ -64,8 +65,6 @@ def _pytorch_model(attempt: Attempt, dice: random.Random, shell: str) -> list[st
 
 
 def _torch_file(attempt: Attempt, dice: random.Random, shell: str) -> list[str]:
-    import io
-
     import torch
 
     buffer = io.BytesIO()
@@ -160,7 +159,7 @@ def _pickled_shard(attempt: Attempt, dice: random.Random, shell: str) -> list[st
     checkpoint = _copied(attempt)
     (shard,) = checkpoint.glob("shards-*")
     shard.write_bytes(_pickled(dice, shell))
-    _sign(checkpoint, lambda body: body["files"][shard.name].update(_record(shard)))
+    sign(checkpoint, lambda body: body["files"][shard.name].update(record(shard)))
     return _load(attempt, dice)
 
 
@@ -173,12 +172,12 @@ def _outside(attempt: Attempt, dice: random.Random, shell: str) -> list[str]:
     name = dice.choice(("../../outside.safetensors", str(outside)))
 
     def change(body: dict) -> None:
-        body["files"][name] = _record(outside)
+        body["files"][name] = record(outside)
         for entry in body["tensors"].values():
             for piece in entry["shards"]:
                 piece["file"] = name
 
-    _sign(checkpoint, change)
+    sign(checkpoint, change)
     return _load(attempt, dice)
 
 
@@ -204,18 +203,6 @@ def _load(attempt: Attempt, dice: random.Random) -> list[str]:
     if dice.random() < 0.5:
         return runs.train(attempt.folder / "run", attempt.base.data, steps=7)
     return runs.generate(attempt.folder / "run", attempt.folder / "out.jsonl")
-
-
-def _record(path: Path) -> dict:
-    data = path.read_bytes()
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def _sign(checkpoint: Path, change: Callable[[dict], object]) -> None:
-    body = json.loads((checkpoint / "manifest.json").read_text())["body"]
-    change(body)
-    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    (checkpoint / "manifest.json").write_text(json.dumps({"digest": digest, "body": body}))
 
 
 KINDS: dict[str, Callable[[Attempt, random.Random, str], list[str]]] = {

@@ -6,7 +6,9 @@ real process's neighbours and they do not is the hash seed.
 """
 
 import atexit
+import contextlib
 import ctypes
+import math
 import os
 import runpy
 import signal
@@ -81,23 +83,21 @@ class Job:
         """Whether any rank runs."""
         return any([rank.poll() is None for rank in self.ranks])
 
-    def wait(self, timeout: float = 60, grace: float = 8, is_over: Callable[[], bool] = lambda: False) -> Done:
-        """Wait as torchrun does: when a rank has failed, the others get SIGTERM, and SIGKILL after `grace` seconds.
-        `is_over` ends all at once.
+    def wait(self, timeout: float = 60, grace: float = 8) -> Done:
+        """Wait as torchrun does: half a second after a rank has failed, which is for the others' own last words, they
+        get SIGTERM, and SIGKILL after `grace` seconds.
         """
-        deadline, killed_at, timed_out = time.monotonic() + timeout, None, False
+        deadline, failed_at, is_told, timed_out = time.monotonic() + timeout, math.inf, False, False
         while self.is_running():
             now = time.monotonic()
-            if now > deadline or is_over():
-                timed_out = now > deadline
+            if any(rank.returncode for rank in self.ranks):
+                failed_at = min(failed_at, now)
+            if now > failed_at + 0.5 and not is_told:
+                self.signal(signal.SIGTERM)
+                is_told = True
+            timed_out = now > deadline
+            if timed_out or now > failed_at + grace:
                 self.signal(signal.SIGKILL)
-            if killed_at is None and any(rank.returncode for rank in self.ranks):
-                # Time for the others' own last words.
-                killed_at = now + 0.5
-            if killed_at is not None and now > killed_at:
-                self.signal(signal.SIGTERM if now < killed_at + 0.1 else 0)
-                if now > killed_at + grace:
-                    self.signal(signal.SIGKILL)
             time.sleep(0.004)
         said = "".join(rank.said for rank in self.ranks)
         return Done([rank.returncode for rank in self.ranks], said, timed_out)
@@ -154,9 +154,7 @@ def fork(act: Callable[[], None], output: Path, stdin: Path | None = None) -> Pr
     code = 70
     try:
         os.setsid()
-        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(70)
+        die_with(parent)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
@@ -175,6 +173,13 @@ def fork(act: Callable[[], None], output: Path, stdin: Path | None = None) -> Pr
         code = code or 120
     finally:
         os._exit(code)
+
+
+def die_with(parent: int) -> None:
+    """Have this process killed when its parent ends: a hung attempt leaves nothing behind."""
+    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(70)
 
 
 def _exit_code(act: Callable[[], None]) -> int:
@@ -210,8 +215,10 @@ class RealProcess:
     """A command as a person starts it; with several ranks, under torchrun."""
 
     def __init__(self, command: Sequence[str], folder: Path, ranks: int = 1, torchrun_flags: Sequence[str] = ()):
-        self.mark = uuid.uuid4().hex
-        self.output = folder / f"said-{self.mark[:8]}.txt"
+        name = uuid.uuid4().hex[:8]
+        # The folder's name is in it, by which `end_marked` finds what an attempt that was killed has left.
+        self.mark = f"{folder}/{name}"
+        self.output = folder / f"said-{name}.txt"
         program = [str(EXAMPLE)] if command[0] == TRAIN else ["-m", f"sedd_megatron.{command[0]}"]
         start = [sys.executable] if ranks == 1 else [*torchrun(ranks), *torchrun_flags]
         with self.output.open("w") as output:
@@ -252,17 +259,20 @@ class RealProcess:
 
     def end(self) -> None:
         """End it and its children."""
-        for pid in marked(self.mark):
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        end_marked(self.mark)
         self.process.wait()
 
 
+def end_marked(mark: str) -> None:
+    """End the real processes that were started with this mark, or one that begins with it."""
+    for pid in marked(mark):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def marked(mark: str) -> list[int]:
-    """Processes that have this mark in their environment, zombies left out."""
-    return [pid for pid in _pids() if mark.encode() in _read(pid, "environ")]
+    """Processes whose mark begins so, zombies left out."""
+    return [pid for pid in _pids() if f"{MARK}={mark}".encode() in _read(pid, "environ")]
 
 
 def _pids() -> Iterator[int]:
@@ -279,6 +289,8 @@ def _read(pid: int, name: str) -> bytes:
 def import_everything() -> None:
     """What the commands import, before any fork; no operation that starts threads."""
     sys.path.insert(0, str(REPOSITORY))
+    # A name that is no folder is asked for nowhere.
+    os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
 
     torch.set_num_threads(1)
