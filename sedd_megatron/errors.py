@@ -35,7 +35,7 @@ def say(text: str, to_stderr: bool = False) -> None:
 def forget_unsaid() -> None:
     """Drop what `say` could not print, for which Python would end with code 120 after a run that did its work."""
     try:
-        sys.stdout.flush()
+        print(end="", flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -71,7 +71,7 @@ def run_command(main: Callable[[], int | None]) -> None:
 def _exit_at_once(code: int) -> None:
     """Not sys.exit: a rank that holds process groups or loader threads must not wait for them on its way out."""
     with contextlib.suppress(OSError):
-        sys.stdout.flush()
+        print(end="", flush=True)
     os._exit(code)
 
 
