@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sedd_megatron.config import CheckpointOptions
+from sedd_megatron.config import PretrainOptions
 from sedd_megatron.data.tokenizers import Tokenizer
 from sedd_megatron.errors import UserError, say
 from sedd_megatron.parallel.groups import on_first_rank, raise_on_every_rank
@@ -62,11 +62,13 @@ class CheckpointWriter:
     One checkpoint is under way at a time: a save waits for the one before. Every method is collective over all ranks.
     """
 
-    def __init__(self, root: Path, options: CheckpointOptions, lock: RunLock | None = None) -> None:
-        """`lock` is the first rank's, on `root`."""
+    def __init__(self, root: Path, options: PretrainOptions, num_tokens: int, lock: RunLock | None = None) -> None:
+        """`num_tokens` is the tokenizer's; `lock` is the first rank's, on `root`."""
         self.root = root
-        self.options = options
+        self.options = options.checkpoint
         self.lock = lock
+        # Now and not at each save: the data's files may be moved while a run has them open.
+        self._description = describe_run(options, num_tokens) if torch.distributed.get_rank() == 0 else {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _PendingCheckpoint | None = None
 
@@ -79,8 +81,7 @@ class CheckpointWriter:
         """
         self.finish()
         final = self.root / checkpoint_name(run.iteration)
-        partial = self.root / f".{final.name}.partial"
-        description = _written_on_first_rank(lambda: self._begin(partial, run), f"cannot write {partial}")
+        partial, description = _written_on_first_rank(lambda: self._begin(final, run), f"cannot write {final}")
         run.gather_parameters()
         own = copy_own_shards(run_shards(run))
         written = self._thread.submit(_write, partial, own, run.iteration)
@@ -124,11 +125,15 @@ class CheckpointWriter:
                 shutil.rmtree(pending.partial, ignore_errors=True)
             raise
 
-    def _begin(self, partial: Path, run: TrainingRun) -> dict[str, Any]:
+    def _begin(self, final: Path, run: TrainingRun) -> tuple[Path, dict[str, Any]]:
+        name = f".{final.name}.partial"
         if self.lock is not None:
             self.lock.check()
+            # Of this start alone: a rank that outlives a dead one cannot write into what the next one saves.
+            name += f".{self.lock.owner.token}"
+        partial = self.root / name
         records = _begin(partial, run.tokenizer)
-        return describe_run(run.options, run.graph.num_tokens) | {"tokenizer_files": records}
+        return partial, self._description | {"tokenizer_files": records}
 
     def _publish(self, pending: "_PendingCheckpoint", gathered: list[Any]) -> None:
         if self.lock is not None:

@@ -173,18 +173,21 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """
     path = directory / MANIFEST
     try:
+        if not path.is_file():
+            raise FileNotFoundError(path)
         manifest = json.loads(path.read_text(encoding="utf-8"))
         body = manifest["body"]
         version = body["format_version"]
+        if manifest["digest"] != _digest_of_json(body):
+            raise ValueError("its digest does not match")
         if type(version) is int and version > FORMAT_VERSION:
             raise UserError(
                 f"{path}: has format {version}, and this version reads {FORMAT_VERSION}; load it with the version of "
                 "sedd_megatron that wrote it, or a later one"
             )
-        fault = None if manifest["digest"] == _digest_of_json(body) else "its digest does not match"
-        if fault is None:
-            check_body(body)
-    except (FileNotFoundError, NotADirectoryError) as error:
+        check_body(body)
+        return body
+    except FileNotFoundError as error:
         raise DamagedCheckpointError(
             f"{directory}: no {MANIFEST}, so not a checkpoint of sedd_megatron; give the folder after --save"
         ) from error
@@ -194,9 +197,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         fault = "it has another form"
     except ValueError as error:
         fault = one_line(error)
-    if fault is not None:
-        raise DamagedCheckpointError(f"{path}: damaged ({fault}); use an earlier checkpoint or another copy")
-    return body
+    raise DamagedCheckpointError(f"{path}: damaged ({fault}); use an earlier checkpoint or another copy")
 
 
 def verify_files(directory: Path, body: dict[str, Any]) -> None:

@@ -64,7 +64,7 @@ def train(
             root = Path(options.checkpoint.save)
             # A run with no steps left still saves what it loaded from elsewhere: that is how to change its layout.
             is_saved = found is not None and found.folder.resolve() == (root / checkpoint_name(run.iteration)).resolve()
-            writer = CheckpointWriter(root, options.checkpoint, lock)
+            writer = CheckpointWriter(root, options, tokenizer.num_tokens, lock)
             saver = RunSaver(writer, options.checkpoint, run.iteration if is_saved else None)
         metrics = _open_metrics(run, continues=is_saved)
         requests.start_waiting()

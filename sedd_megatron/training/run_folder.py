@@ -1,15 +1,17 @@
 """What lies in a run's folder: which checkpoint counts, what a dead run left, which checkpoints are kept.
 
-DIR/latest_checkpointed_iteration.txt      the newest whole checkpoint, as in Megatron-LM; for people and other tools
-DIR/iter_0000500/                          a checkpoint
-DIR/iter_0000600.set-aside/                one that a run which went back behind it has put away
-DIR/.iter_0000700.partial, .replaced, .removed     a checkpoint while it is written, replaced or deleted
+    DIR/latest_checkpointed_iteration.txt      the newest, as in Megatron-LM: written for others, compared, not obeyed
+    DIR/iter_0000500/                          a checkpoint
+    DIR/iter_0000600.set-aside/                one that a run which went back behind it has put away
+    DIR/.iter_0000700.partial.TOKEN/           one while a start writes it; .replaced, .removed while that is done to it
+
+Only names of the second kind are read as checkpoints.
 """
 
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from sedd_megatron.training.checkpoint_format import MANIFEST, read_manifest, sy
 
 LATEST = "latest_checkpointed_iteration.txt"
 NAME = re.compile(r"iter_([0-9]{7,})")
-HIDDEN_NAME = re.compile(r"\.(iter_[0-9]{7,})\.(partial|replaced|removed)")
+HIDDEN_NAME = re.compile(r"\.(iter_[0-9]{7,})\.(partial|replaced|removed)(?:\.[0-9a-f]+)?")
 # A folder that vanishes while it is read was replaced or deleted by its run: the next look finds what there is then.
 LOOKS, SECONDS_BETWEEN_LOOKS = 5, 0.2
 
@@ -126,10 +128,8 @@ def load_first_whole(
             if not found.folder.is_dir():
                 # Its run has deleted it, and has a newer one.
                 chosen = find_checkpoint(found.folder.parent)
-            elif found.older:
-                chosen = _first_intact(list(found.older), exact=False)
             else:
-                raise damage
+                chosen = _first_intact(found.older, exact=False, damage=damage)
             check(chosen)
             return replace(chosen, lines=(_fallback_line(str(damage), chosen.folder), *chosen.lines))
 
@@ -216,9 +216,13 @@ def remove_old(
     return lines
 
 
-def _first_intact(folders: list[Path], exact: bool) -> FoundCheckpoint:
-    """The first of the folders that is intact but for its tensors; the damage of the first if none is."""
-    first_error, damages = None, []
+def _first_intact(
+    folders: Sequence[Path], exact: bool, damage: DamagedCheckpointError | None = None
+) -> FoundCheckpoint:
+    """The first of the folders that is intact but for its tensors; if none is, raises the damage of the first, or what
+    is given.
+    """
+    damages = []
     for position, folder in enumerate(folders):
         try:
             body = _read_description(folder)
@@ -229,12 +233,12 @@ def _first_intact(folders: list[Path], exact: bool) -> FoundCheckpoint:
         except DamagedCheckpointError as error:
             if exact:
                 raise
-            first_error = first_error or error
+            damage = damage or error
             damages.append(str(error))
         else:
-            lines = tuple(_fallback_line(damage, folder) for damage in damages)
+            lines = tuple(_fallback_line(text, folder) for text in damages)
             return FoundCheckpoint(folder, body, exact, tuple(folders[position + 1 :]), lines)
-    raise first_error
+    raise damage
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
@@ -250,7 +254,8 @@ def _fallback_line(damage: str, folder: Path) -> str:
 def _tracker_line(root: Path, folder: Path, iteration: int) -> list[str]:
     marker = root / LATEST
     try:
-        content = marker.read_bytes()[:40].strip()
+        with marker.open("rb") as file:
+            content = file.read(40).strip()
         says = f"says {content.decode('utf-8', 'backslashreplace')!r}"
         agrees = content.isdigit() and int(content) == iteration
     except OSError as error:

@@ -69,12 +69,12 @@ class RunLock:
         own = self.path.with_name(f".{FILE}.{self.owner.token}")
         try:
             write_synced(own, json.dumps(asdict(self.owner)) + "\n")
-            try:
-                lines = self._take(self.path, own)
-            finally:
-                own.unlink(missing_ok=True)
+            lines = self._take(self.path, own)
         except OSError as error:
             raise UserError(f"--save {self.path.parent}: cannot be locked ({one_line(error)}); name another") from error
+        finally:
+            with contextlib.suppress(OSError):
+                own.unlink(missing_ok=True)
         threading.Thread(target=self._beat, name="lock", daemon=True).start()
         return lines
 

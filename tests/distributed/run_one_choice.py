@@ -32,7 +32,8 @@ def train(arguments: list[str], folder: Path, train_iters: int) -> None:
 def copy(source: Path, name: str) -> Path:
     """A copy that the first rank makes; the second finds it when both are in a collective of the next command."""
     if RANK == 0:
-        shutil.copytree(source, source.parent / name)
+        # The second may have made the folder already, as each rank does with --save.
+        shutil.copytree(source, source.parent / name, dirs_exist_ok=True)
     return source.parent / name
 
 
@@ -94,6 +95,12 @@ def one_rank_chooses_for_sampling(unbroken: Path, monkeypatch: pytest.MonkeyPatc
     assert not torch.equal(own, averages[0][place])
 
 
+def sampling_goes_around_damage(folder: Path) -> None:
+    own = loaded_average(folder)
+    average = whole_tensors(folder / "iter_0000002")["ema.embedding.weight"]
+    assert torch.equal(own, average[RANK * len(own) : (RANK + 1) * len(own)])
+
+
 def ranks_that_found_different_models_end(unbroken: Path, other: Path) -> None:
     with pytest.raises(UserError, match=r"unbroken/iter_0000004: is of another model than .*other/iter_0000001"):
         loaded_average(unbroken if RANK == 0 else other)
@@ -105,6 +112,10 @@ def check(step: str, arguments: list[str], root: str) -> None:
         match step:
             case "unbroken":
                 train([*arguments, "--save-interval", "2"], unbroken, 4)
+                # For a later step, since ranks look for a model to sample from before they meet.
+                folder = copy(unbroken, "damaged to sample")
+                if RANK == 0:
+                    flip_a_bit(folder / "iter_0000004" / "shards-00001.safetensors")
             case "other":
                 train([*arguments, "--cond-dim", "4"], other, 1)
             case "training":
@@ -115,6 +126,8 @@ def check(step: str, arguments: list[str], root: str) -> None:
                 a_number_that_is_not_finite_on_one_rank_ends_both(arguments, unbroken, monkeypatch)
             case "sampling":
                 one_rank_chooses_for_sampling(unbroken, monkeypatch)
+            case "sampling around damage":
+                sampling_goes_around_damage(Path(root) / "damaged to sample")
             case "different models":
                 ranks_that_found_different_models_end(unbroken, other)
 

@@ -1,6 +1,7 @@
 """What --save and --load mean, command after command in this process."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -16,12 +17,15 @@ import torch
 
 from sedd_megatron import load_pretrained
 from sedd_megatron.arguments import parse_pretrain_options
+from sedd_megatron.config import DiffusionOptions, ModelOptions
 from sedd_megatron.data.corpus import write_corpus
+from sedd_megatron.data.null_tokenizer import NullTokenizer
 from sedd_megatron.data.tokenizers import ByteTokenizer, CharTokenizer, load_tokenizer
 from sedd_megatron.errors import UserError
 from sedd_megatron.training.checkpoint_format import read_manifest
 from sedd_megatron.training.pretrain import pretrain
 from sedd_megatron.training.run_lock import Owner, _started
+from sedd_megatron.training.same_run import save_tokenizer
 from tests.distributed.compare import metrics, whole_tensors
 from tests.distributed.launch import own_jobs
 from tests.distributed.run_checkpoint_faults import flip_a_bit, interrupted_save
@@ -181,9 +185,9 @@ def a_run_goes_back_and_around_damage(run: Commands) -> None:
 def leftovers_retention_and_numbers_that_are_not_finite(run: Commands) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted_save([*MODEL, "--data-path", run.corpus, "--train-iters", "2", "--save", f"{run.root}/left"])
-    assert (run.root / "left" / ".iter_0000002.partial").is_dir()
+    (left,) = (run.root / "left").glob(".iter_0000002.partial.*")
     lines = run.train(6, "--save", "@/left", "--save-interval", "1", "--keep-last", "2", "--keep-every", "3")
-    assert lines[0] == f"removed {run.root}/left/.iter_0000002.partial: a run that died left it unfinished"
+    assert lines[0] == f"removed {left}: a run that died left it unfinished"
     kept = sorted(path.name for path in (run.root / "left").iterdir())
     assert kept == ["iter_0000003", "iter_0000005", "iter_0000006", "latest_checkpointed_iteration.txt",
                     "metrics.jsonl"]  # fmt: skip
@@ -218,8 +222,29 @@ def check(folder: str) -> None:
     leftovers_retention_and_numbers_that_are_not_finite(run)
     checkpoints_of_every_release_go_on(run)
     a_lock_tells_of_a_live_run_and_not_of_a_dead_one(run)
+    a_run_whose_lock_is_gone_saves_no_more(run)
+    a_converted_model_is_of_no_run(run)
     sizes_are_checked_before_a_model_is_made(run)
     releases_give_their_averages()
+
+
+def a_converted_model_is_of_no_run(run: Commands) -> None:
+    """It has no seed or data to be kept, and may come without a tokenizer."""
+    root = run.root / "converted"
+    shutil.copytree(FIXTURES / "checkpoint_0.6.0", root)
+    shutil.rmtree(root / "iter_0000002" / "tokenizer")
+    records = save_tokenizer(NullTokenizer(28), root / "iter_0000002" / "tokenizer")
+    names = {field.name for cls in (ModelOptions, DiffusionOptions) for field in dataclasses.fields(cls)}
+
+    def change(body: dict) -> None:
+        options = {name: value for name, value in body["state"]["options"].items() if name in names}
+        body["state"] |= {"options": options, "tokenizer_files": records}
+
+    resign(root / "iter_0000002", change)
+    lines = run.train(3, "--load", str(root), "--save", "@/from converted", "--seed", "9", "--seq-length", "4")
+    assert lines[0] == f"resumes from {root}/iter_0000002"
+    assert load_tokenizer(run.root / "from converted" / "iter_0000003" / "tokenizer").num_tokens == 28
+    assert "was trained with --cond-dim 2, this run has 4" in run.refusal("--load", str(root), "--cond-dim", "4")
 
 
 def sizes_are_checked_before_a_model_is_made(run: Commands) -> None:
@@ -252,6 +277,29 @@ def a_lock_tells_of_a_live_run_and_not_of_a_dead_one(run: Commands) -> None:
     assert lines[0] == f"took over {path}, whose run is dead: {dead}"
     assert run.tracker("x") == "8"
     assert not path.exists()
+
+
+def a_run_whose_lock_is_gone_saves_no_more(run: Commands) -> None:
+    from sedd_megatron.training import loop
+
+    step, path = loop.train_step, run.root / "stolen" / "training.lock"
+    thief = replace(Owner.of_this_process(), host="node7", token="0")
+
+    def stolen_step(*arguments, **keywords):
+        done = step(*arguments, **keywords)
+        if (run.root / "stolen" / "iter_0000002").exists():
+            path.write_text(json.dumps(asdict(thief)))
+        return done
+
+    loop.train_step = stolen_step
+    try:
+        with pytest.raises(UserError, match=r"was taken from this run and is held by process \d+ on node7"):
+            run.train(5, "--save", "@/stolen", "--save-interval", "1")
+    finally:
+        loop.train_step = step
+    assert sorted(path.name for path in (run.root / "stolen").glob("*iter_*")) == ["iter_0000001", "iter_0000002"]
+    assert json.loads(path.read_text()) == asdict(thief)
+    path.unlink()
 
 
 def releases_give_their_averages() -> None:

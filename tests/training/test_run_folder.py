@@ -1,6 +1,7 @@
 """What lies in a run's folder: which checkpoint counts, what is kept, and that nothing wrong is loaded or saved."""
 
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,14 @@ def test_nothing_whole_is_an_error_that_names_the_newest(tmp_path):
         (folder / MANIFEST).write_text("{}")
     with pytest.raises(DamagedCheckpointError, match=r"iter_0000002/manifest.json: damaged"):
         loaded(tmp_path)
+    save(tmp_path / "one", 1, 2)
+    (tmp_path / "one" / "iter_0000001" / MANIFEST).unlink()
+    (tmp_path / "one" / "iter_0000002" / "shards-00000.safetensors").unlink()
+    with pytest.raises(DamagedCheckpointError, match=r"iter_0000002/shards-00000.safetensors: missing"):
+        loaded(tmp_path / "one")
+    shutil.rmtree(tmp_path / "one" / "iter_0000001")
+    with pytest.raises(DamagedCheckpointError, match=r"iter_0000002/shards-00000.safetensors: missing"):
+        loaded(tmp_path / "one")
     with pytest.raises(UserError, match=r"--load .*/none: no checkpoint there \(no folder iter_\*\)"):
         loaded(tmp_path / "none")
     with pytest.raises(UserError, match="cannot be read"):
@@ -158,6 +167,25 @@ def test_a_checkpoint_that_vanishes_while_it_is_read_gives_way_to_a_newer_one(tm
     assert load_first_whole(found, load, lambda found: None, said.extend).iteration == 2
     assert len(said) == 1
     assert "missing from the checkpoint; falls back to iter_0000002" in said[0]
+
+
+def test_a_reader_beside_a_run_that_saves_and_deletes_gets_one_whole_checkpoint_each_time(tmp_path):
+    save(tmp_path, 1)
+
+    def run() -> None:
+        for iteration in range(2, 80):
+            save(tmp_path, iteration)
+            remove_old(tmp_path, iteration, 2, None, lambda body: True)
+
+    thread, seen = threading.Thread(target=run), []
+    thread.start()
+    while thread.is_alive() or not seen:
+        # Its tensors hold its number: see `loaded`.
+        seen.append(loaded(tmp_path)[0])
+    thread.join()
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 5
+    assert loaded(tmp_path) == (79, [])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -202,7 +230,7 @@ def test_what_dead_runs_left_is_removed_and_the_only_copy_put_back(tmp_path):
     (tmp_path / "iter_0000002").rename(tmp_path / ".iter_0000002.replaced")
     shutil.copytree(tmp_path / "iter_0000003", tmp_path / ".iter_0000003.replaced")
     (tmp_path / "iter_0000003" / MANIFEST).write_text("{}")
-    shutil.copytree(tmp_path / "iter_0000004", tmp_path / ".iter_0000005.partial")
+    shutil.copytree(tmp_path / "iter_0000004", tmp_path / ".iter_0000005.partial.0123456789abcdef")
     (tmp_path / ".iter_0000000.removed").mkdir()
     for name in (".iter_5.partial", ".mine.partial", "iter_0000009.set-aside"):
         (tmp_path / name).mkdir()
