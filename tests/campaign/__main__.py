@@ -160,6 +160,8 @@ def start(row: Row, number: int, case: object, base: Base, folder: Path, seed: i
         try:
             os.setsid()
             die_with(parent)
+            # Or all attempts would ask for the same ports.
+            random.seed()
             row.run(Attempt(seed, row.id, number, base, own, case))
             code = PASSED
         except SilentlyWrongError as error:

@@ -171,4 +171,4 @@ def damage(path: Path, dice: random.Random) -> str:
     return how
 
 
-ROWS = [Row("R4", "bit flips and truncations of every file", damage_a_file, attempts=400, short=24)]
+ROWS = [Row("R4", "bit flips and truncations of every file", damage_a_file, attempts=600, short=24)]

@@ -268,4 +268,4 @@ def _several_documents(data: Path, dice: random.Random) -> None:
         file.write(np.arange(len(bounds), dtype=np.int64).tobytes())
 
 
-ROWS = [Row("R13", "data files of every kind", prepare, attempts=320, short=len(KINDS) + 1)]
+ROWS = [Row("R13", "data files of every kind", prepare, attempts=10 * (len(KINDS) + 1), short=len(KINDS) + 1)]

@@ -131,4 +131,4 @@ def _values(one: dataclasses.Field, kind: str, folder: Path) -> list[str]:
     return SPLITS if one.name == "split" else [*TEXTS, *files]
 
 
-ROWS = [Row("R12", "random values of every flag", random_flags, attempts=1500, short=60)]
+ROWS = [Row("R12", "random values of every flag", random_flags, attempts=2500, short=60)]

@@ -222,4 +222,4 @@ KINDS: dict[str, Callable[[Attempt, random.Random, str], list[str]]] = {
     "tracker": _tracker,
 }
 
-ROWS = [Row("R14", "payloads in every file that is read", read_payload, attempts=140, short=len(KINDS))]
+ROWS = [Row("R14", "payloads in every file that is read", read_payload, attempts=15 * len(KINDS), short=len(KINDS))]

@@ -121,6 +121,7 @@ def start(
     Args:
         folder: where its output goes, and the folder that it runs in.
         before: called in each rank before the command.
+        stdin: a file to read as standard input; nothing if not given.
     """
     job, port, run = Job(), free_ports(1)[0], uuid.uuid4().hex[:8]
     for rank in range(ranks):
