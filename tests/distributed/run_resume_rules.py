@@ -188,16 +188,15 @@ def leftovers_retention_and_numbers_that_are_not_finite(run: Commands) -> None:
     (left,) = (run.root / "left").glob(".iter_0000002.partial.*")
     lines = run.train(6, "--save", "@/left", "--save-interval", "1", "--keep-last", "2", "--keep-every", "3")
     assert lines[0] == f"removed {left}: a run that died left it unfinished"
-    kept = sorted(path.name for path in (run.root / "left").iterdir())
-    assert kept == ["iter_0000003", "iter_0000005", "iter_0000006", "latest_checkpointed_iteration.txt",
-                    "metrics.jsonl"]  # fmt: skip
+    kept = sorted(path.name for path in (run.root / "left").glob("*iter*"))
+    assert kept == ["iter_0000003", "iter_0000005", "iter_0000006", "latest_checkpointed_iteration.txt"]
     assert "--keep-every 3 keeps more than --keep-last does" in run.refusal("--save", "@/left", "--keep-every", "3")
 
     assert run.refusal("--save", "@/left", "--lr", "3e38", "--lr-warmup-iters", "0", train_iters=7) == (
         "the tensor sigma_embedding.input.weight is not finite at iteration 7, which is not saved; resume from the "
         "last checkpoint with a lower --lr or --clip-grad, and look at the data"
     )
-    assert sorted(path.name for path in (run.root / "left").iterdir()) == kept
+    assert sorted(path.name for path in (run.root / "left").glob("*iter*")) == kept
     assert run.tracker("left") == "6"
 
 
