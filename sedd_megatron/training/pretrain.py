@@ -1,5 +1,6 @@
 """A training run from the command line: every check that needs no GPU and no other rank, then the loop."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,7 +93,7 @@ def choose_start(options: PretrainOptions, tokenizer: Tokenizer, lock: "RunLock 
             f"--save {save}: holds {held[0].name}, and --no-resume does not go on from it; leave it out, or save to "
             "another folder"
         )
-    goes_back = load is not None and save is not None and load.resolve().parent == save.resolve()
+    goes_back = load is not None and save is not None and load.resolve().parent == save.resolve() and not _is_restart()
     if held and not goes_back:
         found = find_checkpoint(save, "--save", exact)
         subject, way_out = f"--save {save}: holds another run's checkpoints; {found.folder.name}", "save elsewhere"
@@ -110,6 +111,11 @@ def choose_start(options: PretrainOptions, tokenizer: Tokenizer, lock: "RunLock 
     for line in lines:
         say(line)
     return found
+
+
+def _is_restart() -> bool:
+    """Whether a launcher gives the command again by itself: going back once more would undo what has been trained."""
+    return any(os.environ.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def _check_log_folders(options: PretrainOptions) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
@@ -166,6 +167,12 @@ def a_run_goes_back_and_around_damage(run: Commands) -> None:
     expected = whole_tensors(run.root / "unbroken" / "iter_0000005")
     assert all(torch.equal(tensor, expected[key])
                for key, tensor in whole_tensors(run.root / "back" / "iter_0000005").items())  # fmt: skip
+
+    # A launcher that gives the command again does not mean to go back again.
+    with mock.patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT="1"):
+        lines = run.train(6, "--load", "@/back/iter_0000003", "--save", "@/back")
+    assert lines[1].startswith(f"resumes from {run.root}/back/iter_0000005")
+    assert run.losses("back")[-1] == run.losses("unbroken")[5]
 
     shutil.copytree(run.root / "unbroken", run.root / "damaged")
     flip_a_bit(run.root / "damaged" / "iter_0000006" / "shards-00000.safetensors")
