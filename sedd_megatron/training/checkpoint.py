@@ -194,7 +194,11 @@ def _begin(partial: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     """Make the hidden folder with the tokenizer in it; returns the records of the tokenizer's files."""
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    return save_tokenizer(tokenizer, partial / "tokenizer")
+    records = save_tokenizer(tokenizer, partial / "tokenizer")
+    for name in records:
+        sync_file(partial / "tokenizer" / name)
+    sync_file(partial / "tokenizer")
+    return records
 
 
 def _write(partial: Path, own: OwnShards, iteration: int) -> dict[str, Any]:
