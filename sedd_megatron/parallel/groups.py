@@ -282,6 +282,15 @@ def _join_ranks(device: torch.device, world_size: int, timeout: timedelta) -> No
         # No rendezvous for one process: a second command on the same machine must not meet it on a port.
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    elif "TORCHELASTIC_RESTART_COUNT" in os.environ:
+        # torchrun keeps its store when it starts the ranks again, and with it the addresses of those that are dead.
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        is_host = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and os.environ["RANK"] == "0"
+        store = torch.distributed.TCPStore(address, port, is_master=is_host, timeout=timeout)
+        store = torch.distributed.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        torch.distributed.init_process_group(
+            backend, store=store, rank=int(os.environ["RANK"]), world_size=world_size, timeout=timeout
+        )
     else:
         torch.distributed.init_process_group(backend, timeout=timeout)
 
