@@ -282,17 +282,24 @@ def _join_ranks(device: torch.device, world_size: int, timeout: timedelta) -> No
         # No rendezvous for one process: a second command on the same machine must not meet it on a port.
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-    elif "TORCHELASTIC_RESTART_COUNT" in os.environ:
+    elif _is_restart_on_one_machine():
         # torchrun keeps its store when it starts the ranks again, and with it the addresses of those that are dead.
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        is_host = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and os.environ["RANK"] == "0"
-        store = torch.distributed.TCPStore(address, port, is_master=is_host, timeout=timeout)
+        address, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
+        store = torch.distributed.TCPStore(address, port, is_master=False, timeout=timeout)
         store = torch.distributed.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        torch.distributed.init_process_group(
-            backend, store=store, rank=int(os.environ["RANK"]), world_size=world_size, timeout=timeout
-        )
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     else:
         torch.distributed.init_process_group(backend, timeout=timeout)
+
+
+def _is_restart_on_one_machine() -> bool:
+    """Whether torchrun (--max-restarts) has started the ranks again, all of them on this machine.
+
+    On several the agents do not count restarts alike, and each start has a new store.
+    """
+    given = os.environ.get
+    is_restart = given("TORCHELASTIC_USE_AGENT_STORE") == "True" and given("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return is_restart and given("LOCAL_WORLD_SIZE") == given("WORLD_SIZE")
 
 
 def seed_megatron_generators(seed: int) -> None:
