@@ -27,10 +27,9 @@ from sedd_megatron.data.tokenizers import (
     load_tokenizer,
 )
 from sedd_megatron.errors import UserError, run_command
-from sedd_megatron.options import flag_of, option, parse_options
+from sedd_megatron.options import option, parse_options
 
 # Options that are a file's or a dataset's name.
-NAMES = ("output_prefix", "dataset", "tokenizer_model", "vocab_file", "merge_file")
 
 
 @dataclass(frozen=True)
@@ -227,7 +226,6 @@ def _check_flags(options: PrepareOptions, is_text8: bool) -> None:
     rules = [
         (len(given) < 2, "--input and --dataset: give one of them"),
         (options.output_prefix is not None, "missing --output-prefix: required; --help explains"),
-        *((getattr(options, name) != "", f"{flag_of(name)}: is empty; give a name, or leave it out") for name in NAMES),
         (given or options.preset, "missing --input, --dataset or --preset: one is required; --help explains"),
         (not given or options.preset in (None, "text8"),
          f"--preset {options.preset}: comes from the hub; leave {' '.join(given)} out"),

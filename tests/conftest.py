@@ -1,8 +1,13 @@
 """Fixtures that several test folders share."""
 
+import signal
 from pathlib import Path
 
 import pytest
+
+# A shell's & and nohup have them ignored, and what the tests start would ignore them as well, as it should.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Training as a person runs it: torchrun on the example, and a model loaded in one process from a TP2 checkpoint."""
 
+import contextlib
 import json
 import os
 import signal
@@ -52,17 +53,21 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(to_all, tmp_path, byte_co
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                start_new_session=True)  # fmt: skip
     log = tmp_path / "save" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.is_file() and log.read_text().count("\n") >= 3):
-        assert time.monotonic() < deadline
-        assert process.poll() is None, "the run ended by itself"
-        time.sleep(0.2)
-    if to_all:
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(timeout=60) == 0
-    else:
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
+    try:
+        deadline = time.monotonic() + 120
+        while not (log.is_file() and log.read_text().count("\n") >= 3):
+            assert time.monotonic() < deadline
+            assert process.poll() is None, "the run ended by itself"
+            time.sleep(0.2)
+        if to_all:
+            os.killpg(process.pid, signal.SIGINT)
+            assert process.wait(timeout=60) == 0
+        else:
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     saved_at = int((tmp_path / "save" / "latest_checkpointed_iteration.txt").read_text())
     assert saved_at == metrics(tmp_path / "save", "iteration")[-1]
     # As if it had gone on, and been killed in the middle of a line before the next checkpoint.

@@ -273,7 +273,10 @@ def errors_of_all_replicas(groups: ParallelGroups) -> Iterator[None]:
         yield
     except UserError as error:
         own = error
-    raise_on_every_rank(own, groups.collection.dp)
+    if groups.data_size > 1:
+        raise_on_every_rank(own, groups.collection.dp)
+    elif own is not None:
+        raise own
 
 
 def _join_ranks(device: torch.device, world_size: int, timeout: timedelta) -> None:

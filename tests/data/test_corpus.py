@@ -186,17 +186,11 @@ def test_command_takes_a_hub_name_from_the_cache(tmp_path, hugging_face_folder):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("flag", ["--input", "--tokenizer-model", "--output-prefix", "--check", "--dataset"])
 @pytest.mark.parametrize(
-    ("flag", "text"),
-    [
-        ("--input", "no such file or folder"),
-        ("--tokenizer-model", "no such file"),
-        ("--output-prefix", "File name too long; give another path"),
-        ("--check", "no file "),
-        ("--dataset", "cannot be opened"),
-    ],
+    ("name", "text"),
+    [("x" * 5000, "must be at most"), ("x/" * 2000 + "x", "ile name too long|no such|no file|cannot be")],
 )
-@pytest.mark.parametrize("name", ["x" * 5000, "x/" * 3000 + "x"])
 def test_names_that_no_file_can_have_are_one_line(tmp_path, monkeypatch, flag, name, text):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ok.txt").write_text("fine")
