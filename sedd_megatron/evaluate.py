@@ -207,7 +207,7 @@ def _check(options: EvaluateOptions) -> None:
         ("seed", options.seed >= 0, "must be at least 0"),
     )
     check_rules(options, rules)
-    check_output("--output", options.output)
+    check_output("--output", options.output, [("--data", path) for path in options.data or ()])
 
 
 def _exp(nats: float) -> float:

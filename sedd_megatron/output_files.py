@@ -45,13 +45,19 @@ class OutputFile:
             raise _unwritable(self.flag, self.path, error) from error
 
 
-def check_output(flag: str, path: str | None) -> None:
+def check_output(flag: str, path: str | None, others: Iterable[tuple[str, str | None]] = ()) -> None:
     """Raise OutputFile's error if there is a path and opening it has one; what is in the file stays.
 
-    Nothing is left where there was nothing. Pipes and devices are not opened: who reads a pipe would see its end.
+    `others` are files that the command reads or writes as well, with their flags: none may be this one. Nothing is left
+    where there was nothing. Pipes and devices are not opened: who reads a pipe would see its end.
     """
     if path is None:
         return
+    for other_flag, other in others:
+        if other is not None and os.path.isfile(path) and os.path.exists(other) and os.path.samefile(path, other):
+            raise UserError(f"{flag} {path}: is {other_flag} as well, which would be lost; name another file")
+        if other is not None and not os.path.exists(path) and os.path.abspath(path) == os.path.abspath(other):
+            raise UserError(f"{flag} {path}: is {other_flag} as well; name another file")
     try:
         if not os.path.exists(path):
             parent = Path(path).parent

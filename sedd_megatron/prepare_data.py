@@ -141,7 +141,7 @@ def check(options: PrepareOptions) -> None:
     if fault is not None:
         raise UserError(fault)
     num_tokens = len(open_tokens(options.check, flag="--check"))
-    print(f"{options.check}: its {num_tokens:,} tokens and their index are what was written")
+    print(f"{options.check}: its {num_tokens:,} tokens, index and tokenizer are what was written")
 
 
 def _check_unknown(options: PrepareOptions, tokenizer: Tokenizer, extent: Extent, key: str) -> None:

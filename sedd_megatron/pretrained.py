@@ -88,7 +88,7 @@ class PretrainedModel:
 
     def nll(
         self,
-        texts: Sequence[str],
+        texts: str | Sequence[str],
         *,
         mc_samples: int = 1000,
         windowing: str = "separate",
@@ -97,7 +97,7 @@ class PretrainedModel:
         batch_size: int = 16,
         time_eps: float = 1e-3,
     ) -> "list[UnitBound]":
-        """An upper bound on -log p of each text, in nats, with its Monte Carlo standard error.
+        """An upper bound on -log p of each text, in nats (`bound`), with its Monte Carlo `standard_error`.
 
         Args:
             mc_samples: draws for each window of the trained length; even.
@@ -112,6 +112,7 @@ class PretrainedModel:
         from sedd_megatron.evaluation.windows import windows_of
 
         may_give = self.graph.mask_token_id is not None
+        texts = [texts] if isinstance(texts, str) else texts
         windows = windows_of(texts, self.tokenizer, self.seq_length, windowing, may_give)
         estimator = self.bound_estimator(
             seed=seed, num_draws=mc_samples, time_eps=time_eps, batch_size=batch_size, integrate_over=integrate_over

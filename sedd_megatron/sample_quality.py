@@ -129,8 +129,9 @@ def _check(options: QualityOptions, request: TextRequest, sampling: SamplingOpti
         raise UserError("--reference needs --judge: MAUVE compares the judge's features of two sets of texts")
     if options.judge_tokens < 0 or options.judge_tokens == 1:
         raise UserError(f"--judge-tokens {options.judge_tokens} must be at least 2, or 0 for all")
-    for flag, path in (("--output", options.output), ("--save-samples", options.save_samples)):
-        check_output(flag, path)
+    read = [("--samples", options.samples), ("--reference", options.reference)]
+    check_output("--save-samples", options.save_samples, read)
+    check_output("--output", options.output, [*read, ("--save-samples", options.save_samples)])
 
 
 def _draw(options: QualityOptions, request: TextRequest, sampling: SamplingOptions) -> SampleSet:

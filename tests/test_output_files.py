@@ -65,6 +65,18 @@ def test_a_check_leaves_everything_as_it_was(tmp_path):
         assert str(error.value) == f"--output {path}: cannot be written ({reason}); name another file"
 
 
+def test_an_output_is_no_input_and_no_other_output(tmp_path):
+    """By its name, by a link to it, and by a name of what is not there yet."""
+    read, link, new = tmp_path / "read", tmp_path / "link", tmp_path / "new"
+    read.write_text("kept")
+    link.symlink_to(read)
+    for path, other in ((read, read), (link, read), (read, link), (new, tmp_path / "." / "new")):
+        with pytest.raises(UserError, match=f"^--output {path}: is --data as well"):
+            check_output("--output", str(path), [("--requests", None), ("--data", str(other))])
+    check_output("--output", str(new), [("--data", str(read))])
+    assert read.read_text() == "kept"
+
+
 def test_a_full_device_is_one_line():
     with pytest.raises(UserError) as error, OutputFile("--output", "/dev/full") as file:
         file.write("a line\n")

@@ -1,6 +1,6 @@
-"""Digests of a corpus' files, kept beside them: whether .bin and .idx still are what was written.
+"""Digests of a corpus' files, kept beside them: whether they still are what was written.
 
-    PREFIX_digests.json     {".bin": {"bytes": 4096, "sha256": "..."}, ".idx": {...}}
+    PREFIX_digests.json     {".bin": {"bytes": 4096, "sha256": "..."}, ".idx": ..., "_tokenizer/description.json": ...}
 
 A flipped bit in a .bin is another token, which nothing else can tell from the right one.
 """
@@ -20,7 +20,7 @@ LOWEST_PRIORITY = 19
 
 
 def digests_path(prefix: str) -> Path:
-    """Where the digests of PREFIX.bin and PREFIX.idx are, if there are any."""
+    """Where the digests of the corpus PREFIX are, if there are any."""
     return Path(f"{prefix}_digests.json")
 
 
@@ -30,19 +30,21 @@ def has_digests(prefix: str) -> bool:
 
 
 def write_digests(prefix: str) -> None:
-    """Write down what PREFIX.bin and PREFIX.idx are now."""
-    digests = {suffix: _describe(Path(f"{prefix}{suffix}")) for suffix in DIGESTED}
+    """Write down what PREFIX.bin, PREFIX.idx and the files of PREFIX_tokenizer are now."""
+    tokenizer = (f"_tokenizer/{path.name}" for path in sorted(Path(f"{prefix}_tokenizer").iterdir()))
+    digests = {suffix: _describe(Path(f"{prefix}{suffix}")) for suffix in (*DIGESTED, *tokenizer)}
     digests_path(prefix).write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
 
 
 def find_fault(prefix: str) -> str | None:
     """What is wrong with the first file that is not as its digest says, in one line with the way out; None if all are.
 
-    Reads both files whole.
+    Reads all of them whole.
     """
     try:
         digests = json.loads(digests_path(prefix).read_text(encoding="utf-8"))
-        expected = [(Path(f"{prefix}{suffix}"), digests[suffix]["sha256"]) for suffix in DIGESTED]
+        names = [*DIGESTED, *(name for name in digests if name not in DIGESTED)]
+        expected = [(Path(f"{prefix}{name}"), digests[name]["sha256"]) for name in names]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"{digests_path(prefix)}: damaged; copy it again, or prepare the data again"
     for path, digest in expected:
@@ -52,8 +54,8 @@ def find_fault(prefix: str) -> str | None:
             return f"{path}: cannot be read ({error.strerror}); mend that, or prepare the data again"
         if found != digest:
             return (
-                f"{path}: is not what was written: its sha256 is {found[:12]}..., must be {digest[:12]}...; copy it "
-                "again, or prepare the data again"
+                f"{path}: is not what was written: its sha256 is {found}, must be {digest} by "
+                f"{digests_path(prefix).name}; copy both again, or prepare the data again"
             )
     return None
 

@@ -262,6 +262,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         if tokenizer_type == HuggingFaceTokenizer.tokenizer_type:
             tokenizer = HuggingFaceTokenizer.from_name(str(directory))
             return HuggingFaceTokenizer(tokenizer._tokenizer, description["eod_token"])
+        if tokenizer_type not in TOKENIZER_TYPES:
+            raise ValueError(f"there is no {str(tokenizer_type)[:40]!r}")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({error}); prepare the data again, or use another copy") from error
     return build_tokenizer(

@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import importlib.util
 import json
 import random
 import shutil
@@ -219,7 +220,8 @@ KINDS: dict[str, Callable[[Path, list[str], random.Random], Input]] = {
     "deep": _deep,
     "folder": _folder,
 }
-if shutil.which("zstd"):
+# The reader is of the extra `data`.
+if shutil.which("zstd") and importlib.util.find_spec("backports.zstd"):
     KINDS["zstandard"] = _file("a.jsonl.zst", _zstandard)
     KINDS["cut zstandard"] = _refused("a.jsonl.zst", lambda data: _zstandard(data)[:-9])
 

@@ -11,7 +11,7 @@ import torch
 from sedd_megatron.data import digests as module
 from sedd_megatron.data.corpus import INDEX_HEADER, INDEX_MAGIC, open_tokens, write_corpus
 from sedd_megatron.data.digests import check_in_background, digests_path, find_fault
-from sedd_megatron.data.tokenizers import ByteTokenizer
+from sedd_megatron.data.tokenizers import ByteTokenizer, load_tokenizer
 from sedd_megatron.errors import UserError
 from sedd_megatron.options import parse_options
 from sedd_megatron.prepare_data import PrepareOptions, prepare
@@ -36,8 +36,8 @@ def flip(path: Path, bit: int) -> None:
 
 def test_every_flipped_bit_is_found(prefix, capsys):
     check(prefix)
-    assert capsys.readouterr().out == f"{prefix}: its 20 tokens and their index are what was written\n"
-    for suffix in (".bin", ".idx"):
+    assert capsys.readouterr().out == f"{prefix}: its 20 tokens, index and tokenizer are what was written\n"
+    for suffix in (".bin", ".idx", "_tokenizer/description.json"):
         path = Path(prefix + suffix)
         for bit in range(8 * path.stat().st_size):
             flip(path, bit)
@@ -48,6 +48,13 @@ def test_every_flipped_bit_is_found(prefix, capsys):
                 assert "\n" not in str(error.value)
             flip(path, bit)
     assert find_fault(prefix) is None
+
+
+def test_a_damaged_tokenizer_is_called_that(prefix):
+    path = Path(f"{prefix}_tokenizer/description.json")
+    path.write_text(path.read_text().replace("ByteTokenizer", "ByteTokEnizer"))
+    with pytest.raises(UserError, match=f"^{path}: damaged \\(there is no 'ByteTokEnizer'\\); prepare the data again"):
+        load_tokenizer(path.parent)
 
 
 def test_what_there_is_no_digest_for_is_said(prefix, capsys):
