@@ -23,10 +23,12 @@ def print_summary(run: TrainingRun, windows: Windows) -> None:
     torch.distributed.all_reduce(count, group=run.groups.collection.mp)
     if torch.distributed.get_rank() != 0:
         return
+    iteration, end = run.iteration, run.options.training.train_iters
     say(
         f"{count.item():,.0f} parameters, {own:,} of them on this rank | {run.groups.layout} | "
         f"{len(windows.train):,} training and {len(windows.valid):,} validation windows of "
-        f"{run.options.model.seq_length} tokens | at iteration {run.iteration} of {run.options.training.train_iters}"
+        f"{run.options.model.seq_length} tokens | at iteration {iteration} of {end}"
+        + (": nothing left to train, for more raise --train-iters" if iteration >= end else "")
     )
     say(cost_line(run))
 

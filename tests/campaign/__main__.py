@@ -108,6 +108,7 @@ def attack(rows: Sequence[Row], base: Base, folder: Path, arguments: argparse.Na
     scores = {row.id: Score(row) for row in rows}
     cases = {row.id: row.cases(base) if row.cases else None for row in rows}
     waiting = planned(rows, cases, arguments)
+    num_planned, num_done = len(waiting), 0
     running: dict[int, Running] = {}
     while waiting or running:
         is_over = arguments.budget is not None and time.monotonic() - begin > arguments.budget
@@ -127,6 +128,9 @@ def attack(rows: Sequence[Row], base: Base, folder: Path, arguments: argparse.Na
             if ended:
                 del running[pid]
                 note(scores[one.row.id], one, os.waitstatus_to_exitcode(status), arguments)
+                num_done += 1
+                if num_done * 10 // num_planned > (num_done - 1) * 10 // num_planned:
+                    print(f"{num_done} of {num_planned} attempts", file=sys.stderr, flush=True)
         time.sleep(0.005)
     return list(scores.values())
 
