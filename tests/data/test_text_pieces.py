@@ -74,6 +74,28 @@ MAKERS = {
         pre_tokenizer=pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme="always")]),
         decoder=decoders.Metaspace(prepend_scheme="always"),
     ),
+    "words by metaspace": lambda: trained(
+        models.Unigram(),
+        pre_tokenizer=pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+        ),
+        decoder=decoders.Metaspace(prepend_scheme="always"),
+    ),
+    "stripped words": lambda: trained(
+        models.Unigram(),
+        normalizer=normalizers.Sequence([normalizers.Strip(), normalizers.NFKC()]),
+        pre_tokenizer=pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+        ),
+        decoder=decoders.Metaspace(prepend_scheme="always"),
+    ),
+    "words by byte level": lambda: trained(
+        models.BPE(),
+        pre_tokenizer=pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)]
+        ),
+        decoder=decoders.ByteLevel(),
+    ),
     "byte level": lambda: trained(
         models.BPE(), pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True), decoder=decoders.ByteLevel()
     ),
@@ -155,6 +177,13 @@ def test_no_text_becomes_the_end_of_a_document(tokenizer):
     library = tokenizer.tokenizer_type in ("SentencePieceTokenizer", "HuggingFaceTokenizer")
     assert tokenizer.special_tokens.get("</s>") == (tokenizer.eod_id if library else None)
     assert tokenizer.eod_id is not None or not library
+
+
+@pytest.mark.parametrize("name", ["words by metaspace", "stripped words", "words by byte level", "metaspace always"])
+def test_blanks_after_a_name_stay(name):
+    tokenizer, text = tokenizer_named(name), "foo </s> bar foo"
+    assert tokenizer.decode(tokenizer.encode(text)).strip() == text
+    assert tokenizer.decode(tokenizer.encode("a") + tokenizer.encode_inside(text)).strip() == f"a{text}"
 
 
 def test_the_name_of_an_added_token_has_the_tokens_of_any_text():
