@@ -145,6 +145,17 @@ class HuggingFaceTokenizer:
                 return ids[len(start) :]
         return self._encode(text, self._encode_continuation)
 
+    def encode_with_special(self, text: str) -> list[int]:
+        """Ids of the text in which the names of special tokens are these tokens; the library itself finds them.
+
+        Raises:
+            UserError: as for encode.
+        """
+        if self._alphabet is not None:
+            for part in names_pattern(self.special_tokens).split(text):
+                self._refuse_unknown(part, self._alphabet)
+        return self._encode_by(self._with_special, text)
+
     def _encode(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
         ids = encode(text)
         if self._never_text.isdisjoint(ids):
@@ -170,6 +181,9 @@ class HuggingFaceTokenizer:
     def _encode_piece(self, text: str, tokenizer: hf_tokenizers.Tokenizer) -> list[int]:
         if self._alphabet is not None:
             self._refuse_unknown(text, self._alphabet)
+        return self._encode_by(tokenizer, text)
+
+    def _encode_by(self, tokenizer: hf_tokenizers.Tokenizer, text: str) -> list[int]:
         try:
             return tokenizer.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the library raises bare Exceptions
@@ -187,6 +201,13 @@ class HuggingFaceTokenizer:
             return self._tokenizer
         tokenizer = hf_tokenizers.Tokenizer.from_str(json.dumps(description | changed))
         tokenizer.encode_special_tokens = True
+        return tokenizer
+
+    @cached_property
+    def _with_special(self) -> hf_tokenizers.Tokenizer:
+        tokenizer = hf_tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        # An end of document may be a word of the model alone.
+        tokenizer.add_special_tokens([name for name in self.special_tokens if name == self.eod_token])
         return tokenizer
 
     @cached_property
