@@ -12,7 +12,8 @@ noise, and neither the order of requests nor the batch nor the layout changes an
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -33,7 +34,7 @@ from sedd_megatron.evaluation.windows import MAX_DRAWS, Window, cut, strided
 from sedd_megatron.generation.greedy import greedy_gives
 from sedd_megatron.generation.requests import MAX_KEY, MAX_LENGTH, Frame
 from sedd_megatron.generation.settings import SamplingOptions, settings_of
-from sedd_megatron.options import check_rules, check_values, instances_of, option, required_options
+from sedd_megatron.options import check_rules, check_values, in_short, instances_of, option, required_options
 from sedd_megatron.parallel.groups import (
     errors_of_all_replicas,
     gathered_from_replicas,
@@ -130,12 +131,13 @@ class HarnessModel(LM):
         """
         questions = []
         for request in requests:
-            context, continuation = self._encode_pair(*request.args)
-            if not continuation:
-                raise UserError(
-                    f"task {request.task_name}, document {request.doc_id}: its answer {request.args[1]!r} has no "
-                    "token, so that nothing is asked; mend the task, or leave the document out"
-                )
+            with errors_of(request):
+                context, continuation = self._encode_pair(*request.args)
+                if not continuation:
+                    raise UserError(
+                        f"its answer {request.args[1]!r} has no token, so that nothing is asked; mend the task, or "
+                        "leave the document out"
+                    )
             questions.append(Question(draws_of(request), (*context, *continuation), len(context)))
         if self.absorbing:
             nats = [-bound for bound in self._bounds(questions)]
@@ -155,9 +157,11 @@ class HarnessModel(LM):
 
         Windows have the half before given under the absorbing graph, and stand alone under the uniform one.
         """
-        texts = [request.args[0] for request in requests]
-        questions = [Question(draws_of(request), tuple(self.model.tokenizer.encode(text)), 0)
-                     for request, text in zip(requests, texts, strict=True)]  # fmt: skip
+        questions = []
+        for request in requests:
+            with errors_of(request):
+                tokens = self.model.tokenizer.encode(request.args[0])
+            questions.append(Question(draws_of(request), tuple(tokens), 0))
         answers = [-bound for bound in self._bounds(questions)]
         return self._remember("loglikelihood_rolling", requests, answers)
 
@@ -177,10 +181,14 @@ class HarnessModel(LM):
             except (ValueError, TypeError, OverflowError) as error:
                 raise UserError(f"generation_kwargs: {one_line(error)}; mend the task, or give --gen_kwargs") from error
             check_numbers(replace(self.options, max_gen_toks=plan["max_gen_toks"]))
+            with errors_of(request):
+                tokens = self.model.tokenizer.encode(context)
+                if not all(isinstance(stop, str) for stop in plan["until"]):
+                    raise UserError(f"until is {in_short(arguments['until'])}, must be a text or texts; mend the task")
             # The harness asks a question that is to be answered several times so often, without telling them apart.
             key = draws_of(request)
             seen[key] += 1
-            frame = self._frame(number, context, plan["max_gen_toks"], f"{key}/{seen[key]}")
+            frame = self._frame(number, tokens, plan["max_gen_toks"], f"{key}/{seen[key]}")
             asked.setdefault(self._sampling(plan), []).append(frame)
             stops.append(plan["until"])
         texts: dict[int, str] = {}
@@ -254,10 +262,10 @@ class HarnessModel(LM):
         found = gathered_from_replicas(found, groups)
         return [found[number] for number in range(len(questions))]
 
-    def _frame(self, number: int, context: str, num_free: int, draws: str) -> Frame:
+    def _frame(self, number: int, context: Sequence[int], num_free: int, draws: str) -> Frame:
         """Request `number`: as much of the context's end as leaves room, at least half a window of it."""
         length = self.model.seq_length
-        tokens = self.model.tokenizer.encode(context)[-max(length - num_free, length // 2, 1) :]
+        tokens = context[-max(length - num_free, length // 2, 1) :]
         given = [True] * len(tokens) + [False] * num_free
         return Frame(key_of(draws), self.options.seed, (*tokens, *[0] * num_free), tuple(given), number)
 
@@ -288,6 +296,24 @@ class HarnessModel(LM):
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial(kind, request.args, answer)
         return answers
+
+
+@contextmanager
+def errors_of(request: "Instance") -> Iterator[None]:
+    """Mistakes in a request's texts by its task and document, among them text that is not Unicode."""
+    where = f"task {request.task_name}, document {request.doc_id}"
+    try:
+        for text in request.args:
+            if isinstance(text, str):
+                text.encode("utf-8")
+        yield
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: {error.object[error.start]!r} is half a surrogate pair and no character; mend the task, or "
+            "leave the document out"
+        ) from error
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def draws_of(request: "Instance") -> str:

@@ -5,7 +5,8 @@ flag `--learning-rate` and the YAML key `learning_rate`; its annotation gives th
 over YAML over defaults.
 
 Wherever a value comes from: whole numbers fit into 64 bits, other numbers are finite, and a str names something (a
-file, a folder, a key), so that it is neither empty nor longer than a file name can be; `is_text` marks the others.
+file, a folder, a key), so that it is neither empty nor longer or deeper than a file name can be; `is_text` marks the
+others.
 """
 
 import argparse
@@ -26,6 +27,8 @@ from sedd_megatron.errors import UserError, one_line
 
 # Of Linux: bytes of a path, and of a part of it between slashes.
 LONGEST_PATH, LONGEST_NAME = 4095, 255
+# Ours, of the parts: pathlib makes missing folders by recursion, which Python ends at 1000.
+DEEPEST_PATH = 255
 
 
 def option(default: Any, help: str, choices: Sequence[str] = (), is_text: bool = False) -> Any:
@@ -244,6 +247,8 @@ def fault_of_name(name: str) -> str | None:
         return "be in UTF-8"
     if "\0" in name:
         return "not have a NUL character in it"
+    if len(parts) > DEEPEST_PATH:
+        return f"be at most {DEEPEST_PATH} parts between slashes"
     if max(map(len, parts)) > LONGEST_NAME or len(b"/".join(parts)) > LONGEST_PATH:
         return f"be at most {LONGEST_PATH} bytes long, and {LONGEST_NAME} between slashes"
     return None

@@ -29,7 +29,7 @@ from sedd_megatron.data.tokenizers import (
 from sedd_megatron.errors import UserError, run_command
 from sedd_megatron.options import option, parse_options
 
-# Options that are a file's or a dataset's name.
+MAX_WORKERS = 4096
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def _check_flags(options: PrepareOptions, is_text8: bool) -> None:
                                              or options.json_keys != ("text",)),
          "--input-dtype: bare tokens are taken as they are; leave --append-eod, --allow-special-tokens, --input-format "
          "and --json-keys out"),
-        (options.workers >= 1, f"--workers {options.workers} must be at least 1"),
+        (1 <= options.workers <= MAX_WORKERS, f"--workers {options.workers} must be from 1 to {MAX_WORKERS}"),
         (options.part_megabytes >= 1, f"--part-megabytes {options.part_megabytes} must be at least 1"),
         (not options.train_tokenizer or options.tokenizer_type == SentencePieceTokenizer.tokenizer_type,
          f"--train-tokenizer: {options.tokenizer_type} is not trained; use it with SentencePieceTokenizer, or leave "

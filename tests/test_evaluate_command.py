@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from sedd_megatron.data.tokenizers import ByteTokenizer
 from sedd_megatron.errors import UserError
 from sedd_megatron.parallel import cpu_backend
 from tests.commands import run
@@ -96,6 +97,24 @@ def test_data_is_read_for_what_it_holds(tmp_path, capsys):
     path.write_text('{\n"text": "one"\n}\n')
     with pytest.raises(UserError, match=r"^--data \S+x.json: is JSON, but not one object in each line; write it so"):
         texts()
+
+
+def test_the_end_of_documents_is_said_and_can_be_left_out(capsys):
+    class WithEnd(ByteTokenizer):
+        eod_id = 0
+
+    def tokens(tokenizer: ByteTokenizer, **change) -> list[tuple[int, ...]]:
+        options = evaluate.EvaluateOptions(load="x", data=("x",), **change)
+        return [window.tokens for window in evaluate._windows({"x": ["a", "b"]}, options, tokenizer, 4, False)["x"]]
+
+    assert tokens(WithEnd()) == [(97, 0, 98, 0)]
+    assert capsys.readouterr().err == (
+        "documents are joined by the end-of-document token, as published; for a model whose data had none give "
+        "--no-append-eod\n"
+    )
+    assert tokens(WithEnd(), append_eod=False) == tokens(ByteTokenizer()) == [(97, 98)]
+    assert tokens(WithEnd(), windowing="separate") == [(97,), (98,)]
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

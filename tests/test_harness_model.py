@@ -182,6 +182,27 @@ def test_an_answer_without_tokens_is_an_error_that_names_its_document():
         harness_model().loglikelihood([one])
 
 
+def test_texts_that_no_tokenizer_takes_are_errors_that_name_their_document():
+    model, settings = harness_model(mc_samples=2), {"max_gen_toks": 1, "until": []}
+    half = r"^task quiz, document 1: '\\udcff' is half a surrogate pair and no character; mend the task, or leave the"
+    unknown = r"^task quiz, document 1: character 'z' is not among the 3 that this CharTokenizer knows; "
+    for text, message in (("a\udcff", half), ("z", unknown)):
+        for answer, good, bad in (
+            (model.loglikelihood, ("a", "b"), (text, "b")),
+            (model.loglikelihood, ("a", "b"), ("a", text)),
+            (model.loglikelihood_rolling, ("a",), (text,)),
+            (model.generate_until, ("a", settings), (text, settings)),
+        ):
+            with pytest.raises(UserError, match=message):
+                answer(requests("", good, bad, task="quiz"))
+    for until, shown in ((None, "None"), (["a", 1], r"\['a', 1\]")):
+        asked = requests("", ("a", settings), ("a", settings | {"until": until}), task="quiz")
+        with pytest.raises(
+            UserError, match=rf"^task quiz, document 1: until is {shown}, must be a text or texts; mend"
+        ):
+            model.generate_until(asked)
+
+
 def test_texts_follow_the_law_given_the_context():
     settings = {"do_sample": True, "max_gen_toks": 2, "until": []}
     drawn = harness_model().generate_until(requests("", *[("b", settings)] * 3000))

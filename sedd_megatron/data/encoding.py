@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sedd_megatron.data.library_tokenizers import names_pattern
+from sedd_megatron.data.library_tokenizers import HuggingFaceTokenizer, names_pattern
 from sedd_megatron.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from sedd_megatron.errors import UserError
 
@@ -44,8 +44,8 @@ def encode_chunk(
 ) -> EncodedChunk:
     """Encode texts; with append_eod each document ends with the tokenizer's eod_id.
 
-    With allow_special_tokens the names of special tokens in a text become these tokens, and what follows one is encoded
-    as a text of its own.
+    With allow_special_tokens the names of special tokens in a text become these tokens, and what follows one is no
+    beginning of a text: no blank is put before it, unless the tokenizer's own library does so.
     """
     dtype = token_dtype(tokenizer.num_tokens)
     encode = _special_encoder(tokenizer) if allow_special_tokens else _array_encoder(tokenizer)
@@ -144,13 +144,16 @@ def _array_encoder(tokenizer: Tokenizer):
 
 def _special_encoder(tokenizer: Tokenizer):
     dtype = token_dtype(tokenizer.num_tokens)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return lambda text: np.array(tokenizer.encode_with_special(text), dtype)
     names = re.compile(f"({names_pattern(tokenizer.special_tokens).pattern})")
 
     def encode(text: str) -> np.ndarray:
-        ids = []
-        for part in names.split(text):
+        first, *others = names.split(text)
+        ids = tokenizer.encode(first)
+        for part in others:
             special = tokenizer.special_tokens.get(part)
-            ids += tokenizer.encode(part) if special is None else [special]
+            ids += tokenizer.encode_inside(part) if special is None else [special]
         return np.array(ids, dtype)
 
     return encode

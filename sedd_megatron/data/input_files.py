@@ -2,7 +2,8 @@
 
 What a file holds is told by its content. It is line-delimited JSON if each of its first lines is a JSON object, and by
 the suffixes .jsonl and .ndjson. If more than half of them begin with a brace all the same, or it begins with an object
-over several lines or is a list, it is refused, for nobody means to train on braces: --input-format says what it is.
+over several lines or is a list, or more than half of them are objects, lists, strings or records of a JSON text
+sequence (RFC 7464), it is refused, for nobody means to train on braces: --input-format says what it is.
 """
 
 import bz2
@@ -32,6 +33,7 @@ LONGEST_SIGN = 10  # bytes at the beginning of a file that tell its packing
 TAR_SIGN, TAR_SIGN_AT = b"ustar", 257
 FIRST_LINES, FIRST_BYTES = 1000, 1 << 24
 SHOWN_NAMES = 3
+RECORD_SEPARATOR = b"\x1e"  # of RFC 7464, before each value
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,11 @@ class InputFile:
                     yield content, file
             except UserError:
                 raise
+            except MemoryError as error:
+                raise UserError(
+                    f"{self.where}: what is packed in it does not fit into memory; write it as lines of JSON or as "
+                    "several files, or raise the limit"
+                ) from error
             except Exception as error:  # each packing has errors of its own, among them plain OSErrors
                 if isinstance(error, OSError) and error.errno is not None:
                     raise
@@ -162,15 +169,16 @@ def _has_json_lines(file: InputFile) -> bool:
         # An archive of texts is UTF-8 too.
         if content.read(TAR_SIGN_AT + len(TAR_SIGN))[TAR_SIGN_AT:] == TAR_SIGN:
             raise UserError(f"{file.where}: is a tar archive; unpack it, and name its files or their folder")
-    num_lines = num_braced = num_objects = num_bytes = 0
+    num_lines = num_braced = num_objects = num_values = num_bytes = 0
     first = b""
     with file.open() as (content, _):
         for line in (line.lstrip() for _, line in lines_of(content) if not line.isspace()):
             first = first or line[:1]
             is_braced = line.startswith(b"{")
             num_braced += is_braced
-            # As long as all were objects, for parsing takes its time.
-            num_objects += is_braced and num_objects == num_lines and object_of(line) is not None
+            value = _json_value(line)
+            num_objects += is_braced and value is not None
+            num_values += bool(value)
             num_lines, num_bytes = num_lines + 1, num_bytes + len(line)
             if num_lines == FIRST_LINES or num_bytes >= FIRST_BYTES:
                 break
@@ -187,7 +195,25 @@ def _has_json_lines(file: InputFile) -> bool:
             f"{file.where}: is JSON, but not one object in each line; write it so (jq -c '.[]' for a list), or give "
             "--input-format text to train on it as it stands"
         )
+    # A single line may well be a quotation.
+    is_quotation = num_lines == 1 and first == b'"'
+    if 2 * num_values > num_lines and not is_quotation and file.suffix not in SOURCE_SUFFIXES:
+        raise UserError(
+            f"{file.where}: most lines are JSON, but not all of them objects; write one object in each line (jq -c "
+            "'{text: .}' for strings), or give --input-format text to train on it as it stands"
+        )
     return False
+
+
+def _json_value(line: bytes) -> dict[str, Any] | list[Any] | str | None:
+    """The object, list or string that a line is, or a record of a JSON text sequence; None for anything else."""
+    if not line.startswith((b"{", b"[", b'"', RECORD_SEPARATOR)):
+        return None
+    try:
+        value = json.loads(line.lstrip(RECORD_SEPARATOR).decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict | list | str) else None
 
 
 def _begins_with_json(file: InputFile) -> bool:

@@ -3,7 +3,7 @@
 import json
 import re
 import string
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +17,8 @@ from sedd_megatron.errors import UserError, one_line
 GPT2_END_OF_TEXT = "<|endoftext|>"
 PIECE_CHARACTERS = 1 << 15
 PIECES_AT_ONCE = 16
+# Up to the first blank of those that the library's WhitespaceSplit knows; Python's are four more.
+FIRST_WORD = re.compile(r"(?:\S|[\x1c-\x1f])*")
 
 
 class GPT2BPETokenizer:
@@ -128,7 +130,7 @@ class HuggingFaceTokenizer:
         Raises:
             UserError: the text has a character that there is no token for, known or unknown.
         """
-        return self._encode(text, self._tokenizer)
+        return self._encode(text, self._encode_beginning)
 
     def encode_inside(self, text: str) -> list[int]:
         """Ids of text inside a text: without the blank that a text begins with, and inside a word where it begins with
@@ -138,26 +140,50 @@ class HuggingFaceTokenizer:
             UserError: as for encode.
         """
         for letter in self._letters:
-            start, ids = self._encode(letter, self._inside), self._encode(letter + text, self._inside)
+            start, ids = (self._encode(one, self._encode_continuation) for one in (letter, letter + text))
             if ids[: len(start)] == start:
                 return ids[len(start) :]
-        return self._encode(text, self._inside)
+        return self._encode(text, self._encode_continuation)
 
-    def _encode(self, text: str, tokenizer: hf_tokenizers.Tokenizer) -> list[int]:
-        ids = self._encode_piece(text, tokenizer)
+    def encode_with_special(self, text: str) -> list[int]:
+        """Ids of the text in which the names of special tokens are these tokens; the library itself finds them.
+
+        Raises:
+            UserError: as for encode.
+        """
+        if self._alphabet is not None:
+            for part in names_pattern(self.special_tokens).split(text):
+                self._refuse_unknown(part, self._alphabet)
+        return self._encode_by(self._with_special, text)
+
+    def _encode(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
+        ids = encode(text)
         if self._never_text.isdisjoint(ids):
             return ids
         # A name among the model's own words, or an end of document that was not added as special, is found in text all
         # the same (where a normalizer makes capitals small, in capitals too), but not in two halves of it.
         first, *others = _halved(names_pattern(self.special_tokens, re.IGNORECASE), text)
-        ids = self._encode_piece(first, tokenizer)
+        ids = encode(first)
         for other in others:
-            ids += self._encode_piece(other, self._inside)
+            ids += self._encode_continuation(other)
         return ids
+
+    def _encode_beginning(self, text: str) -> list[int]:
+        return self._encode_piece(text, self._tokenizer)
+
+    def _encode_continuation(self, text: str) -> list[int]:
+        if not self._prefixes_words:
+            return self._encode_piece(text, self._inside)
+        # The first word alone continues one; of the blanks before the others nothing but their prefixes remains.
+        end = FIRST_WORD.match(text).end()
+        return self._encode_piece(text[:end], self._inside) + self._encode_beginning(text[end:])
 
     def _encode_piece(self, text: str, tokenizer: hf_tokenizers.Tokenizer) -> list[int]:
         if self._alphabet is not None:
             self._refuse_unknown(text, self._alphabet)
+        return self._encode_by(tokenizer, text)
+
+    def _encode_by(self, tokenizer: hf_tokenizers.Tokenizer, text: str) -> list[int]:
         try:
             return tokenizer.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the library raises bare Exceptions
@@ -176,6 +202,22 @@ class HuggingFaceTokenizer:
         tokenizer = hf_tokenizers.Tokenizer.from_str(json.dumps(description | changed))
         tokenizer.encode_special_tokens = True
         return tokenizer
+
+    @cached_property
+    def _with_special(self) -> hf_tokenizers.Tokenizer:
+        tokenizer = hf_tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        # An end of document may be a word of the model alone.
+        tokenizer.add_special_tokens([name for name in self.special_tokens if name == self.eod_token])
+        return tokenizer
+
+    @cached_property
+    def _prefixes_words(self) -> bool:
+        """Whether each word has a blank before it put there, in place of one that was dropped, as T5's have."""
+        if self._inside is self._tokenizer or self._tokenizer.pre_tokenizer is None:
+            return False
+        whole, inside = ("".join(word for word, _ in one.pre_tokenizer.pre_tokenize_str("a b"))
+                         for one in (self._tokenizer, self._inside))  # fmt: skip
+        return not whole.endswith(inside)
 
     def _refuse_unknown(self, text: str, alphabet: set[str]) -> None:
         # The library drops such characters from a BPE without a word.

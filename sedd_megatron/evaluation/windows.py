@@ -32,7 +32,12 @@ class Window:
 
 
 def windows_of(
-    documents: Sequence[str], tokenizer: Tokenizer, seq_length: int, windowing: str, may_give: bool
+    documents: Sequence[str],
+    tokenizer: Tokenizer,
+    seq_length: int,
+    windowing: str,
+    may_give: bool,
+    append_eod: bool = True,
 ) -> list[Window]:
     """All windows, numbered in order.
 
@@ -42,13 +47,14 @@ def windows_of(
 
     Args:
         may_give: whether the model's graph can be given tokens (the absorbing graph).
+        append_eod: whether concatenate ends the documents; not for a model whose data was prepared without ends.
 
     Raises:
         UserError: no tokens at all, or strided windows that the graph does not allow.
     """
     encoded = [tokenizer.encode(document) for document in documents]
     if windowing == "concatenate":
-        end = [] if tokenizer.eod_id is None else [tokenizer.eod_id]
+        end = [tokenizer.eod_id] if append_eod and tokenizer.eod_id is not None else []
         joined = [token for ids in encoded for token in [*ids, *end]]
         pieces = [(unit, *piece) for unit, piece in enumerate(cut(joined, seq_length))]
     elif windowing == "separate":

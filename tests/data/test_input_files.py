@@ -70,7 +70,23 @@ def path_suffix(name: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "text", [POEM, SOURCE, MARKDOWN, PYTHON, "", "\n\n", "x", "[1] a reference", "{\n" * 5 + "x\n" * 5]
+    "text",
+    [
+        POEM,
+        SOURCE,
+        MARKDOWN,
+        PYTHON,
+        "",
+        "\n\n",
+        "x",
+        "[1] a reference",
+        "{\n" * 5 + "x\n" * 5,
+        '"To be."\n',
+        '"Yes."\n"No," he said.\n',
+        '"a",\n"b",\n["c"],\n',
+        "[section]\n[other]\n",
+        "[]\n[]\n",
+    ],
 )
 @pytest.mark.parametrize("name", ["a.txt", "a.py", "a.md", "a"])
 def test_texts_with_braces_are_texts(tmp_path, name, text):
@@ -99,6 +115,26 @@ def test_json_that_is_not_one_object_a_line_is_refused(tmp_path, name, value):
     assert_refused_as_json(path)
     if isinstance(value, dict):
         assert_refused_as_json(written(tmp_path, name, 2 * path.read_bytes()))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '["text 1"]\n["text 2"]\n',
+        '"text 1"\n"text 2"\nx\n',
+        '\x1e{"text": "a"}\n',
+        '\x1e{"text": "a"}\n\x1e"b"\n',
+        '["b"]\n{"a": 1}\nx\n',
+    ],
+)
+@pytest.mark.parametrize("name", ["a.txt", "a"])
+def test_lines_of_other_json_are_refused(tmp_path, name, text):
+    path = written(tmp_path, name, text)
+    assert refusal_of(path) == (
+        f"--input {path}: most lines are JSON, but not all of them objects; write one object in each line (jq -c "
+        "'{text: .}' for strings), or give --input-format text to train on it as it stands"
+    )
+    assert texts_in(path, input_format="text") == [text]
 
 
 def assert_refused_as_json(path: Path) -> None:
@@ -132,6 +168,16 @@ def test_packed_files(tmp_path, packing):
     for damaged in (whole[: len(whole) // 2], whole[:-1], whole[:12], whole[:50] + bytes(8) + whole[58:]):
         path = written(tmp_path, "c.txt", damaged)
         assert f"--input {path}: damaged or cut short, and cannot be unpacked (" in refusal_of(path)
+
+
+def test_what_does_not_fit_into_memory_is_not_called_damaged(tmp_path):
+    path = written(tmp_path, "a.txt.gz", gzip.compress(b"text"))
+    with pytest.raises(UserError) as error, InputFile(path).open():
+        bytearray(1 << 62)
+    assert str(error.value) == (
+        f"--input {path}: what is packed in it does not fit into memory; write it as lines of JSON or as several "
+        "files, or raise the limit"
+    )
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])

@@ -4,6 +4,7 @@ import io
 import random
 from functools import cache
 
+import numpy as np
 import pytest
 import sentencepiece
 import tokenizers as hf
@@ -12,6 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from sedd_megatron.data.encoding import encode_chunk
 from sedd_megatron.data.library_tokenizers import HuggingFaceTokenizer
 from sedd_megatron.data.tokenizers import ByteTokenizer, CharTokenizer, SentencePieceTokenizer, Tokenizer
+from sedd_megatron.errors import UserError
 from sedd_megatron.generation.requests import TextRequest, frames_of
 
 TEXTS = ["foo bar foo bar baz", "the fo bar.  two  blanks and foobar", "Answer: yes, (foo) a bar"]
@@ -73,6 +75,28 @@ MAKERS = {
         normalizer=normalizers.Sequence([normalizers.Strip(), normalizers.Replace(hf.Regex(" {2,}"), " ")]),
         pre_tokenizer=pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme="always")]),
         decoder=decoders.Metaspace(prepend_scheme="always"),
+    ),
+    "words by metaspace": lambda: trained(
+        models.Unigram(),
+        pre_tokenizer=pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+        ),
+        decoder=decoders.Metaspace(prepend_scheme="always"),
+    ),
+    "stripped words": lambda: trained(
+        models.Unigram(),
+        normalizer=normalizers.Sequence([normalizers.Strip(), normalizers.NFKC()]),
+        pre_tokenizer=pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+        ),
+        decoder=decoders.Metaspace(prepend_scheme="always"),
+    ),
+    "words by byte level": lambda: trained(
+        models.BPE(),
+        pre_tokenizer=pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)]
+        ),
+        decoder=decoders.ByteLevel(),
     ),
     "byte level": lambda: trained(
         models.BPE(), pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True), decoder=decoders.ByteLevel()
@@ -157,6 +181,13 @@ def test_no_text_becomes_the_end_of_a_document(tokenizer):
     assert tokenizer.eod_id is not None or not library
 
 
+@pytest.mark.parametrize("name", ["words by metaspace", "stripped words", "words by byte level", "metaspace always"])
+def test_blanks_after_a_name_stay(name):
+    tokenizer, text = tokenizer_named(name), "foo </s> bar foo"
+    assert tokenizer.decode(tokenizer.encode(text)).strip() == text
+    assert tokenizer.decode(tokenizer.encode("a") + tokenizer.encode_inside(text)).strip() == f"a{text}"
+
+
 def test_the_name_of_an_added_token_has_the_tokens_of_any_text():
     """Those that it has before it is added."""
     plain = trained(models.BPE(), pre_tokenizer=pre_tokenizers.ByteLevel(), decoder=decoders.ByteLevel())
@@ -181,16 +212,41 @@ def test_an_end_of_document_that_is_the_unknown_token_is_an_end():
     assert encode_chunk(["a", "a"], tokenizer, append_eod=True).num_unknown == 0
 
 
-def test_allowed_names_end_documents_as_the_flag_does(tokenizer):
-    """A text in which </s> ends each document has the tokens of these documents with their ends appended."""
+def test_allowed_names_are_their_tokens_inside_a_text(tokenizer):
+    """Of the library's tokenizers as the library itself encodes them, of others without a blank after them."""
     if tokenizer.eod_id is None:
         assert not tokenizer.special_tokens
         return
-    written = encode_chunk(["</s>".join([*TEXTS, ""])], tokenizer, append_eod=False, allow_special_tokens=True)
-    appended = encode_chunk(TEXTS, tokenizer, append_eod=True)
-    assert written.tokens.tolist() == appended.tokens.tolist()
-    assert written.tokens.tolist().count(tokenizer.eod_id) == len(TEXTS)
-    assert written.num_unknown == appended.num_unknown == written.tokens.tolist().count(tokenizer.unknown_id)
+    for text in ("foo</s>bar", "</s>bar</s></s> foo", "foo </s> bar", "".join(f"{text}</s>" for text in TEXTS)):
+        first, *others = text.split("</s>")
+        if isinstance(tokenizer, HuggingFaceTokenizer):
+            library = hf.Tokenizer.from_str(tokenizer._tokenizer.to_str())
+            expected = library.encode(text, add_special_tokens=False).ids
+        else:
+            parts = [tokenizer.encode(first), *map(tokenizer.encode_inside, others)]
+            expected = [id for part in parts for id in (*part, tokenizer.eod_id)][:-1]
+        written = encode_chunk([text], tokenizer, append_eod=False, allow_special_tokens=True)
+        assert written.tokens.tolist() == expected, text
+        assert expected.count(tokenizer.eod_id) == len(others)
+        assert written.num_unknown == expected.count(tokenizer.unknown_id)
+
+
+@pytest.mark.parametrize("name", ["sentencepiece", "sentencepiece that keeps blanks", "metaspace first"])
+def test_no_blank_follows_an_allowed_name(name):
+    tokenizer = tokenizer_named(name)
+    ids = encode_chunk(["foo</s>bar</s> a"], tokenizer, append_eod=False, allow_special_tokens=True).tokens
+    parts = [part[part != tokenizer.eod_id].tolist() for part in np.split(ids, np.flatnonzero(ids == tokenizer.eod_id))]
+    texts = [tokenizer.decode(tokenizer.encode("(") + part) for part in parts]
+    assert [text.removeprefix("(") for text in texts] == [" foo", "bar", " a"]
+
+
+def test_an_end_of_document_that_was_not_added_is_allowed_too():
+    library = hf.Tokenizer(models.BPE({"a": 0, "b": 1, "<": 2, "/": 3, "s": 4, ">": 5, "</s>": 6}, []))
+    tokenizer = HuggingFaceTokenizer(library, "</s>")
+    written = encode_chunk(["a</s>b"], tokenizer, append_eod=False, allow_special_tokens=True)
+    assert written.tokens.tolist() == [0, 6, 1]
+    with pytest.raises(UserError, match=r"^character 'c' has no token in this tokenizer"):
+        encode_chunk(["a</s>c"], tokenizer, append_eod=False, allow_special_tokens=True)
 
 
 @pytest.mark.parametrize("seed", range(3))

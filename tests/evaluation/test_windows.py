@@ -42,6 +42,8 @@ def test_strided_windows_have_half_of_them_given_and_are_parts_of_the_document()
 def test_concatenation_ends_documents_where_the_tokenizer_can():
     windows = windows_of(["ab", "c"], WithEnd(), 3, "concatenate", may_give=False)
     assert [window.tokens for window in windows] == [(97, 98, 0), (99, 0)]
+    windows = windows_of(["ab", "c"], WithEnd(), 3, "concatenate", may_give=False, append_eod=False)
+    assert [window.tokens for window in windows] == [(97, 98, 99)]
 
 
 def test_mistakes():
