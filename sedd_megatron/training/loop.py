@@ -1,6 +1,7 @@
 """The training loop, from options to the last checkpoint."""
 
 import itertools
+import json
 import math
 import signal
 import time
@@ -61,7 +62,7 @@ def train(
         print_summary(run, windows)
         compile_validation(run, windows.valid)
         find_fp8_scales(run, windows.train)
-        saver, continues = None, False
+        saver = None
         if options.checkpoint.save:
             root = Path(options.checkpoint.save)
             continues = found is not None and found.folder.parent.resolve() == root.resolve()
@@ -69,7 +70,7 @@ def train(
             is_saved = continues and found.folder.name == checkpoint_name(run.iteration)
             writer = CheckpointWriter(root, options, tokenizer.num_tokens, lock)
             saver = RunSaver(writer, options.checkpoint, run.iteration if is_saved else None)
-        metrics = _open_metrics(run, continues)
+        metrics = _open_metrics(run)
         requests.start_waiting()
         try:
             _train_and_save(run, windows, saver, metrics, requests)
@@ -323,8 +324,7 @@ def _one_per_chunk(batches: Iterator[MicroBatch], run: TrainingRun) -> list[Iter
     return list(itertools.tee(batches, len(run.ddp_chunks)))
 
 
-def _open_metrics(run: TrainingRun, continues: bool) -> MetricsWriter | None:
-    """`continues` says that the run goes on from its own save folder."""
+def _open_metrics(run: TrainingRun) -> MetricsWriter | None:
     if torch.distributed.get_rank() != 0:
         return None
     options, tflop_per_token, peak = run.options, 0.0, None
@@ -335,8 +335,14 @@ def _open_metrics(run: TrainingRun, continues: bool) -> MetricsWriter | None:
     file = None
     if log_dir:
         # A save folder belongs to one run. A log folder may be shared, and what others wrote there is not cut.
-        is_own = continues or (save is not None and Path(log_dir).resolve() == Path(save).resolve())
-        file = MetricsFile(Path(log_dir) / "metrics.jsonl", run.iteration if is_own else None)
+        path = Path(log_dir) / "metrics.jsonl"
+        if save is None:
+            file = MetricsFile(path, None, "a run that does not save")
+        else:
+            root = Path(save).resolve()
+            # Its number too: folders of one name on two machines are two.
+            name = None if path.resolve().parent == root else json.dumps([str(root), root.stat().st_ino])
+            file = MetricsFile(path, run.iteration, name)
     return MetricsWriter(options.logging, file, options.training.train_iters, run.iteration, tflop_per_token, peak)
 
 

@@ -132,6 +132,18 @@ def another_run_is_refused_by_its_first_difference(run: Commands) -> None:
     assert changed.endswith("with --hidden-dropout 0.0 -> 0.1, --lr 0.01 -> 0.005, --adam-beta2 0.999 -> 0.99")
 
 
+def runs_may_share_a_folder_of_metrics(run: Commands) -> None:
+    for name in ("a", "b"):
+        run.train(3, "--save", f"@/logs {name}", "--log-dir", "@/logs", "--save-interval", "2")
+    records = (run.root / "logs" / "metrics.jsonl").read_text()
+    run.train(3, "--save", "@/logs a", "--log-dir", "@/logs", "--load", "@/logs a/iter_0000002")
+    assert (run.root / "logs" / "metrics.jsonl").read_text().startswith(records)
+    assert len(run.losses("logs")) == 7
+    for load in ([], ["--load", "@/one log's/iter_0000002"]):
+        run.train(3, "--save", "@/one log's", "--log-dir", "@/log", "--save-interval", "2", *load)
+    assert len(run.losses("log")) == 3
+
+
 def data_is_known_by_what_is_in_it(run: Commands) -> None:
     shutil.copytree(run.root / "data", run.root / "moved")
     moved = run.corpus.replace("/data/", "/moved/")
@@ -223,6 +235,7 @@ def check(folder: str) -> None:
     run = Commands(Path(folder))
     one_command_line_starts_and_goes_on(run)
     another_run_is_refused_by_its_first_difference(run)
+    runs_may_share_a_folder_of_metrics(run)
     data_is_known_by_what_is_in_it(run)
     a_run_goes_back_and_around_damage(run)
     leftovers_retention_and_numbers_that_are_not_finite(run)
