@@ -36,6 +36,8 @@ from sedd_megatron.training.run_folder import (
     FoundCheckpoint,
     checkpoint_name,
     load_first_whole,
+    mark_gone_back,
+    named_iteration,
     remove_old,
     set_aside_later,
     write_tracker,
@@ -266,12 +268,15 @@ def resume(run: TrainingRun, found: FoundCheckpoint) -> FoundCheckpoint:
 
     def set_aside() -> list[str]:
         try:
-            return set_aside_later(found.folder.parent, found.iteration)
+            lines = set_aside_later(found.folder.parent, found.iteration)
+            if load is not None and named_iteration(Path(save), Path(load)) == found.folder:
+                mark_gone_back(found.folder)
+            return lines
         except OSError as error:
             raise UserError(f"cannot set aside what is later than {found.folder}: {error}; rename it") from error
 
     found = load_first_whole(found, lambda found: load_checkpoint(run, found.folder, found.body), check, _tell)
-    save = run.options.checkpoint.save
+    save, load = run.options.checkpoint.save, run.options.checkpoint.load
     if save and found.folder.parent.resolve() == Path(save).resolve():
         _tell(on_first_rank(set_aside))
     return found

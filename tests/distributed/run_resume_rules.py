@@ -170,7 +170,12 @@ def data_is_known_by_what_is_in_it(run: Commands) -> None:
 
 def a_run_goes_back_and_around_damage(run: Commands) -> None:
     shutil.copytree(run.root / "unbroken", run.root / "back")
-    lines = run.train(5, "--load", "@/back/iter_0000003", "--save", "@/back")
+    (run.root / "disk").mkdir()
+    third = run.root / "back" / "iter_0000003"
+    third.symlink_to(third.rename(run.root / "disk" / "iter_0000003"))
+    # Given again by a launcher, after a start that was killed before it had gone back.
+    with mock.patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT="1"):
+        lines = run.train(5, "--load", "@/back/iter_0000003", "--save", "@/back")
     aside = sorted(path.name for path in (run.root / "back").glob("*.set-aside"))
     assert aside == [f"iter_000000{n}.set-aside" for n in (4, 5, 6)]
     assert sum("set aside" in line for line in lines) == 3
@@ -180,7 +185,7 @@ def a_run_goes_back_and_around_damage(run: Commands) -> None:
     assert all(torch.equal(tensor, expected[key])
                for key, tensor in whole_tensors(run.root / "back" / "iter_0000005").items())  # fmt: skip
 
-    # A launcher that gives the command again does not mean to go back again.
+    # And after one that had, which does not mean to go back again.
     with mock.patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT="1"):
         lines = run.train(6, "--load", "@/back/iter_0000003", "--save", "@/back")
     assert lines[1].startswith(f"resumes from {run.root}/back/iter_0000005")

@@ -23,7 +23,9 @@ from sedd_megatron.training.run_folder import (  # noqa: E402
     LATEST,
     FoundCheckpoint,
     find_checkpoint,
+    goes_back,
     load_first_whole,
+    mark_gone_back,
     remove_leftovers,
     remove_old,
     set_aside_later,
@@ -222,6 +224,44 @@ def test_later_checkpoints_are_set_aside_and_kept(tmp_path):
     assert "iter_0000006.set-aside-2" in names(tmp_path)
     assert read_manifest(tmp_path / "iter_0000006.set-aside-2")["state"]["iteration"] == 6
     assert set_aside_later(tmp_path, 4) == []
+
+
+def test_a_run_goes_back_once_each_time_a_person_says_so(tmp_path, monkeypatch):
+    save(tmp_path / "x", 2, 4)
+    folder = tmp_path / "x" / "iter_0000002"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
+
+    def start(restarts: int) -> Path | None:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+        return goes_back(tmp_path / "x", folder)
+
+    # Killed before anything was set aside, and given again.
+    assert [start(0), start(1), start(2)] == [folder] * 3
+    mark_gone_back(folder)
+    assert [start(3), start(4)] == [None, None]
+    assert goes_back(tmp_path / "x", tmp_path / "x" / "iter_0000004") == tmp_path / "x" / "iter_0000004"
+    assert start(5) == folder
+    mark_gone_back(folder)
+    # Another launch, whose first start died before it came to this.
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
+    assert start(1) == folder
+    mark_gone_back(folder)
+    assert [start(0), start(1)] == [folder] * 2
+
+
+def test_a_checkpoint_on_another_disk_is_gone_back_to(tmp_path):
+    save(tmp_path / "x", 2, 4)
+    folder = tmp_path / "x" / "iter_0000002"
+    (tmp_path / "disk").mkdir()
+    folder.symlink_to(folder.rename(tmp_path / "disk" / "iter_0000002"))
+    (tmp_path / "link").symlink_to(tmp_path / "x")
+    (tmp_path / "best").symlink_to(tmp_path / "x" / "iter_0000004")
+    assert goes_back(tmp_path / "x", folder) == folder
+    assert goes_back(tmp_path / "link", folder) == tmp_path / "link" / "iter_0000002"
+    assert goes_back(tmp_path / "x", tmp_path / "best") == tmp_path / "x" / "iter_0000004"
+    assert goes_back(tmp_path / "x", tmp_path / "disk" / "iter_0000002") is None
+    assert goes_back(tmp_path / "x", tmp_path / "x") is None
+    assert goes_back(tmp_path / "x", None) is None
 
 
 def test_what_dead_runs_left_is_removed_and_the_only_copy_put_back(tmp_path):
