@@ -219,10 +219,21 @@ def remove_leftovers(root: Path) -> list[str]:
             path.rename(final)
             lines.append(f"put {final} back: a run died while it replaced it")
         else:
-            shutil.rmtree(path)
-            lines.append(f"removed {path}: a run that died left it unfinished")
+            try:
+                remove_folder(path)
+                lines.append(f"removed {path}: a run that died left it unfinished")
+            except OSError as error:
+                lines.append(f"cannot remove {path}, which a run that died left: {one_line(error)}; remove it")
     (root / f".{LATEST}").unlink(missing_ok=True)
     return lines
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder; of one that is a link, as to another disk, the link alone."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def remove_old(
@@ -252,7 +263,7 @@ def remove_old(
         try:
             # Renamed first: nobody finds half of it.
             folder.rename(removed)
-            shutil.rmtree(removed)
+            remove_folder(removed)
         except OSError as error:
             lines.append(f"cannot delete {folder} (--keep-last {keep_last}): {one_line(error)}; training goes on")
     return lines

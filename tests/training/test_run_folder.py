@@ -316,6 +316,34 @@ def test_retention_deletes_whole_checkpoints_of_its_run_alone(tmp_path):
         "iter_0000001.set-aside", "iter_0000002", "iter_0000003", "iter_0000005", "iter_0000008"]  # fmt: skip
 
 
+def test_of_a_checkpoint_that_is_a_link_the_link_alone_is_deleted(tmp_path):
+    save(tmp_path, 1, 2, 3)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    for name in ("iter_0000001", "iter_0000003"):
+        (tmp_path / name).symlink_to((tmp_path / name).rename(disk / name))
+    assert remove_old(tmp_path, 3, 1, None, lambda body: True) == []
+    assert names(tmp_path) == ["disk", "iter_0000003", LATEST]
+    # One that is saved again takes the link's place.
+    save(tmp_path, 3, value=2.0)
+    assert not (tmp_path / "iter_0000003").is_symlink()
+    (tmp_path / ".iter_0000001.removed").symlink_to(disk / "iter_0000001")
+    assert remove_leftovers(tmp_path) == [
+        f"removed {tmp_path}/.iter_0000001.removed: a run that died left it unfinished"
+    ]
+    assert names(tmp_path) == ["disk", "iter_0000003", LATEST]
+    assert all(read_manifest(disk / f"iter_000000{n}")["state"]["iteration"] == n for n in (1, 3))
+
+
+def test_what_cannot_be_removed_does_not_keep_a_run_from_starting(tmp_path):
+    save(tmp_path, 1)
+    left = tmp_path / ".iter_0000002.removed"
+    left.write_text("no folder")
+    (line,) = remove_leftovers(tmp_path)
+    assert line.startswith(f"cannot remove {left}, which a run that died left: [Errno 20] Not a directory")
+    assert loaded(tmp_path) == (1, [])
+
+
 def test_a_deletion_that_fails_is_told_and_no_more(tmp_path, monkeypatch):
     save(tmp_path, 1, 2, 3)
 
