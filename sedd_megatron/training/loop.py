@@ -16,7 +16,7 @@ from torch import Tensor
 from sedd_megatron.arguments import weighted_corpora
 from sedd_megatron.config import PretrainOptions
 from sedd_megatron.data.collator import NoisingCollator
-from sedd_megatron.data.digests import check_in_background
+from sedd_megatron.data.digests import SECONDS_TO_WAIT_AT_LAST, DigestCheck, check_in_background
 from sedd_megatron.data.loader import training_batches, validation_batches
 from sedd_megatron.data.micro_batch import MicroBatch, MicroBatchCollator
 from sedd_megatron.data.tokenizers import Tokenizer
@@ -25,7 +25,7 @@ from sedd_megatron.diffusion.draws import Stream
 from sedd_megatron.diffusion.transfers import to_device
 from sedd_megatron.errors import UserError, forget_unsaid, say
 from sedd_megatron.parallel.fused_head import ROW_MULTIPLE
-from sedd_megatron.parallel.groups import ParallelGroups, is_first_rank
+from sedd_megatron.parallel.groups import ParallelGroups, is_first_rank, on_first_rank
 from sedd_megatron.training.build import TrainingRun, build_run
 from sedd_megatron.training.checkpoint import CheckpointWriter, resume
 from sedd_megatron.training.estimates import peak_tflops
@@ -93,7 +93,7 @@ def _train_and_save(
     metrics: MetricsWriter | None,
     requests: StopRequests,
 ) -> None:
-    options = run.options
+    options, first_iteration = run.options, run.iteration
     batches, request, digests = training_iterators(run, windows.train), 0, None
     if is_first_rank():
         digests = check_in_background([prefix for _, prefix in weighted_corpora(options.data)])
@@ -102,7 +102,7 @@ def _train_and_save(
         flags = [requests.requested, saver is not None and saver.is_writing, fault is not None]
         step, (request, writing, is_damaged) = train_step(run, batches, flags)
         if is_damaged:
-            raise UserError(f"{fault or 'the data is not what was written'}; nothing is saved from here on")
+            raise _damaged_data(fault or "the data is not what was written")
         if metrics is not None:
             metrics.train_step(step, options.training.global_batch_size * options.model.seq_length)
         if saver is not None and not writing:
@@ -113,6 +113,10 @@ def _train_and_save(
         is_last = request or run.iteration == options.training.train_iters
         if saver is not None and not is_last and _is_due(run.iteration, options.checkpoint.save_interval):
             saver.save(run)
+    if run.iteration > first_iteration:
+        # Who asked the run to end may not wait.
+        seconds = 0.0 if request else SECONDS_TO_WAIT_AT_LAST
+        on_first_rank(lambda: _require_as_written(digests, seconds))
     if saver is not None:
         saver.save_last(run)
     if request:
@@ -123,6 +127,16 @@ def _train_and_save(
                 f"{options.training.train_iters}"
             )
         _validate_if_due(run, windows, metrics)
+
+
+def _require_as_written(digests: DigestCheck, seconds: float) -> None:
+    fault = digests.last_fault(seconds)
+    if fault is not None:
+        raise _damaged_data(fault)
+
+
+def _damaged_data(fault: str) -> UserError:
+    return UserError(f"{fault}; nothing is saved from here on")
 
 
 def _validate_if_due(run: TrainingRun, windows: Windows, metrics: MetricsWriter | None) -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
@@ -19,10 +20,13 @@ import torch
 from sedd_megatron import load_pretrained
 from sedd_megatron.arguments import parse_pretrain_options
 from sedd_megatron.config import DiffusionOptions, ModelOptions
+from sedd_megatron.data import digests
 from sedd_megatron.data.corpus import write_corpus
+from sedd_megatron.data.digests import digests_path, write_digests
 from sedd_megatron.data.null_tokenizer import NullTokenizer
 from sedd_megatron.data.tokenizers import ByteTokenizer, CharTokenizer, load_tokenizer
 from sedd_megatron.errors import UserError
+from sedd_megatron.training import same_run
 from sedd_megatron.training.checkpoint_format import read_manifest
 from sedd_megatron.training.pretrain import pretrain
 from sedd_megatron.training.run_lock import Owner, _started
@@ -156,6 +160,20 @@ def data_is_known_by_what_is_in_it(run: Commands) -> None:
         in run.refusal("--save", "@/x", corpus=other)
     )
     run.train(7, "--save", "@/x", "--allow-changed", "data_path", corpus=other)
+    # A digest beside the data knows what a sample of its bytes does not show.
+    whole, changed = run.write("whole", FOX * 40), run.write("changed", FOX * 40)
+    change_a_token(changed)
+    write_digests(changed)
+    with mock.patch.multiple(same_run, BLOCKS=2, BLOCK_BYTES=16):
+        run.train(1, "--save", "@/whole", corpus=whole)
+        assert f"was trained on other data than --data-path {changed}" in run.refusal(
+            "--save", "@/whole", corpus=changed
+        )
+        digests_path(changed).unlink()
+        assert run.train(1, "--save", "@/whole", corpus=changed)[0].startswith("resumes from")
+    for weight in ("1", "0.5"):
+        lines = run.train(1, "--save", "@/blend", "--data-path", weight, run.corpus, weight, whole)
+    assert lines[0].startswith(f"resumes from {run.root}/blend/iter_0000001 with --data-path 1 ")
     # A tokenizer of the same size.
     characters = "".join(sorted(set(FOX.upper())))
     upper = run.write("upper", FOX.upper() * 40, CharTokenizer(characters))
@@ -166,6 +184,30 @@ def data_is_known_by_what_is_in_it(run: Commands) -> None:
     assert kept.characters == "".join(sorted(set(FOX)))
     more = run.write("bytes", FOX * 40, ByteTokenizer())
     assert "has a vocabulary of 28 tokens, the data one of 256" in run.refusal("--save", "@/x", corpus=more)
+
+
+def a_short_run_on_damaged_data_is_not_saved(run: Commands) -> None:
+    corpus = run.write("short", FOX * 40)
+    change_a_token(corpus)
+    describe = digests._describe
+
+    def slowly(path: Path) -> dict:
+        time.sleep(1)
+        return describe(path)
+
+    with mock.patch.multiple(digests, SECONDS_TO_WAIT=0.0, _describe=slowly):
+        refused = run.refusal("--save", "@/short", train_iters=1, corpus=corpus)
+    assert f"{corpus}.bin: is not what was written" in refused
+    assert refused.endswith("; nothing is saved from here on")
+    assert not list((run.root / "short").glob("iter_*"))
+
+
+def change_a_token(corpus: str) -> None:
+    """To another of the vocabulary, in the middle."""
+    path = Path(f"{corpus}.bin")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 & ~1] ^= 1
+    path.write_bytes(content)
 
 
 def a_run_goes_back_and_around_damage(run: Commands) -> None:
@@ -242,6 +284,7 @@ def check(folder: str) -> None:
     another_run_is_refused_by_its_first_difference(run)
     runs_may_share_a_folder_of_metrics(run)
     data_is_known_by_what_is_in_it(run)
+    a_short_run_on_damaged_data_is_not_saved(run)
     a_run_goes_back_and_around_damage(run)
     leftovers_retention_and_numbers_that_are_not_finite(run)
     checkpoints_of_every_release_go_on(run)
