@@ -13,9 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from threading import Thread, get_native_id
 
+from sedd_megatron.errors import say
+
 DIGESTED = (".bin", ".idx")
-# What takes no longer is known before the first step.
-SECONDS_TO_WAIT = 1.0
+# What takes no longer is known before the first step, or before the last checkpoint.
+SECONDS_TO_WAIT, SECONDS_TO_WAIT_AT_LAST = 1.0, 5.0
 LOWEST_PRIORITY = 19
 
 
@@ -36,18 +38,27 @@ def write_digests(prefix: str) -> None:
     digests_path(prefix).write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
 
 
+def written_digests(prefix: str) -> dict[str, str] | None:
+    """The sha256 that were written down, by what stands behind the prefix, .bin and .idx first; None without any that
+    can be read.
+    """
+    try:
+        digests = json.loads(digests_path(prefix).read_text(encoding="utf-8"))
+        return {name: digests[name]["sha256"] for name in (*DIGESTED, *digests)}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
 def find_fault(prefix: str) -> str | None:
     """What is wrong with the first file that is not as its digest says, in one line with the way out; None if all are.
 
     Reads all of them whole.
     """
-    try:
-        digests = json.loads(digests_path(prefix).read_text(encoding="utf-8"))
-        names = [*DIGESTED, *(name for name in digests if name not in DIGESTED)]
-        expected = [(Path(f"{prefix}{name}"), digests[name]["sha256"]) for name in names]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    digests = written_digests(prefix)
+    if digests is None:
         return f"{digests_path(prefix)}: damaged; copy it again, or prepare the data again"
-    for path, digest in expected:
+    for name, digest in digests.items():
+        path = Path(f"{prefix}{name}")
         try:
             found = _describe(path)["sha256"]
         except OSError as error:
@@ -66,12 +77,19 @@ class DigestCheck:
     def __init__(self, prefixes: Sequence[str]) -> None:
         self._fault: str | None = None
         # A daemon, so that a run that is finished does not wait for it.
-        thread = Thread(target=self._check, args=(tuple(prefixes),), daemon=True)
-        thread.start()
-        thread.join(SECONDS_TO_WAIT)
+        self._thread = Thread(target=self._check, args=(tuple(prefixes),), daemon=True)
+        self._thread.start()
+        self._thread.join(SECONDS_TO_WAIT)
 
     def fault(self) -> str | None:
         """What was found to be wrong so far, as find_fault says it."""
+        return self._fault
+
+    def last_fault(self, seconds: float) -> str | None:
+        """The same at a run's end, after a wait of some seconds; that data was not read to the end is told."""
+        self._thread.join(seconds)
+        if self._fault is None and self._thread.is_alive():
+            say("the data's digests: not read to the end, since the run is over before")
         return self._fault
 
     def _check(self, prefixes: Sequence[str]) -> None:

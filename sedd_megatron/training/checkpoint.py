@@ -6,6 +6,8 @@ A checkpoint is written under a hidden name, brought to the disk, and renamed; o
 Nothing that is not finite is saved, from whatever tensor.
 """
 
+import contextlib
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,6 +38,9 @@ from sedd_megatron.training.run_folder import (
     FoundCheckpoint,
     checkpoint_name,
     load_first_whole,
+    mark_gone_back,
+    named_iteration,
+    remove_folder,
     remove_old,
     set_aside_later,
     write_tracker,
@@ -234,14 +239,18 @@ def _progress(run: TrainingRun) -> dict[str, Any]:
 def _publish(partial: Path, final: Path, iteration: int) -> None:
     root = final.parent
     replaced = root / f".{final.name}.replaced"
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
+    if os.path.lexists(final):
+        if os.path.lexists(replaced):
+            remove_folder(replaced)
         final.rename(replaced)
     sync_file(partial)
     partial.rename(final)
     sync_file(root)
     write_tracker(root, iteration)
-    shutil.rmtree(replaced, ignore_errors=True)
+    if os.path.lexists(replaced):
+        with contextlib.suppress(OSError):
+            # The new one is there; the next start removes what is left of the old.
+            remove_folder(replaced)
 
 
 def _is_own(saved: dict[str, Any], own: dict[str, Any]) -> bool:
@@ -266,12 +275,15 @@ def resume(run: TrainingRun, found: FoundCheckpoint) -> FoundCheckpoint:
 
     def set_aside() -> list[str]:
         try:
-            return set_aside_later(found.folder.parent, found.iteration)
+            lines = set_aside_later(found.folder.parent, found.iteration)
+            if load is not None and named_iteration(Path(save), Path(load)) == found.folder:
+                mark_gone_back(found.folder)
+            return lines
         except OSError as error:
             raise UserError(f"cannot set aside what is later than {found.folder}: {error}; rename it") from error
 
     found = load_first_whole(found, lambda found: load_checkpoint(run, found.folder, found.body), check, _tell)
-    save = run.options.checkpoint.save
+    save, load = run.options.checkpoint.save, run.options.checkpoint.load
     if save and found.folder.parent.resolve() == Path(save).resolve():
         _tell(on_first_rank(set_aside))
     return found

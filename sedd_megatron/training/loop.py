@@ -1,6 +1,7 @@
 """The training loop, from options to the last checkpoint."""
 
 import itertools
+import json
 import math
 import signal
 import time
@@ -15,7 +16,7 @@ from torch import Tensor
 from sedd_megatron.arguments import weighted_corpora
 from sedd_megatron.config import PretrainOptions
 from sedd_megatron.data.collator import NoisingCollator
-from sedd_megatron.data.digests import check_in_background
+from sedd_megatron.data.digests import SECONDS_TO_WAIT_AT_LAST, DigestCheck, check_in_background
 from sedd_megatron.data.loader import training_batches, validation_batches
 from sedd_megatron.data.micro_batch import MicroBatch, MicroBatchCollator
 from sedd_megatron.data.tokenizers import Tokenizer
@@ -24,7 +25,7 @@ from sedd_megatron.diffusion.draws import Stream
 from sedd_megatron.diffusion.transfers import to_device
 from sedd_megatron.errors import UserError, forget_unsaid, say
 from sedd_megatron.parallel.fused_head import ROW_MULTIPLE
-from sedd_megatron.parallel.groups import ParallelGroups, is_first_rank
+from sedd_megatron.parallel.groups import ParallelGroups, is_first_rank, on_first_rank
 from sedd_megatron.training.build import TrainingRun, build_run
 from sedd_megatron.training.checkpoint import CheckpointWriter, resume
 from sedd_megatron.training.estimates import peak_tflops
@@ -61,7 +62,7 @@ def train(
         print_summary(run, windows)
         compile_validation(run, windows.valid)
         find_fp8_scales(run, windows.train)
-        saver, continues = None, False
+        saver = None
         if options.checkpoint.save:
             root = Path(options.checkpoint.save)
             continues = found is not None and found.folder.parent.resolve() == root.resolve()
@@ -69,7 +70,7 @@ def train(
             is_saved = continues and found.folder.name == checkpoint_name(run.iteration)
             writer = CheckpointWriter(root, options, tokenizer.num_tokens, lock)
             saver = RunSaver(writer, options.checkpoint, run.iteration if is_saved else None)
-        metrics = _open_metrics(run, continues)
+        metrics = _open_metrics(run)
         requests.start_waiting()
         try:
             _train_and_save(run, windows, saver, metrics, requests)
@@ -92,7 +93,7 @@ def _train_and_save(
     metrics: MetricsWriter | None,
     requests: StopRequests,
 ) -> None:
-    options = run.options
+    options, first_iteration = run.options, run.iteration
     batches, request, digests = training_iterators(run, windows.train), 0, None
     if is_first_rank():
         digests = check_in_background([prefix for _, prefix in weighted_corpora(options.data)])
@@ -101,7 +102,7 @@ def _train_and_save(
         flags = [requests.requested, saver is not None and saver.is_writing, fault is not None]
         step, (request, writing, is_damaged) = train_step(run, batches, flags)
         if is_damaged:
-            raise UserError(f"{fault or 'the data is not what was written'}; nothing is saved from here on")
+            raise _damaged_data(fault or "the data is not what was written")
         if metrics is not None:
             metrics.train_step(step, options.training.global_batch_size * options.model.seq_length)
         if saver is not None and not writing:
@@ -112,6 +113,10 @@ def _train_and_save(
         is_last = request or run.iteration == options.training.train_iters
         if saver is not None and not is_last and _is_due(run.iteration, options.checkpoint.save_interval):
             saver.save(run)
+    if run.iteration > first_iteration:
+        # Who asked the run to end may not wait.
+        seconds = 0.0 if request else SECONDS_TO_WAIT_AT_LAST
+        on_first_rank(lambda: _require_as_written(digests, seconds))
     if saver is not None:
         saver.save_last(run)
     if request:
@@ -122,6 +127,16 @@ def _train_and_save(
                 f"{options.training.train_iters}"
             )
         _validate_if_due(run, windows, metrics)
+
+
+def _require_as_written(digests: DigestCheck, seconds: float) -> None:
+    fault = digests.last_fault(seconds)
+    if fault is not None:
+        raise _damaged_data(fault)
+
+
+def _damaged_data(fault: str) -> UserError:
+    return UserError(f"{fault}; nothing is saved from here on")
 
 
 def _validate_if_due(run: TrainingRun, windows: Windows, metrics: MetricsWriter | None) -> None:
@@ -323,8 +338,7 @@ def _one_per_chunk(batches: Iterator[MicroBatch], run: TrainingRun) -> list[Iter
     return list(itertools.tee(batches, len(run.ddp_chunks)))
 
 
-def _open_metrics(run: TrainingRun, continues: bool) -> MetricsWriter | None:
-    """`continues` says that the run goes on from its own save folder."""
+def _open_metrics(run: TrainingRun) -> MetricsWriter | None:
     if torch.distributed.get_rank() != 0:
         return None
     options, tflop_per_token, peak = run.options, 0.0, None
@@ -335,8 +349,14 @@ def _open_metrics(run: TrainingRun, continues: bool) -> MetricsWriter | None:
     file = None
     if log_dir:
         # A save folder belongs to one run. A log folder may be shared, and what others wrote there is not cut.
-        is_own = continues or (save is not None and Path(log_dir).resolve() == Path(save).resolve())
-        file = MetricsFile(Path(log_dir) / "metrics.jsonl", run.iteration if is_own else None)
+        path = Path(log_dir) / "metrics.jsonl"
+        if save is None:
+            file = MetricsFile(path, None, "a run that does not save")
+        else:
+            root = Path(save).resolve()
+            # Its number too: folders of one name on two machines are two.
+            name = None if path.resolve().parent == root else json.dumps([str(root), root.stat().st_ino])
+            file = MetricsFile(path, run.iteration, name)
     return MetricsWriter(options.logging, file, options.training.train_iters, run.iteration, tflop_per_token, peak)
 
 

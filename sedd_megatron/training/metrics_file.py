@@ -13,6 +13,10 @@ from typing import Any
 from sedd_megatron.errors import say
 
 LOST = "metrics-lost.jsonl"
+# Beside a file that several runs may write: one line for each that has.
+WRITERS = "metrics-writers.txt"
+# How every record begins; a person's note does not.
+RECORD_START = b'{"iteration"'
 # Opening reads the whole file, which is too much for each step.
 SECONDS_BETWEEN_TRIES = 10.0
 
@@ -22,12 +26,17 @@ class MetricsFile:
     turn, with one line when that begins and one when it is over.
     """
 
-    def __init__(self, path: Path, continued_at: int | None) -> None:
-        """`continued_at` is the iteration from which this run goes on with the run that wrote the file; None to add to
-        whatever is there.
+    def __init__(self, path: Path, continued_at: int | None, writer: str | None = None) -> None:
+        """
+        Args:
+            continued_at: the iteration from which this run goes on with the run that wrote the file; None to add to
+                whatever is there.
+            writer: the run's name, where others may write to the same file: records are moved aside only if no other
+                ever has. None where the run's lock keeps others out.
         """
         self.path = path
         self._continued_at = continued_at
+        self._writer = writer
         self._waiting: deque[bytes] = deque()
         self._descriptor: int | None = None
         self._failed_at: float | None = None
@@ -49,6 +58,8 @@ class MetricsFile:
 
     def _write_waiting(self) -> None:
         try:
+            if self._descriptor is not None and not self._is_in_place():
+                self._close()
             if self._descriptor is None:
                 self._open()
             while self._waiting:
@@ -68,12 +79,20 @@ class MetricsFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # A link stays a link, and what is no file (/dev/null) is written to as it is.
         target = self.path.resolve()
+        is_alone = self._writer is None or _is_only_writer(target, self._writer)
         if target.is_file():
             _end_last_line(target)
-            if self._continued_at is not None:
+            if self._continued_at is not None and is_alone:
                 _set_lost_aside(target, self._continued_at)
-                self._continued_at = None
+            self._continued_at = None
         self._descriptor = os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+
+    def _is_in_place(self) -> bool:
+        """Whether the open file is still the one of that name: another may have taken its place."""
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), self.path.stat())
+        except FileNotFoundError:
+            return False
 
     def _close(self) -> None:
         if self._descriptor is not None:
@@ -93,14 +112,29 @@ def _append_whole(descriptor: int, line: bytes) -> None:
         raise
 
 
+def _is_only_writer(path: Path, writer: str) -> bool:
+    """Whether no other run has written to the file since it was begun; it is written down that this one does."""
+    writers = path.with_name(WRITERS)
+    if path.exists() and not writers.exists():
+        return False  # begun by nobody knows whom, or no file
+    with writers.open("a+", encoding="utf-8") as file:
+        file.seek(0)
+        names = set(file.read().splitlines())
+        if writer not in names:
+            file.write(f"{writer}\n")
+    return names <= {writer}
+
+
 def _end_last_line(path: Path) -> None:
-    """Cut a last line that a kill has torn; give its end to one that lacks nothing else."""
+    """Cut a last record that a kill has torn; give its end to any other line that lacks it."""
     content = path.read_bytes()
     start = content.rfind(b"\n") + 1
     if start == len(content):
         return
     with path.open("r+b") as file:
-        if _record(content[start:]) is None:
+        last = content[start:]
+        is_torn = last.startswith(RECORD_START) or RECORD_START.startswith(last) or not last.strip(b"\0")
+        if is_torn and _record(last) is None:
             file.truncate(start)
         else:
             file.seek(0, os.SEEK_END)

@@ -1,6 +1,5 @@
 """A training run from the command line: every check that needs no GPU and no other rank, then the loop."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,16 +75,17 @@ def choose_start(options: PretrainOptions, tokenizer: Tokenizer, lock: "RunLock 
     Raises:
         UserError: another run saves there or did, there is no checkpoint, or none that is whole.
     """
-    from sedd_megatron.training.run_folder import checkpoint_folders, find_checkpoint, remove_leftovers
+    from sedd_megatron.training.run_folder import checkpoint_folders, find_checkpoint, goes_back, remove_leftovers
     from sedd_megatron.training.same_run import check_same_run, describe_run, tokenizer_records
 
     save, load = (None if path is None else Path(path) for path in (options.checkpoint.save, options.checkpoint.load))
-    exact, lines, held = options.checkpoint.exact_load, [], []
+    exact, lines, held, back = options.checkpoint.exact_load, [], [], None
     if save is not None:
         lines += lock.acquire()
         try:
             lines += remove_leftovers(save)
             held = checkpoint_folders(save)
+            back = goes_back(save, load)
         except OSError as error:
             raise UserError(f"--save {save}: {one_line(error)}; name a folder you may write to") from error
     if held and not options.checkpoint.resume:
@@ -93,8 +93,8 @@ def choose_start(options: PretrainOptions, tokenizer: Tokenizer, lock: "RunLock 
             f"--save {save}: holds {held[0].name}, and --no-resume does not go on from it; leave it out, or save to "
             "another folder"
         )
-    goes_back = load is not None and save is not None and load.resolve().parent == save.resolve() and not _is_restart()
-    if held and not goes_back:
+    load = back or load
+    if held and back is None:
         found = find_checkpoint(save, "--save", exact)
         subject, way_out = f"--save {save}: holds another run's checkpoints; {found.folder.name}", "save elsewhere"
         if load is not None and load.resolve() != save.resolve():
@@ -111,11 +111,6 @@ def choose_start(options: PretrainOptions, tokenizer: Tokenizer, lock: "RunLock 
     for line in lines:
         say(line)
     return found
-
-
-def _is_restart() -> bool:
-    """Whether a launcher gives the command again by itself: going back once more would undo what has been trained."""
-    return any(os.environ.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def _check_log_folders(options: PretrainOptions) -> None:

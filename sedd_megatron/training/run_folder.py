@@ -2,12 +2,14 @@
 
     DIR/latest_checkpointed_iteration.txt      the newest, as in Megatron-LM: written for others, compared, not obeyed
     DIR/iter_0000500/                          a checkpoint
+    DIR/went_back.txt                          to which iteration a run went back, and under which launcher
     DIR/iter_0000600.set-aside/                one that a run which went back behind it has put away
     DIR/.iter_0000700.partial.TOKEN/           one while a start writes it; .replaced, .removed while that is done to it
 
-Only names of the second kind are read as checkpoints.
+Only names as iter_0000500 are read as checkpoints.
 """
 
+import os
 import re
 import shutil
 import time
@@ -22,6 +24,7 @@ from sedd_megatron.training.checkpoint_checks import DamagedCheckpointError
 from sedd_megatron.training.checkpoint_format import MANIFEST, read_manifest, sync_file, verify_records, write_synced
 
 LATEST = "latest_checkpointed_iteration.txt"
+WENT_BACK = "went_back.txt"
 NAME = re.compile(r"iter_([0-9]{7,})")
 HIDDEN_NAME = re.compile(r"\.(iter_[0-9]{7,})\.(partial|replaced|removed)(?:\.[0-9a-f]+)?")
 # A folder that vanishes while it is read was replaced or deleted by its run: the next look finds what there is then.
@@ -138,6 +141,45 @@ def load_first_whole(
     raise _vanishing(found.folder.parent)
 
 
+def named_iteration(root: Path, load: Path) -> Path | None:
+    """The folder of `root` that --load names, by itself or through links; None if it names none."""
+    if load.resolve().parent == root.resolve():
+        return root / load.resolve().name
+    # A checkpoint may itself be a link, to another disk.
+    is_own_link = NAME.fullmatch(load.name) and load.parent.resolve() == root.resolve()
+    return root / load.name if is_own_link else None
+
+
+def goes_back(root: Path, load: Path | None) -> Path | None:
+    """The folder of `root` to go back to because --load names it; None where that has been done.
+
+    A launcher that gives a command again by itself does not mean to undo what has been trained since. Only on the first
+    rank, which holds the lock.
+    """
+    folder = None if load is None else named_iteration(root, load)
+    if folder is None:
+        return None
+    mark = root / WENT_BACK
+    is_restart = any(os.environ.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    if is_restart and mark.is_file() and mark.read_text(encoding="utf-8", errors="replace") == _went_back(folder):
+        return None
+    if mark.exists():
+        mark.unlink()
+        sync_file(root)
+    return folder
+
+
+def mark_gone_back(folder: Path) -> None:
+    """Write down that a run goes on from this folder and that what was later is set aside."""
+    write_synced(folder.parent / WENT_BACK, _went_back(folder))
+    sync_file(folder.parent)
+
+
+def _went_back(folder: Path) -> str:
+    launch = " ".join(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"))
+    return f"{folder.name} {launch}\n"
+
+
 def set_aside_later(root: Path, iteration: int) -> list[str]:
     """Rename the checkpoints of later iterations so that nothing takes them for a part of this run, and have the
     tracker file name this one; what people are told of it.
@@ -177,10 +219,21 @@ def remove_leftovers(root: Path) -> list[str]:
             path.rename(final)
             lines.append(f"put {final} back: a run died while it replaced it")
         else:
-            shutil.rmtree(path)
-            lines.append(f"removed {path}: a run that died left it unfinished")
+            try:
+                remove_folder(path)
+                lines.append(f"removed {path}: a run that died left it unfinished")
+            except OSError as error:
+                lines.append(f"cannot remove {path}, which a run that died left: {one_line(error)}; remove it")
     (root / f".{LATEST}").unlink(missing_ok=True)
     return lines
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder; of one that is a link, as to another disk, the link alone."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def remove_old(
@@ -210,7 +263,7 @@ def remove_old(
         try:
             # Renamed first: nobody finds half of it.
             folder.rename(removed)
-            shutil.rmtree(removed)
+            remove_folder(removed)
         except OSError as error:
             lines.append(f"cannot delete {folder} (--keep-last {keep_last}): {one_line(error)}; training goes on")
     return lines

@@ -1,7 +1,8 @@
 """The lock on a --save folder: one run at a time writes there.
 
-DIR/training.lock says who: host, process, since when. It is made by a link, which one start alone can do, and lives as
-long as the first rank's process. A lock that a killed run left behind is taken over once its owner is known to be dead:
+DIR/training.lock says who: host, process, since when. It is made by a link, which one start alone can do (where there
+are no links, by making the file), and lives as long as the first rank's process. A lock that a killed run left behind
+is taken over once its owner is known to be dead:
 
 - On the same machine: no process of that number is there, or it is one that began at another time, or nobody has yet
   asked for the exit status of it.
@@ -12,6 +13,7 @@ long as the first rank's process. A lock that a killed run left behind is taken 
 """
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -27,7 +29,9 @@ from sedd_megatron.errors import UserError, one_line, say
 from sedd_megatron.training.checkpoint_format import write_synced
 
 FILE = "training.lock"
-BEAT_SECONDS, WATCH_SECONDS = 10.0, 60.0
+BEAT_SECONDS, WATCH_SECONDS, SECONDS_TO_WRITE = 10.0, 60.0, 2.0
+# What os.link says on a file system without hard links.
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @dataclass(frozen=True)
@@ -66,30 +70,28 @@ class RunLock:
         Raises:
             UserError: a live run holds it, named; or the folder cannot be written to.
         """
-        own = self.path.with_name(f".{FILE}.{self.owner.token}")
         try:
-            write_synced(own, json.dumps(asdict(self.owner)) + "\n")
-            lines = self._take(self.path, own)
+            lines = self._make()
         except OSError as error:
             raise UserError(f"--save {self.path.parent}: cannot be locked ({one_line(error)}); name another") from error
-        finally:
-            with contextlib.suppress(OSError):
-                own.unlink(missing_ok=True)
         threading.Thread(target=self._beat, name="lock", daemon=True).start()
         return lines
 
     def check(self) -> None:
-        """Check that nobody has taken the lock over or away.
+        """Check that no other run has taken the lock over; one that was removed is made again.
 
         Raises:
-            UserError: somebody has; what this process would write could meet another run's.
+            UserError: another run has; what this process would write could meet what that one does.
+            OSError: it cannot be made again.
         """
         owner = _read(self.path)
-        if owner != self.owner:
-            now = "nobody" if owner is None else str(owner)
+        if owner is None:
+            for line in [f"{self.path}: was removed while its run goes on, and is made again", *self._make()]:
+                say(line)
+        elif owner != self.owner:
             raise UserError(
-                f"{self.path}: was taken from this run and is held by {now}; nothing more is saved: end one of the two "
-                "runs, or save to another folder"
+                f"{self.path}: was taken from this run and is held by {owner}; nothing more is saved: end one of the "
+                "two runs, or save to another folder"
             )
 
     def release(self) -> None:
@@ -100,13 +102,22 @@ class RunLock:
             if _read(self.path) == self.owner:
                 self.path.unlink()
 
+    def _make(self) -> list[str]:
+        own = self.path.with_name(f".{FILE}.{self.owner.token}")
+        try:
+            write_synced(own, json.dumps(asdict(self.owner)) + "\n")
+            return self._take(self.path, own)
+        finally:
+            with contextlib.suppress(OSError):
+                own.unlink(missing_ok=True)
+
     def _take(self, path: Path, own: Path) -> list[str]:
         """Have `path` be this process' file. Whoever takes over from a dead owner first takes a lock on doing so, which
         is one for each dead owner: of two that find it dead one comes second, and finds a live one.
         """
         while True:
             try:
-                os.link(own, path)
+                _link(own, path)
                 return []
             except FileExistsError:
                 owner = _read(path)
@@ -148,18 +159,42 @@ class RunLock:
     def _beat(self) -> None:
         while not self._ended.wait(self.beat_seconds):
             try:
-                os.utime(self.path)
-            except OSError:
+                # Not another's, which would look alive.
+                if _read(self.path) == self.owner:
+                    os.utime(self.path)
+            except (OSError, UserError):
                 continue  # `check` says so, if the lock is gone
 
 
-def _read(path: Path) -> Owner | None:
+def _link(own: Path, path: Path) -> None:
+    """Have `path` be a file as `own` is, which one process alone can do."""
     try:
-        return Owner(**json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: is not the lock of a run; remove it if no run saves there") from error
+        os.link(own, path)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        with path.open("xb") as file:
+            try:
+                file.write(own.read_bytes())
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                path.unlink()
+                raise
+
+
+def _read(path: Path) -> Owner | None:
+    deadline = time.monotonic() + SECONDS_TO_WRITE
+    while True:
+        try:
+            return Owner(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            # Without links its owner may not have written it to the end.
+            if time.monotonic() > deadline:
+                raise UserError(f"{path}: is not the lock of a run; remove it if no run saves there") from error
+        time.sleep(SECONDS_TO_WRITE / 20)
 
 
 def _touched_at(path: Path) -> int | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from sedd_megatron.arguments import weighted_corpora
 from sedd_megatron.config import CHANGES_TO_ALLOW, GROUPS, ModelOptions, PretrainOptions
+from sedd_megatron.data.digests import DIGESTED, written_digests
 from sedd_megatron.data.null_tokenizer import NullTokenizer
 from sedd_megatron.data.tokenizer_folder import DESCRIPTION
 from sedd_megatron.data.tokenizers import Tokenizer, load_tokenizer
@@ -32,15 +33,21 @@ REPORTED = (
     "fp8_param_gather train_iters lr min_lr lr_decay_style lr_decay_iters lr_warmup_iters clip_grad adam_beta1 "
     "adam_beta2 adam_eps weight_decay ema_decay ema_interval"
 ).split()
-# Of a file of data, this many blocks of this many bytes, evenly spaced, stand for all of it.
+# Of a file of data without digests, this many blocks of this many bytes, evenly spaced, stand for all of it.
 BLOCKS, BLOCK_BYTES = 64, 1 << 16
 
 
 def describe_run(options: PretrainOptions, num_tokens: int) -> dict[str, Any]:
     """What of a run is kept in its checkpoints to know it again, but for the tokenizer: options, size of the
-    vocabulary, and of each corpus its weight and a digest of its sizes and a sample of its bytes.
+    vocabulary, and of each corpus its share, the digests beside it if there are any, and one of its sizes and a sample
+    of its bytes.
     """
-    data = [[str(weight), _sample_digest(prefix)] for weight, prefix in weighted_corpora(options.data)]
+    corpora = weighted_corpora(options.data)
+    total = sum(weight for weight, _ in corpora)
+    data = [
+        {"share": str(weight / total), "sample": _sample_digest(prefix), "digests": _token_digests(prefix)}
+        for weight, prefix in corpora
+    ]
     return {"options": options.to_dict(), "num_tokens": num_tokens, "data": data}
 
 
@@ -90,6 +97,8 @@ def first_difference(saved: dict[str, Any], own: dict[str, Any], allowed: tuple[
         if name in allowed or unknown or theirs[name] == ours[name]:
             continue
         if name == "data_path":
+            if _is_same_data(theirs[name], ours[name]):
+                continue
             words = f"was trained on other data than {flag_of(name)} {' '.join(own['options'][name])}"
         else:
             words = f"was trained with {flag_of(name)} {theirs[name]}, this run has {ours[name]}"
@@ -133,6 +142,15 @@ def _comparable(state: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(options, default=str))
 
 
+def _is_same_data(theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> bool:
+    """Digests count where both have them: a copy may have been made without them."""
+    return len(theirs) == len(ours) and all(
+        (one["share"], one["sample"]) == (other["share"], other["sample"])
+        and (None in (one["digests"], other["digests"]) or one["digests"] == other["digests"])
+        for one, other in zip(theirs, ours, strict=True)
+    )
+
+
 def _tokenizer_difference(found: FoundCheckpoint, own: dict[str, Any]) -> tuple[str, str] | None:
     records = found.body["state"]["tokenizer_files"]
     if records == own["tokenizer_files"]:
@@ -147,6 +165,12 @@ def _tokenizer_difference(found: FoundCheckpoint, own: dict[str, Any]) -> tuple[
         if records.get(name) != own["tokenizer_files"].get(name):
             return "tokenizer", f"has another tokenizer than the data ({name} differs)"
     return None
+
+
+def _token_digests(prefix: str) -> list[str] | None:
+    """The written sha256 of .bin and .idx; the tokenizer is compared by itself."""
+    digests = written_digests(prefix)
+    return None if digests is None else [digests[suffix] for suffix in DIGESTED]
 
 
 def _sample_digest(prefix: str) -> str:

@@ -1,6 +1,7 @@
 """Every bit of a corpus counts: digests find each flip, an index is held against itself, and training ends."""
 
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def test_a_new_corpus_of_the_name_has_digests_of_its_own(prefix):
     assert find_fault(prefix) is None
 
 
-def test_the_background_finds_what_is_wrong(prefix, monkeypatch):
+def test_the_background_finds_what_is_wrong(prefix, monkeypatch, capsys):
     assert check_in_background([prefix]).fault() is None
     flip(Path(prefix + ".bin"), 9)
     # Of a small corpus before anything else; of any at last.
@@ -91,6 +92,14 @@ def test_the_background_finds_what_is_wrong(prefix, monkeypatch):
     while running.fault() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert running.fault() == find_fault(prefix)
+    reading = threading.Event()
+    monkeypatch.setattr(module, "find_fault", lambda prefix: "found" if reading.wait(20) else None)
+    running = check_in_background([prefix])
+    assert running.last_fault(0.0) is None
+    assert capsys.readouterr().out == "the data's digests: not read to the end, since the run is over before\n"
+    reading.set()
+    assert running.last_fault(20.0) == "found"
+    assert capsys.readouterr().out == ""
     Path(prefix + ".bin").unlink()
     monkeypatch.undo()
     assert check_in_background([prefix]).fault() == (

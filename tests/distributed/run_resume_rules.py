@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
@@ -19,10 +20,13 @@ import torch
 from sedd_megatron import load_pretrained
 from sedd_megatron.arguments import parse_pretrain_options
 from sedd_megatron.config import DiffusionOptions, ModelOptions
+from sedd_megatron.data import digests
 from sedd_megatron.data.corpus import write_corpus
+from sedd_megatron.data.digests import digests_path, write_digests
 from sedd_megatron.data.null_tokenizer import NullTokenizer
 from sedd_megatron.data.tokenizers import ByteTokenizer, CharTokenizer, load_tokenizer
 from sedd_megatron.errors import UserError
+from sedd_megatron.training import same_run
 from sedd_megatron.training.checkpoint_format import read_manifest
 from sedd_megatron.training.pretrain import pretrain
 from sedd_megatron.training.run_lock import Owner, _started
@@ -132,6 +136,18 @@ def another_run_is_refused_by_its_first_difference(run: Commands) -> None:
     assert changed.endswith("with --hidden-dropout 0.0 -> 0.1, --lr 0.01 -> 0.005, --adam-beta2 0.999 -> 0.99")
 
 
+def runs_may_share_a_folder_of_metrics(run: Commands) -> None:
+    for name in ("a", "b"):
+        run.train(3, "--save", f"@/logs {name}", "--log-dir", "@/logs", "--save-interval", "2")
+    records = (run.root / "logs" / "metrics.jsonl").read_text()
+    run.train(3, "--save", "@/logs a", "--log-dir", "@/logs", "--load", "@/logs a/iter_0000002")
+    assert (run.root / "logs" / "metrics.jsonl").read_text().startswith(records)
+    assert len(run.losses("logs")) == 7
+    for load in ([], ["--load", "@/one log's/iter_0000002"]):
+        run.train(3, "--save", "@/one log's", "--log-dir", "@/log", "--save-interval", "2", *load)
+    assert len(run.losses("log")) == 3
+
+
 def data_is_known_by_what_is_in_it(run: Commands) -> None:
     shutil.copytree(run.root / "data", run.root / "moved")
     moved = run.corpus.replace("/data/", "/moved/")
@@ -144,6 +160,20 @@ def data_is_known_by_what_is_in_it(run: Commands) -> None:
         in run.refusal("--save", "@/x", corpus=other)
     )
     run.train(7, "--save", "@/x", "--allow-changed", "data_path", corpus=other)
+    # A digest beside the data knows what a sample of its bytes does not show.
+    whole, changed = run.write("whole", FOX * 40), run.write("changed", FOX * 40)
+    change_a_token(changed)
+    write_digests(changed)
+    with mock.patch.multiple(same_run, BLOCKS=2, BLOCK_BYTES=16):
+        run.train(1, "--save", "@/whole", corpus=whole)
+        assert f"was trained on other data than --data-path {changed}" in run.refusal(
+            "--save", "@/whole", corpus=changed
+        )
+        digests_path(changed).unlink()
+        assert run.train(1, "--save", "@/whole", corpus=changed)[0].startswith("resumes from")
+    for weight in ("1", "0.5"):
+        lines = run.train(1, "--save", "@/blend", "--data-path", weight, run.corpus, weight, whole)
+    assert lines[0].startswith(f"resumes from {run.root}/blend/iter_0000001 with --data-path 1 ")
     # A tokenizer of the same size.
     characters = "".join(sorted(set(FOX.upper())))
     upper = run.write("upper", FOX.upper() * 40, CharTokenizer(characters))
@@ -156,9 +186,38 @@ def data_is_known_by_what_is_in_it(run: Commands) -> None:
     assert "has a vocabulary of 28 tokens, the data one of 256" in run.refusal("--save", "@/x", corpus=more)
 
 
+def a_short_run_on_damaged_data_is_not_saved(run: Commands) -> None:
+    corpus = run.write("short", FOX * 40)
+    change_a_token(corpus)
+    describe = digests._describe
+
+    def slowly(path: Path) -> dict:
+        time.sleep(1)
+        return describe(path)
+
+    with mock.patch.multiple(digests, SECONDS_TO_WAIT=0.0, _describe=slowly):
+        refused = run.refusal("--save", "@/short", train_iters=1, corpus=corpus)
+    assert f"{corpus}.bin: is not what was written" in refused
+    assert refused.endswith("; nothing is saved from here on")
+    assert not list((run.root / "short").glob("iter_*"))
+
+
+def change_a_token(corpus: str) -> None:
+    """To another of the vocabulary, in the middle."""
+    path = Path(f"{corpus}.bin")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 & ~1] ^= 1
+    path.write_bytes(content)
+
+
 def a_run_goes_back_and_around_damage(run: Commands) -> None:
     shutil.copytree(run.root / "unbroken", run.root / "back")
-    lines = run.train(5, "--load", "@/back/iter_0000003", "--save", "@/back")
+    (run.root / "disk").mkdir()
+    third = run.root / "back" / "iter_0000003"
+    third.symlink_to(third.rename(run.root / "disk" / "iter_0000003"))
+    # Given again by a launcher, after a start that was killed before it had gone back.
+    with mock.patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT="1"):
+        lines = run.train(5, "--load", "@/back/iter_0000003", "--save", "@/back")
     aside = sorted(path.name for path in (run.root / "back").glob("*.set-aside"))
     assert aside == [f"iter_000000{n}.set-aside" for n in (4, 5, 6)]
     assert sum("set aside" in line for line in lines) == 3
@@ -168,7 +227,7 @@ def a_run_goes_back_and_around_damage(run: Commands) -> None:
     assert all(torch.equal(tensor, expected[key])
                for key, tensor in whole_tensors(run.root / "back" / "iter_0000005").items())  # fmt: skip
 
-    # A launcher that gives the command again does not mean to go back again.
+    # And after one that had, which does not mean to go back again.
     with mock.patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT="1"):
         lines = run.train(6, "--load", "@/back/iter_0000003", "--save", "@/back")
     assert lines[1].startswith(f"resumes from {run.root}/back/iter_0000005")
@@ -223,7 +282,9 @@ def check(folder: str) -> None:
     run = Commands(Path(folder))
     one_command_line_starts_and_goes_on(run)
     another_run_is_refused_by_its_first_difference(run)
+    runs_may_share_a_folder_of_metrics(run)
     data_is_known_by_what_is_in_it(run)
+    a_short_run_on_damaged_data_is_not_saved(run)
     a_run_goes_back_and_around_damage(run)
     leftovers_retention_and_numbers_that_are_not_finite(run)
     checkpoints_of_every_release_go_on(run)

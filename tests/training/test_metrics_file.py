@@ -9,7 +9,7 @@ import pytest
 from sedd_megatron.config import LoggingOptions
 from sedd_megatron.training import metrics_file
 from sedd_megatron.training.metrics import MetricsWriter
-from sedd_megatron.training.metrics_file import LOST, MetricsFile
+from sedd_megatron.training.metrics_file import LOST, WRITERS, MetricsFile
 
 
 def lines(*iterations: int) -> str:
@@ -30,6 +30,7 @@ def test_a_torn_last_line_is_cut_and_one_that_lacks_its_end_is_kept(tmp_path):
     assert content_after(tmp_path, lines(1, 2) + '{"iteration": 3, "lo', None) == lines(1, 2, 7)
     assert content_after(tmp_path, lines(1, 2) + "\0" * 50, None) == lines(1, 2, 7)
     assert content_after(tmp_path, lines(1, 2).rstrip(), None) == lines(1, 2, 7)
+    assert content_after(tmp_path, lines(1, 2) + "lowered lr", None) == lines(1, 2) + "lowered lr\n" + lines(7)
     assert content_after(tmp_path, '{"iter', None) == lines(7)
     assert content_after(tmp_path, "", None) == lines(7)
 
@@ -55,6 +56,44 @@ def test_records_of_lost_iterations_move_aside_and_no_others(tmp_path, capsys):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["log", LOST, "metrics.jsonl"]
     # Of a run that does not continue the one that wrote them nothing is known to be lost.
     assert content_after(tmp_path, before, None) == before + lines(7)
+
+
+def test_what_other_runs_write_to_one_file_stays(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsFile(path, 0, "a")
+    for iteration in (1, 2, 3):
+        first.write({"iteration": iteration, "loss": iteration + 0.5})
+    first.close()
+    # Alone in the folder, a run that goes on from iteration 2 has each iteration once.
+    MetricsFile(path, 2, "a").close()
+    assert path.read_text() == lines(1, 2)
+    assert (tmp_path / LOST).read_text() == lines(3)
+    other = MetricsFile(path, 0, "b")
+    other.write({"iteration": 9, "loss": 9.5})
+    again = MetricsFile(path, 1, "a")
+    other.write({"iteration": 10, "loss": 10.5})
+    again.close()
+    other.close()
+    assert path.read_text() == lines(1, 2, 9, 10)
+    assert (tmp_path / WRITERS).read_text() == "a\nb\n"
+    # Of a file that nobody is known to have begun nothing is moved.
+    (tmp_path / WRITERS).unlink()
+    MetricsFile(path, 1, "a").close()
+    assert path.read_text() == lines(1, 2, 9, 10)
+
+
+def test_a_file_that_is_replaced_meanwhile_is_written_to_in_its_new_place(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, None)
+    file.write({"iteration": 1, "loss": 1.5})
+    (tmp_path / "new").write_text(lines(5))
+    (tmp_path / "new").replace(path)
+    file.write({"iteration": 2, "loss": 2.5})
+    assert path.read_text() == lines(5, 2)
+    path.unlink()
+    file.write({"iteration": 3, "loss": 3.5})
+    file.close()
+    assert path.read_text() == lines(3)
 
 
 def test_a_line_that_is_no_record_stays_with_a_warning(tmp_path, capsys):

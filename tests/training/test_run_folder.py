@@ -23,7 +23,9 @@ from sedd_megatron.training.run_folder import (  # noqa: E402
     LATEST,
     FoundCheckpoint,
     find_checkpoint,
+    goes_back,
     load_first_whole,
+    mark_gone_back,
     remove_leftovers,
     remove_old,
     set_aside_later,
@@ -224,6 +226,44 @@ def test_later_checkpoints_are_set_aside_and_kept(tmp_path):
     assert set_aside_later(tmp_path, 4) == []
 
 
+def test_a_run_goes_back_once_each_time_a_person_says_so(tmp_path, monkeypatch):
+    save(tmp_path / "x", 2, 4)
+    folder = tmp_path / "x" / "iter_0000002"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
+
+    def start(restarts: int) -> Path | None:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+        return goes_back(tmp_path / "x", folder)
+
+    # Killed before anything was set aside, and given again.
+    assert [start(0), start(1), start(2)] == [folder] * 3
+    mark_gone_back(folder)
+    assert [start(3), start(4)] == [None, None]
+    assert goes_back(tmp_path / "x", tmp_path / "x" / "iter_0000004") == tmp_path / "x" / "iter_0000004"
+    assert start(5) == folder
+    mark_gone_back(folder)
+    # Another launch, whose first start died before it came to this.
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
+    assert start(1) == folder
+    mark_gone_back(folder)
+    assert [start(0), start(1)] == [folder] * 2
+
+
+def test_a_checkpoint_on_another_disk_is_gone_back_to(tmp_path):
+    save(tmp_path / "x", 2, 4)
+    folder = tmp_path / "x" / "iter_0000002"
+    (tmp_path / "disk").mkdir()
+    folder.symlink_to(folder.rename(tmp_path / "disk" / "iter_0000002"))
+    (tmp_path / "link").symlink_to(tmp_path / "x")
+    (tmp_path / "best").symlink_to(tmp_path / "x" / "iter_0000004")
+    assert goes_back(tmp_path / "x", folder) == folder
+    assert goes_back(tmp_path / "link", folder) == tmp_path / "link" / "iter_0000002"
+    assert goes_back(tmp_path / "x", tmp_path / "best") == tmp_path / "x" / "iter_0000004"
+    assert goes_back(tmp_path / "x", tmp_path / "disk" / "iter_0000002") is None
+    assert goes_back(tmp_path / "x", tmp_path / "x") is None
+    assert goes_back(tmp_path / "x", None) is None
+
+
 def test_what_dead_runs_left_is_removed_and_the_only_copy_put_back(tmp_path):
     save(tmp_path, 1, 2, 3, 4)
     shutil.copytree(tmp_path / "iter_0000001", tmp_path / ".iter_0000001.replaced")
@@ -274,6 +314,34 @@ def test_retention_deletes_whole_checkpoints_of_its_run_alone(tmp_path):
     # 8 is later than what was saved, 3 is not whole, 2 another run's.
     assert [name for name in names(tmp_path) if name.startswith("iter")] == [
         "iter_0000001.set-aside", "iter_0000002", "iter_0000003", "iter_0000005", "iter_0000008"]  # fmt: skip
+
+
+def test_of_a_checkpoint_that_is_a_link_the_link_alone_is_deleted(tmp_path):
+    save(tmp_path, 1, 2, 3)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    for name in ("iter_0000001", "iter_0000003"):
+        (tmp_path / name).symlink_to((tmp_path / name).rename(disk / name))
+    assert remove_old(tmp_path, 3, 1, None, lambda body: True) == []
+    assert names(tmp_path) == ["disk", "iter_0000003", LATEST]
+    # One that is saved again takes the link's place.
+    save(tmp_path, 3, value=2.0)
+    assert not (tmp_path / "iter_0000003").is_symlink()
+    (tmp_path / ".iter_0000001.removed").symlink_to(disk / "iter_0000001")
+    assert remove_leftovers(tmp_path) == [
+        f"removed {tmp_path}/.iter_0000001.removed: a run that died left it unfinished"
+    ]
+    assert names(tmp_path) == ["disk", "iter_0000003", LATEST]
+    assert all(read_manifest(disk / f"iter_000000{n}")["state"]["iteration"] == n for n in (1, 3))
+
+
+def test_what_cannot_be_removed_does_not_keep_a_run_from_starting(tmp_path):
+    save(tmp_path, 1)
+    left = tmp_path / ".iter_0000002.removed"
+    left.write_text("no folder")
+    (line,) = remove_leftovers(tmp_path)
+    assert line.startswith(f"cannot remove {left}, which a run that died left: [Errno 20] Not a directory")
+    assert loaded(tmp_path) == (1, [])
 
 
 def test_a_deletion_that_fails_is_told_and_no_more(tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """One run at a time saves to a folder, whoever died and however many start at once."""
 
+import errno
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -16,7 +18,7 @@ from sedd_megatron.parallel import cpu_backend
 
 cpu_backend.install()
 
-from sedd_megatron.training.run_lock import FILE, Owner, RunLock  # noqa: E402
+from sedd_megatron.training.run_lock import FILE, Owner, RunLock, _link  # noqa: E402
 
 QUICK = {"beat_seconds": 0.05, "watch_seconds": 0.5}
 
@@ -115,20 +117,73 @@ def test_the_owner_touches_its_lock_and_notices_when_it_is_gone(tmp_path):
         lock.check()
     lock.release()
     assert json.loads((tmp_path / FILE).read_text()) == asdict(stolen), "another's lock was removed"
+
+
+def test_a_lock_that_somebody_removed_is_made_again(tmp_path, capsys):
+    lock = RunLock(tmp_path, **QUICK)
+    lock.acquire()
     (tmp_path / FILE).unlink()
-    with pytest.raises(UserError, match="is held by nobody"):
-        lock.check()
+    lock.check()
+    assert capsys.readouterr().out == f"{tmp_path / FILE}: was removed while its run goes on, and is made again\n"
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    lock.check()
+    with pytest.raises(UserError, match="another run saves there"):
+        RunLock(tmp_path).acquire()
+    lock.release()
+    assert not list(tmp_path.iterdir())
 
 
+def test_no_run_touches_the_lock_of_another(tmp_path):
+    lock = RunLock(tmp_path, **QUICK)
+    lock.acquire()
+    leave(tmp_path, replace(lock.owner, token="0"))
+    time.sleep(0.1)  # for a touch that had begun
+    os.utime(tmp_path / FILE, (1, 1))
+    time.sleep(0.3)
+    lock.release()
+    assert (tmp_path / FILE).stat().st_mtime == 1
+
+
+def test_a_lock_that_is_being_written_is_waited_for(tmp_path, other_process):
+    (tmp_path / FILE).touch()
+    writer = threading.Timer(0.3, leave, (tmp_path, owner_of(other_process.pid)))
+    writer.start()
+    with pytest.raises(UserError, match="another run saves there"):
+        RunLock(tmp_path).acquire()
+    writer.join()
+
+
+def test_a_lock_that_cannot_be_written_is_not_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", no_link)
+    own = tmp_path / "own"
+    own.write_bytes(b"0123456789" * 10)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            _link(own, tmp_path / FILE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
+def no_link(source, target):
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
 @pytest.mark.parametrize("left_behind", [False, True], ids=["free", "of a dead run"])
-def test_of_many_starts_at_once_one_gets_the_lock(tmp_path, left_behind, monkeypatch):
+def test_of_many_starts_at_once_one_gets_the_lock(tmp_path, left_behind, links, monkeypatch):
+    if not links:
+        monkeypatch.setattr(os, "link", no_link)
+
     def slowly(source, target, replace=os.replace):
         # Time for all to have found the same dead owner.
         time.sleep(0.05)
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", slowly)
-    for trial in range(10):
+    for trial in range(5):
         folder = tmp_path / str(trial)
         folder.mkdir()
         if left_behind:
