@@ -176,7 +176,8 @@ def mark_gone_back(folder: Path) -> None:
 
 
 def _went_back(folder: Path) -> str:
-    launch = " ".join(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"))
+    # The job's where there is one: a job that Slurm starts again has another torchrun.
+    launch = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID", "")
     return f"{folder.name} {launch}\n"
 
 

@@ -229,6 +229,7 @@ def test_later_checkpoints_are_set_aside_and_kept(tmp_path):
 def test_a_run_goes_back_once_each_time_a_person_says_so(tmp_path, monkeypatch):
     save(tmp_path / "x", 2, 4)
     folder = tmp_path / "x" / "iter_0000002"
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
 
     def start(restarts: int) -> Path | None:
@@ -247,6 +248,12 @@ def test_a_run_goes_back_once_each_time_a_person_says_so(tmp_path, monkeypatch):
     assert start(1) == folder
     mark_gone_back(folder)
     assert [start(0), start(1)] == [folder] * 2
+    # Slurm starts a job again, with another torchrun in it.
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    mark_gone_back(folder)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "third")
+    assert start(0) is None
 
 
 def test_a_checkpoint_on_another_disk_is_gone_back_to(tmp_path):
