@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 setup(
     name="sedd_megatron",
-    version="0.6.0",
+    version="0.7.0",
     description="Score entropy discrete diffusion language models on Megatron-Core",
     license="MIT",
     python_requires=">=3.10",
