@@ -1,8 +1,7 @@
 """What lies in a folder: a checkpoint of ours or a published model; its description before its weights."""
 
 import re
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,9 +28,9 @@ from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.parallel.groups import (
     ParallelGroups,
     choose_device,
-    is_first_rank,
     on_first_rank,
     raise_on_every_rank,
+    tell,
 )
 from sedd_megatron.pretrained import PretrainedModel
 
@@ -107,7 +106,8 @@ def _checkpoint(path: Path) -> SavedModel:
     from sedd_megatron.training.run_folder import find_checkpoint
 
     found = find_checkpoint(path)
-    _tell(found.lines)
+    # Not among the samples.
+    tell(found.lines, to_stderr=True)
     state = found.body["state"]
     model_options, diffusion = model_options_from_dict(state["options"], str(found.folder))
     check_sizes(found.body, model_options, found.folder)
@@ -139,7 +139,9 @@ def _open_averages(own: "FoundCheckpoint") -> Callable[["SEDDModel"], None]:
     # Looked for by every rank before there were groups; a run that saves meanwhile may have shown them different ones.
     found = on_first_rank(lambda: own)
     raise_on_every_rank(check_other_rank())
-    found = load_first_whole(found, lambda found: verify_files(found.folder, found.body), check, _tell)
+    found = load_first_whole(
+        found, lambda found: verify_files(found.folder, found.body), check, partial(tell, to_stderr=True)
+    )
 
     def fill(network: "SEDDModel") -> None:
         # One call: it opens each shard file once, not once per parameter.
@@ -153,13 +155,6 @@ def _description(found: "FoundCheckpoint") -> tuple[Any, ...]:
     """What of a checkpoint is in a SavedModel."""
     state = found.body["state"]
     return *model_options_from_dict(state["options"], str(found.folder)), state["num_tokens"], state["tokenizer_files"]
-
-
-def _tell(lines: Iterable[str]) -> None:
-    # Not among the samples.
-    if is_first_rank():
-        for line in lines:
-            print(line, file=sys.stderr, flush=True)
 
 
 def _published_model(path: Path) -> SavedModel:

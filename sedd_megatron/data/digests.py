@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Thread, get_native_id
+from typing import IO
 
 from sedd_megatron.errors import say
 
@@ -19,6 +20,21 @@ DIGESTED = (".bin", ".idx")
 # What takes no longer is known before the first step, or before the last checkpoint.
 SECONDS_TO_WAIT, SECONDS_TO_WAIT_AT_LAST = 1.0, 5.0
 LOWEST_PRIORITY = 19
+
+
+def sha256_of(file: IO[bytes]) -> str:
+    """Of all that is still to be read, in pieces that fit anywhere."""
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def file_record(path: Path) -> dict[str, int | str]:
+    """Size in bytes and sha256 of a file."""
+    with path.open("rb") as file:
+        digest = sha256_of(file)
+    return {"bytes": path.stat().st_size, "sha256": digest}
 
 
 def digests_path(prefix: str) -> Path:
@@ -34,7 +50,7 @@ def has_digests(prefix: str) -> bool:
 def write_digests(prefix: str) -> None:
     """Write down what PREFIX.bin, PREFIX.idx and the files of PREFIX_tokenizer are now."""
     tokenizer = (f"_tokenizer/{path.name}" for path in sorted(Path(f"{prefix}_tokenizer").iterdir()))
-    digests = {suffix: _describe(Path(f"{prefix}{suffix}")) for suffix in (*DIGESTED, *tokenizer)}
+    digests = {suffix: file_record(Path(f"{prefix}{suffix}")) for suffix in (*DIGESTED, *tokenizer)}
     digests_path(prefix).write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
 
 
@@ -60,7 +76,7 @@ def find_fault(prefix: str) -> str | None:
     for name, digest in digests.items():
         path = Path(f"{prefix}{name}")
         try:
-            found = _describe(path)["sha256"]
+            found = file_record(path)["sha256"]
         except OSError as error:
             return f"{path}: cannot be read ({error.strerror}); mend that, or prepare the data again"
         if found != digest:
@@ -108,12 +124,3 @@ def check_in_background(prefixes: Sequence[str]) -> DigestCheck:
         if prefix not in with_digests:
             print(f"{prefix}: has no digests, and is used as it is", file=sys.stderr)
     return DigestCheck(with_digests)
-
-
-def _describe(path: Path) -> dict[str, int | str]:
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-            size += len(chunk)
-    return {"bytes": size, "sha256": digest.hexdigest()}

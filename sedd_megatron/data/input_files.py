@@ -9,7 +9,6 @@ sequence (RFC 7464), it is refused, for nobody means to train on braces: --input
 import bz2
 import codecs
 import gzip
-import hashlib
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from sedd_megatron.data.digests import sha256_of
 from sedd_megatron.errors import UserError, one_line
 
 INPUT_FORMATS = ("text", "jsonl")
@@ -67,10 +67,7 @@ class InputFile:
             status = self.path.stat()
             return [str(self.path.resolve()), status.st_size, status.st_mtime_ns, self.is_json_lines]
         with self.open_packed() as content:
-            digest = hashlib.sha256()
-            while chunk := content.read(1 << 20):
-                digest.update(chunk)
-        return [STANDARD_INPUT, digest.hexdigest(), self.is_json_lines]
+            return [STANDARD_INPUT, sha256_of(content), self.is_json_lines]
 
     @contextmanager
     def open_packed(self) -> Iterator[IO[bytes]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sedd_megatron.diffusion.draws import Stream
 from sedd_megatron.diffusion.philox import KEY_STEPS, MULTIPLIERS, ROUNDS
+from sedd_megatron.parallel.keyed_dropout import ELEMENTS
 
 # Counters of one program.
 SIZE, NUM_WARPS = 256, 4
@@ -19,7 +20,7 @@ def dropped_elements_on_gpu(
     keys: Tensor, branch: int, first_position: int, length: int, width: int, steps: int
 ) -> Tensor:
     """`dropped_elements` (keyed_dropout.py) for a probability of `steps` / 2^16."""
-    blocks = triton.cdiv(width, 16)
+    blocks = triton.cdiv(width, ELEMENTS)
     # A word's four elements are stored as one number of 4 bytes, each 0 or 1.
     dropped = torch.empty(length, len(keys), 4 * blocks, dtype=torch.int32, device=keys.device)
     num_counters = dropped.numel() // 4

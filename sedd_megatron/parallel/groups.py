@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
@@ -18,7 +18,7 @@ from packaging.version import Version
 
 from sedd_megatron.arguments import data_parallel_size_of
 from sedd_megatron.config import ParallelOptions
-from sedd_megatron.errors import LostRankError, UserError, one_line
+from sedd_megatron.errors import LostRankError, UserError, one_line, say
 from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.parallel.main_grad import install_gradient_accumulation
 
@@ -228,6 +228,13 @@ def gathered_from_replicas(found: dict[Key, Value], groups: ParallelGroups) -> d
     parts = [None] * groups.data_size
     torch.distributed.all_gather_object(parts, found, group=groups.collection.dp)
     return {key: value for part in parts for key, value in part.items()}
+
+
+def tell(lines: Iterable[str], to_stderr: bool = False) -> None:
+    """Say lines for people, once for all ranks."""
+    if is_first_rank():
+        for line in lines:
+            say(line, to_stderr)
 
 
 def on_first_rank(action: Callable[[], Value]) -> Value:

@@ -20,7 +20,7 @@ import torch
 from sedd_megatron.config import PretrainOptions
 from sedd_megatron.data.tokenizers import Tokenizer
 from sedd_megatron.errors import UserError, say
-from sedd_megatron.parallel.groups import on_first_rank, raise_on_every_rank
+from sedd_megatron.parallel.groups import on_first_rank, raise_on_every_rank, tell
 from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.checkpoint_format import (
     OwnShards,
@@ -148,7 +148,7 @@ class CheckpointWriter:
         write_manifest(pending.partial, entries, files, pending.state)
         _publish(pending.partial, pending.final, pending.iteration)
         say(f"saved {pending.final}")
-        _tell(
+        tell(
             remove_old(
                 self.root,
                 pending.iteration,
@@ -268,6 +268,7 @@ def resume(run: TrainingRun, found: FoundCheckpoint) -> FoundCheckpoint:
     Raises:
         UserError: a damaged or missing file, named; a model of another shape.
     """
+    save, load = run.options.checkpoint.save, run.options.checkpoint.load
 
     def check(older: FoundCheckpoint) -> None:
         own = describe_run(run.options, run.graph.num_tokens) | {"tokenizer_files": tokenizer_records(run.tokenizer)}
@@ -282,17 +283,10 @@ def resume(run: TrainingRun, found: FoundCheckpoint) -> FoundCheckpoint:
         except OSError as error:
             raise UserError(f"cannot set aside what is later than {found.folder}: {error}; rename it") from error
 
-    found = load_first_whole(found, lambda found: load_checkpoint(run, found.folder, found.body), check, _tell)
-    save, load = run.options.checkpoint.save, run.options.checkpoint.load
+    found = load_first_whole(found, lambda found: load_checkpoint(run, found.folder, found.body), check, tell)
     if save and found.folder.parent.resolve() == Path(save).resolve():
-        _tell(on_first_rank(set_aside))
+        tell(on_first_rank(set_aside))
     return found
-
-
-def _tell(lines: Iterable[str]) -> None:
-    if torch.distributed.get_rank() == 0:
-        for line in lines:
-            say(line)
 
 
 def load_checkpoint(run: TrainingRun, directory: Path, body: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sedd_megatron.data.digests import file_record
 from sedd_megatron.errors import UserError, one_line
 from sedd_megatron.parallel.groups import raise_on_every_rank
 from sedd_megatron.training.checkpoint_checks import (
@@ -251,15 +252,6 @@ def sync_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def file_record(path: Path) -> dict[str, Any]:
-    """Size in bytes and sha256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def _by_key(entries: list[dict[str, Any]]) -> dict[str, Any]:

@@ -23,9 +23,9 @@ from sedd_megatron.data.tokenizers import Tokenizer
 from sedd_megatron.data.windows import WindowDataset, Windows
 from sedd_megatron.diffusion.draws import Stream
 from sedd_megatron.diffusion.transfers import to_device
-from sedd_megatron.errors import UserError, forget_unsaid, say
+from sedd_megatron.errors import UserError, forget_unsaid
 from sedd_megatron.parallel.fused_head import ROW_MULTIPLE
-from sedd_megatron.parallel.groups import ParallelGroups, is_first_rank, on_first_rank
+from sedd_megatron.parallel.groups import ParallelGroups, is_first_rank, on_first_rank, tell
 from sedd_megatron.training.build import TrainingRun, build_run
 from sedd_megatron.training.checkpoint import CheckpointWriter, resume
 from sedd_megatron.training.estimates import peak_tflops
@@ -65,9 +65,12 @@ def train(
         saver = None
         if options.checkpoint.save:
             root = Path(options.checkpoint.save)
-            continues = found is not None and found.folder.parent.resolve() == root.resolve()
             # A run with no steps left still saves what it loaded from elsewhere: that is how to change its layout.
-            is_saved = continues and found.folder.name == checkpoint_name(run.iteration)
+            is_saved = (
+                found is not None
+                and found.folder.parent.resolve() == root.resolve()
+                and found.folder.name == checkpoint_name(run.iteration)
+            )
             writer = CheckpointWriter(root, options, tokenizer.num_tokens, lock)
             saver = RunSaver(writer, options.checkpoint, run.iteration if is_saved else None)
         metrics = _open_metrics(run)
@@ -120,12 +123,9 @@ def _train_and_save(
     if saver is not None:
         saver.save_last(run)
     if request:
-        if torch.distributed.get_rank() == 0:
-            saved = f"saved iteration {run.iteration} and " if saver is not None else ""
-            say(
-                f"{signal.Signals(request).name}: {saved}stopped at iteration {run.iteration} of "
-                f"{options.training.train_iters}"
-            )
+        saved = f"saved iteration {run.iteration} and " if saver is not None else ""
+        end = f"stopped at iteration {run.iteration} of {options.training.train_iters}"
+        tell([f"{signal.Signals(request).name}: {saved}{end}"])
         _validate_if_due(run, windows, metrics)
 
 

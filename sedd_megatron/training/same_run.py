@@ -13,13 +13,12 @@ from typing import Any
 
 from sedd_megatron.arguments import weighted_corpora
 from sedd_megatron.config import CHANGES_TO_ALLOW, GROUPS, ModelOptions, PretrainOptions
-from sedd_megatron.data.digests import DIGESTED, written_digests
+from sedd_megatron.data.digests import DIGESTED, file_record, written_digests
 from sedd_megatron.data.null_tokenizer import NullTokenizer
 from sedd_megatron.data.tokenizer_folder import DESCRIPTION
 from sedd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from sedd_megatron.errors import UserError
 from sedd_megatron.options import flag_of
-from sedd_megatron.training.checkpoint_format import file_record
 from sedd_megatron.training.run_folder import FoundCheckpoint
 
 # The model's own: with another of these its tensors do not fit, or mean something else.

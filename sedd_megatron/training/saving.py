@@ -1,9 +1,8 @@
 """When a run is saved, and what becomes of it when the disk refuses."""
 
-import torch
-
 from sedd_megatron.config import CheckpointOptions
-from sedd_megatron.errors import UserError, say
+from sedd_megatron.errors import UserError
+from sedd_megatron.parallel.groups import tell
 from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.checkpoint import CheckpointNotWrittenError, CheckpointWriter
 
@@ -58,7 +57,7 @@ class RunSaver:
         try:
             self._finish()
         except CheckpointNotWrittenError as error:
-            _say_first(f"warning: {error}")
+            tell([f"warning: {error}"], to_stderr=True)
 
     def save_last(self, run: TrainingRun) -> None:
         """Have the run as it is in a checkpoint when this returns.
@@ -91,12 +90,8 @@ class RunSaver:
                 f"{error}; it is failure {self._failures} in a row (--max-save-failures), the checkpoints before are "
                 "whole: make room and give the same command again"
             ) from error
-        _say_first(
+        line = (
             f"warning: {error}; training goes on and saves again at the next interval (failure {self._failures} of "
             f"{self._options.max_save_failures} in a row)"
         )
-
-
-def _say_first(text: str) -> None:
-    if torch.distributed.get_rank() == 0:
-        say(text, to_stderr=True)
+        tell([line], to_stderr=True)

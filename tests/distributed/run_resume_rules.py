@@ -189,13 +189,13 @@ def data_is_known_by_what_is_in_it(run: Commands) -> None:
 def a_short_run_on_damaged_data_is_not_saved(run: Commands) -> None:
     corpus = run.write("short", FOX * 40)
     change_a_token(corpus)
-    describe = digests._describe
+    describe = digests.file_record
 
     def slowly(path: Path) -> dict:
         time.sleep(1)
         return describe(path)
 
-    with mock.patch.multiple(digests, SECONDS_TO_WAIT=0.0, _describe=slowly):
+    with mock.patch.multiple(digests, SECONDS_TO_WAIT=0.0, file_record=slowly):
         refused = run.refusal("--save", "@/short", train_iters=1, corpus=corpus)
     assert f"{corpus}.bin: is not what was written" in refused
     assert refused.endswith("; nothing is saved from here on")
