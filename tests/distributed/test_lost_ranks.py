@@ -16,7 +16,7 @@ from tests.distributed.layouts import DIST_OPT, MODEL
 # The time-out, how long the other rank is waited for once one has ended, and what that one says.
 FAULTS = {
     "SIGSTOP": ("0.2", 0, "Timed out waiting 12000ms for recv operation to complete"),
-    "SIGKILL": ("10", 20, r".*(Connection reset by peer|Connection closed by peer \[[\d.:]+\])"),
+    "SIGKILL": ("10", 20, r".*(Connection reset by peer|Connection closed by peer \[[\d.:]+\]:\d+)"),
 }
 
 
