@@ -83,6 +83,7 @@ def from_published(source: str, root: Path) -> Path:
     state = {
         "options": asdict(saved.model_options) | asdict(saved.diffusion),
         "num_tokens": saved.num_tokens,
+        "preparation": asdict(saved.preparation),
         "iteration": 0,
         "consumed_samples": 0,
         "scheduler_samples": 0,
@@ -104,7 +105,7 @@ def to_published(source: str, final: Path) -> None:
 
     if final.exists():
         raise UserError(f"--to-published {final}: is there already; name a new folder")
-    config = published_config(saved.model_options, saved.diffusion, saved.num_tokens)
+    config = published_config(saved.model_options, saved.diffusion, saved.num_tokens, saved.preparation)
     network = _whole_network(saved)
     for sharded in network.sharded_tensors().values():
         if not sharded.data.isfinite().all():

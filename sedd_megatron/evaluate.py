@@ -15,7 +15,6 @@ from sedd_megatron.arguments import check_layout
 from sedd_megatron.config import LayoutOptions, ParallelOptions, PrecisionOptions
 from sedd_megatron.data.documents import FileSource
 from sedd_megatron.data.input_files import INPUT_FORMATS, input_files
-from sedd_megatron.data.tokenizers import Tokenizer
 from sedd_megatron.diffusion.graph import find_for_graph
 from sedd_megatron.diffusion.integration import INTEGRATIONS
 from sedd_megatron.errors import UserError, print_output, run_command
@@ -56,8 +55,10 @@ class EvaluateOptions:
     json_key: str = option("text", "key of the lines' objects")
     max_documents: int | None = option(None, "only this many, from the first on")
     windowing: str = option("concatenate", "how documents become windows of the trained length", choices=WINDOWINGS)
-    append_eod: bool = option(
-        True, "where they are concatenated, end each by the end-of-document token, if the tokenizer has one"
+    append_eod: bool | None = option(
+        None,
+        "where they are concatenated, end each by the end-of-document token, if the tokenizer has one; as in the data "
+        "that the model was trained on if not given, and as published where that is unknown",
     )
     mc_samples: int = option(1000, "random draws per window, stratified")
     integrate_over: str = option(
@@ -100,7 +101,9 @@ def main() -> None:
     options, layout, saved = check(sys.argv[1:])
     texts_of = _texts(options)
     length, may_give = saved.model_options.seq_length, saved.graph.mask_token_id is not None
-    windows_by_name = _windows(texts_of, options, saved.tokenizer, length, may_give)
+    append_eod = _append_eod(options, saved)
+    windows_by_name = {name: windows_of(texts, saved.tokenizer, length, options.windowing, may_give, append_eod)
+                       for name, texts in texts_of.items()}  # fmt: skip
     parallel = ParallelOptions(**dataclasses.asdict(layout))
     found = {}
     with ExitStack() as stack:
@@ -148,18 +151,18 @@ def _texts_of_files(options: EvaluateOptions) -> list[str]:
     return texts
 
 
-def _windows(
-    texts_of: dict[str, list[str]], options: EvaluateOptions, tokenizer: Tokenizer, length: int, may_give: bool
-) -> dict[str, list[Window]]:
-    """The windows of each corpus; says on stderr that documents are ended, which costs a model that saw no ends."""
-    if options.windowing == "concatenate" and options.append_eod and tokenizer.eod_id is not None and is_first_rank():
+def _append_eod(options: EvaluateOptions, saved: "SavedModel") -> bool:
+    """Whether documents are ended; says on stderr where nobody knows whether those that the model saw were."""
+    if options.append_eod is not None:
+        return options.append_eod
+    of_data, has_end = saved.preparation.append_eod, saved.tokenizer.eod_id is not None
+    if of_data is None and has_end and options.windowing == "concatenate" and is_first_rank():
         print(
             "documents are joined by the end-of-document token, as published; for a model whose data had none give "
             "--no-append-eod",
             file=sys.stderr,
         )
-    return {name: windows_of(texts, tokenizer, length, options.windowing, may_give, options.append_eod)
-            for name, texts in texts_of.items()}  # fmt: skip
+    return of_data is not False
 
 
 def report(name: str, units: "Sequence[UnitBound]", texts: Sequence[str], options: EvaluateOptions) -> str:

@@ -15,6 +15,7 @@ from sedd_megatron.data.encoding import encoded_chunks, token_dtype
 from sedd_megatron.data.hub_datasets import PRESETS, open_dataset
 from sedd_megatron.data.input_files import INPUT_FORMATS, input_files
 from sedd_megatron.data.parts import Extent, PartialCorpus, kept_tokenizer, parts_folder
+from sedd_megatron.data.preparation import Preparation
 from sedd_megatron.data.progress import Progress
 from sedd_megatron.data.token_files import INPUT_DTYPES, TokenSource
 from sedd_megatron.data.tokenizer_folder import DESCRIPTION
@@ -112,7 +113,8 @@ def prepare(options: PrepareOptions) -> None:
             _check_unknown(options, tokenizer, extent, key)
         for key, (extent, rate) in zip(options.json_keys, written, strict=True):
             final = corpus_path(prefix, key)
-            stats = publish_corpus(folder / final.name, tokenizer, final)
+            _tell_of_replacement(final)
+            stats = publish_corpus(folder / final.name, tokenizer, final, _preparation(options))
             unknown = ""
             if tokenizer.unknown_id is not None:
                 unknown = f"{extent.num_unknown:,} of them unknown ({extent.num_unknown / stats.num_tokens:.2%}), "
@@ -142,6 +144,16 @@ def check(options: PrepareOptions) -> None:
         raise UserError(fault)
     num_tokens = len(open_tokens(options.check, flag="--check"))
     print(f"{options.check}: its {num_tokens:,} tokens, index and tokenizer are what was written")
+
+
+def _preparation(options: PrepareOptions) -> Preparation:
+    # Nobody knows of bare tokens how they were made.
+    return Preparation(None if options.input_dtype else options.append_eod, options.allow_special_tokens)
+
+
+def _tell_of_replacement(final: Path) -> None:
+    if Path(f"{final}.idx").is_file():
+        print(f"replaces the {Path(f'{final}.bin').stat().st_size:,} bytes of {final}.bin")
 
 
 def _check_unknown(options: PrepareOptions, tokenizer: Tokenizer, extent: Extent, key: str) -> None:

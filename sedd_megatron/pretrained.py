@@ -1,7 +1,7 @@
 """A trained model, for notebooks and the commands: load_pretrained."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sedd_megatron.config import ParallelOptions, PrecisionOptions
 from sedd_megatron.data.batches import batches_of
+from sedd_megatron.data.preparation import Preparation
 from sedd_megatron.diffusion import AbsorbingGraph, GeometricSchedule, LogLinearSchedule, UniformGraph
 from sedd_megatron.errors import UserError
 from sedd_megatron.parallel.groups import ParallelGroups, groups_of_this_process
@@ -34,6 +35,7 @@ class PretrainedModel:
     tokenizer: "Tokenizer"
     seq_length: int
     groups: ParallelGroups
+    preparation: Preparation = field(default_factory=Preparation)  # of the data that it was trained on
 
     @property
     def device(self) -> torch.device:
@@ -113,7 +115,8 @@ class PretrainedModel:
 
         may_give = self.graph.mask_token_id is not None
         texts = [texts] if isinstance(texts, str) else texts
-        windows = windows_of(texts, self.tokenizer, self.seq_length, windowing, may_give)
+        append_eod = self.preparation.append_eod is not False
+        windows = windows_of(texts, self.tokenizer, self.seq_length, windowing, may_give, append_eod)
         estimator = self.bound_estimator(
             seed=seed, num_draws=mc_samples, time_eps=time_eps, batch_size=batch_size, integrate_over=integrate_over
         )

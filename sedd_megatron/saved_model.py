@@ -18,6 +18,7 @@ from sedd_megatron.config import (
 )
 from sedd_megatron.data.library_tokenizers import GPT2BPETokenizer, HuggingFaceTokenizer
 from sedd_megatron.data.null_tokenizer import NullTokenizer
+from sedd_megatron.data.preparation import Preparation
 from sedd_megatron.data.tokenizer_folder import DESCRIPTION
 from sedd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from sedd_megatron.diffusion import AbsorbingGraph, UniformGraph
@@ -49,7 +50,8 @@ class SavedModel:
     model_options: ModelOptions
     diffusion: DiffusionOptions
     num_tokens: int
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer  # as the data's texts went through it
+    preparation: Preparation
     # Checks the files of weights, on every rank at once; what it returns fills this rank's part of a network.
     open_weights: Callable[[], Callable[["SEDDModel"], None]]
     # The same of the weights that a run of the published training code trained, where those are their average.
@@ -78,7 +80,13 @@ class SavedModel:
         fill(network)
         network.eval()
         return PretrainedModel(
-            network, graph, build_schedule(self.diffusion), self.tokenizer, self.model_options.seq_length, groups
+            network,
+            graph,
+            build_schedule(self.diffusion),
+            self.tokenizer,
+            self.model_options.seq_length,
+            groups,
+            self.preparation,
         )
 
 
@@ -111,9 +119,17 @@ def _checkpoint(path: Path) -> SavedModel:
     state = found.body["state"]
     model_options, diffusion = model_options_from_dict(state["options"], str(found.folder))
     check_sizes(found.body, model_options, found.folder)
-    tokenizer = load_tokenizer(found.folder / "tokenizer")
+    preparation = _preparation(state, found.folder)
+    tokenizer = preparation.tokenizer_of_texts(load_tokenizer(found.folder / "tokenizer"))
     open_weights = partial(_open_averages, found)
-    return SavedModel(found.folder, model_options, diffusion, state["num_tokens"], tokenizer, open_weights)
+    return SavedModel(found.folder, model_options, diffusion, state["num_tokens"], tokenizer, preparation, open_weights)
+
+
+def _preparation(state: dict[str, Any], folder: Path) -> Preparation:
+    try:
+        return Preparation.of(state.get("preparation", {}))
+    except ValueError as error:
+        raise UserError(f"{folder}: how its data was prepared is {error}; use another checkpoint") from error
 
 
 def _open_averages(own: "FoundCheckpoint") -> Callable[["SEDDModel"], None]:
@@ -154,17 +170,24 @@ def _open_averages(own: "FoundCheckpoint") -> Callable[["SEDDModel"], None]:
 def _description(found: "FoundCheckpoint") -> tuple[Any, ...]:
     """What of a checkpoint is in a SavedModel."""
     state = found.body["state"]
-    return *model_options_from_dict(state["options"], str(found.folder)), state["num_tokens"], state["tokenizer_files"]
+    options = model_options_from_dict(state["options"], str(found.folder))
+    return *options, state["num_tokens"], state["tokenizer_files"], _preparation(state, found.folder)
 
 
 def _published_model(path: Path) -> SavedModel:
     from sedd_megatron.training.published_format import read_published_folder
 
     folder = read_published_folder(path)
-    tokenizer = _tokenizer_beside(folder.path, folder.num_tokens)
-    trained = None if folder.run_checkpoint is None else partial(folder.open_weights, trained=True)
+    tokenizer = folder.preparation.tokenizer_of_texts(_tokenizer_beside(folder.path, folder.num_tokens))
     return SavedModel(
-        path, folder.model_options, folder.diffusion, folder.num_tokens, tokenizer, folder.open_weights, trained
+        path,
+        folder.model_options,
+        folder.diffusion,
+        folder.num_tokens,
+        tokenizer,
+        folder.preparation,
+        folder.open_weights,
+        None if folder.run_checkpoint is None else partial(folder.open_weights, trained=True),
     )
 
 

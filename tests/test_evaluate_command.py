@@ -4,9 +4,12 @@ import json
 import math
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
+from sedd_megatron.config import DiffusionOptions, ModelOptions
+from sedd_megatron.data.preparation import Preparation
 from sedd_megatron.data.tokenizers import ByteTokenizer
 from sedd_megatron.errors import UserError
 from sedd_megatron.parallel import cpu_backend
@@ -16,6 +19,7 @@ from tests.distributed.launch import free_ports
 cpu_backend.install()
 
 from sedd_megatron import evaluate  # noqa: E402
+from sedd_megatron.saved_model import SavedModel  # noqa: E402
 
 NUMBER = r"([\d.]+) \[([\d.]+|-?inf), ([\d.]+|inf)\]"
 
@@ -99,22 +103,30 @@ def test_data_is_read_for_what_it_holds(tmp_path, capsys):
         texts()
 
 
-def test_the_end_of_documents_is_said_and_can_be_left_out(capsys):
-    class WithEnd(ByteTokenizer):
-        eod_id = 0
-
-    def tokens(tokenizer: ByteTokenizer, **change) -> list[tuple[int, ...]]:
-        options = evaluate.EvaluateOptions(load="x", data=("x",), **change)
-        return [window.tokens for window in evaluate._windows({"x": ["a", "b"]}, options, tokenizer, 4, False)["x"]]
-
-    assert tokens(WithEnd()) == [(97, 0, 98, 0)]
-    assert capsys.readouterr().err == (
+@pytest.mark.parametrize(
+    ("of_data", "has_end", "change", "expected", "is_said"),
+    [
+        (None, True, {}, True, True),
+        (None, False, {}, True, False),  # and the windows find no end to append
+        (None, True, {"windowing": "separate"}, True, False),
+        (None, True, {"append_eod": False}, False, False),
+        (True, True, {}, True, False),
+        (False, True, {}, False, False),
+        (False, True, {"append_eod": True}, True, False),
+    ],
+)
+def test_documents_are_ended_as_those_of_the_data_were(capsys, of_data, has_end, change, expected, is_said):
+    tokenizer = ByteTokenizer()
+    tokenizer.eod_id = 0 if has_end else None
+    preparation = Preparation(of_data)
+    saved = SavedModel(Path("x"), ModelOptions(), DiffusionOptions(), 256, tokenizer, preparation, lambda: None)
+    options = evaluate.EvaluateOptions(load="x", data=("x",), **change)
+    assert evaluate._append_eod(options, saved) is expected
+    said = (
         "documents are joined by the end-of-document token, as published; for a model whose data had none give "
         "--no-append-eod\n"
     )
-    assert tokens(WithEnd(), append_eod=False) == tokens(ByteTokenizer()) == [(97, 98)]
-    assert tokens(WithEnd(), windowing="separate") == [(97,), (98,)]
-    assert not capsys.readouterr().err
+    assert capsys.readouterr().err == (said if is_said else "")
 
 
 @pytest.mark.parametrize(

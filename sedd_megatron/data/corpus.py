@@ -14,6 +14,7 @@ import numpy as np
 from sedd_megatron.data.digests import write_digests
 from sedd_megatron.data.encoding import EncodedChunk, encoded_chunks, token_dtype
 from sedd_megatron.data.parts import Extent, PartialCorpus
+from sedd_megatron.data.preparation import Preparation, stats_path
 from sedd_megatron.data.tokenizer_folder import replace_folder
 from sedd_megatron.data.tokenizers import Tokenizer
 from sedd_megatron.errors import UserError
@@ -33,6 +34,8 @@ class CorpusStats:
     num_tokens: int
     unigram_entropy_nats: float
     tokenizer_type: str
+    append_eod: bool | None = None  # of Preparation, both
+    allow_special_tokens: bool = False
 
 
 def corpus_path(prefix: Path, key: str = "text") -> Path:
@@ -54,7 +57,7 @@ def write_corpus(
     with tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent) as folder:
         partial = Path(folder) / final.name
         append_chunks(encoded_chunks(texts, tokenizer, append_eod), token_dtype(tokenizer.num_tokens), partial)
-        return publish_corpus(partial, tokenizer, final)
+        return publish_corpus(partial, tokenizer, final, Preparation(append_eod))
 
 
 def append_chunks(
@@ -90,8 +93,8 @@ def append_chunks(
     return corpus.extent
 
 
-def publish_corpus(partial: Path, tokenizer: Tokenizer, final: Path) -> CorpusStats:
-    """Turn the finished parts of PARTIAL into the corpus FINAL; PARTIAL is in a folder beside it.
+def publish_corpus(partial: Path, tokenizer: Tokenizer, final: Path, preparation: Preparation) -> CorpusStats:
+    """Turn the finished parts of PARTIAL, made so, into the corpus FINAL; PARTIAL is in a folder beside it.
 
     Everything is renamed, the .idx last: a prefix either is a whole corpus or is not there. A corpus of that name
     stays until then.
@@ -106,8 +109,10 @@ def publish_corpus(partial: Path, tokenizer: Tokenizer, final: Path) -> CorpusSt
     _write_index(Path(f"{partial}.idx"), lengths, dtype)
     # Counted from the file: one count of the vocabulary per short document would cost more than the rest.
     counts = _token_counts(np.memmap(f"{partial}.bin", dtype=dtype, mode="r"), tokenizer.num_tokens)
-    stats = CorpusStats(len(lengths), int(counts.sum()), unigram_entropy(counts), tokenizer.tokenizer_type)
-    Path(f"{partial}_stats.json").write_text(json.dumps(asdict(stats), indent=1) + "\n", encoding="utf-8")
+    stats = CorpusStats(
+        len(lengths), int(counts.sum()), unigram_entropy(counts), tokenizer.tokenizer_type, **asdict(preparation)
+    )
+    stats_path(str(partial)).write_text(json.dumps(asdict(stats), indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(f"{partial}_tokenizer", ignore_errors=True)
     tokenizer.save(Path(f"{partial}_tokenizer"))
     write_digests(str(partial))

@@ -48,9 +48,9 @@ def has_digests(prefix: str) -> bool:
 
 
 def write_digests(prefix: str) -> None:
-    """Write down what PREFIX.bin, PREFIX.idx and the files of PREFIX_tokenizer are now."""
+    """Write down what PREFIX.bin, PREFIX.idx, PREFIX_stats.json and the files of PREFIX_tokenizer are now."""
     tokenizer = (f"_tokenizer/{path.name}" for path in sorted(Path(f"{prefix}_tokenizer").iterdir()))
-    digests = {suffix: file_record(Path(f"{prefix}{suffix}")) for suffix in (*DIGESTED, *tokenizer)}
+    digests = {suffix: file_record(Path(f"{prefix}{suffix}")) for suffix in (*DIGESTED, "_stats.json", *tokenizer)}
     digests_path(prefix).write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
 
 

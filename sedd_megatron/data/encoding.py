@@ -1,7 +1,6 @@
 """Texts to token arrays, in this process or in several, in the order of the texts."""
 
 import os
-import re
 import signal
 import threading
 from collections import deque
@@ -15,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sedd_megatron.data.library_tokenizers import HuggingFaceTokenizer, names_pattern
+from sedd_megatron.data.special_tokens import SpecialNamesTokenizer
 from sedd_megatron.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from sedd_megatron.errors import UserError
 
@@ -42,13 +41,11 @@ def token_dtype(num_tokens: int) -> type[np.integer]:
 def encode_chunk(
     texts: Sequence[str], tokenizer: Tokenizer, append_eod: bool, allow_special_tokens: bool = False
 ) -> EncodedChunk:
-    """Encode texts; with append_eod each document ends with the tokenizer's eod_id.
-
-    With allow_special_tokens the names of special tokens in a text become these tokens, and what follows one is no
-    beginning of a text: no blank is put before it, unless the tokenizer's own library does so.
+    """Encode texts; with append_eod each document ends with the tokenizer's eod_id, and with allow_special_tokens the
+    names of special tokens in a text become these tokens.
     """
     dtype = token_dtype(tokenizer.num_tokens)
-    encode = _special_encoder(tokenizer) if allow_special_tokens else _array_encoder(tokenizer)
+    encode = _array_encoder(SpecialNamesTokenizer(tokenizer) if allow_special_tokens else tokenizer)
     end = np.array([tokenizer.eod_id], dtype) if append_eod else np.empty(0, dtype)
     arrays, lengths = [np.empty(0, dtype)], []
     for text in texts:
@@ -140,23 +137,6 @@ def _array_encoder(tokenizer: Tokenizer):
 
         return encode
     return lambda text: np.array(tokenizer.encode(text), dtype)
-
-
-def _special_encoder(tokenizer: Tokenizer):
-    dtype = token_dtype(tokenizer.num_tokens)
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        return lambda text: np.array(tokenizer.encode_with_special(text), dtype)
-    names = re.compile(f"({names_pattern(tokenizer.special_tokens).pattern})")
-
-    def encode(text: str) -> np.ndarray:
-        first, *others = names.split(text)
-        ids = tokenizer.encode(first)
-        for part in others:
-            special = tokenizer.special_tokens.get(part)
-            ids += tokenizer.encode_inside(part) if special is None else [special]
-        return np.array(ids, dtype)
-
-    return encode
 
 
 def _begin_worker() -> None:

@@ -7,7 +7,7 @@ Reading one executes nothing of it.
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sedd_megatron.arguments import check_diffusion, check_model_layout
 from sedd_megatron.config import DiffusionOptions, ModelOptions, ParallelOptions
+from sedd_megatron.data.preparation import Preparation
 from sedd_megatron.diffusion.graph import make_graph
 from sedd_megatron.errors import UserError, one_line
 from sedd_megatron.model.published_weights import (
@@ -53,6 +54,7 @@ class PublishedFolder:
     model_options: ModelOptions
     diffusion: DiffusionOptions
     num_tokens: int
+    preparation: Preparation  # of the data, where our own conversion wrote it down
     run_checkpoint: Path | None = None  # of a run of the published training code
 
     def open_weights(self, trained: bool = False) -> Callable[[SEDDModel], None]:
@@ -117,6 +119,7 @@ def read_published_folder(path: Path) -> PublishedFolder:
             cond_dim=_count(model, "cond_dim"),
             hidden_dropout=_number(model, "dropout"),
         )
+        preparation = Preparation.of(config.get("preparation", {}))
         num_tokens, scales_by_sigma = _count(config, "tokens"), model["scale_by_sigma"] is True
         noise_range = {name: _number(noise, name) for name in ("sigma_min", "sigma_max") if name in noise}
         diffusion = DiffusionOptions(graph=graph, noise=noise["type"], **noise_range)
@@ -139,9 +142,9 @@ def read_published_folder(path: Path) -> PublishedFolder:
     check_model_layout(options, ParallelOptions())
     check_diffusion(diffusion)
     if run is None:
-        return PublishedFolder(path, options, diffusion, num_tokens)
+        return PublishedFolder(path, options, diffusion, num_tokens, preparation)
     checkpoint = path if path.is_file() else run / RUN_CHECKPOINT
-    return PublishedFolder(run, options, diffusion, num_tokens, checkpoint)
+    return PublishedFolder(run, options, diffusion, num_tokens, preparation, checkpoint)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -196,8 +199,10 @@ def write_published_folder(path: Path, network: SEDDModel, config: dict[str, Any
     (path / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def published_config(options: ModelOptions, diffusion: DiffusionOptions, num_tokens: int) -> dict[str, Any]:
-    """The configuration as the published code reads it.
+def published_config(
+    options: ModelOptions, diffusion: DiffusionOptions, num_tokens: int, preparation: Preparation
+) -> dict[str, Any]:
+    """The configuration as the published code reads it, which passes over the preparation.
 
     Raises:
         UserError: an option that the published model does not have.
@@ -227,6 +232,7 @@ def published_config(options: ModelOptions, diffusion: DiffusionOptions, num_tok
             "scale_by_sigma": diffusion.graph == "absorb",
             "dropout": options.hidden_dropout,
         },
+        **({} if preparation == Preparation() else {"preparation": asdict(preparation)}),
     }
 
 

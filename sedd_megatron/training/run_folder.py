@@ -88,9 +88,8 @@ def _newest(root: Path, flag: str, exact: bool) -> FoundCheckpoint:
     for _ in range(LOOKS):
         folders = checkpoint_folders(root)
         if not folders:
-            raise UserError(
-                f"{flag} {root}: no checkpoint there (no folder iter_*); give a folder that training saved to"
-            )
+            nothing = "no checkpoint there (no folder iter_*)" if os.path.exists(root) else "no such folder"
+            raise UserError(f"{flag} {root}: {nothing}; give a folder that training saved to")
         try:
             found = _first_intact(folders, exact)
         except DamagedCheckpointError:

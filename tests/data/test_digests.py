@@ -38,7 +38,7 @@ def flip(path: Path, bit: int) -> None:
 def test_every_flipped_bit_is_found(prefix, capsys):
     check(prefix)
     assert capsys.readouterr().out == f"{prefix}: its 20 tokens, index and tokenizer are what was written\n"
-    for suffix in (".bin", ".idx", "_tokenizer/description.json"):
+    for suffix in (".bin", ".idx", "_stats.json", "_tokenizer/description.json"):
         path = Path(prefix + suffix)
         for bit in range(8 * path.stat().st_size):
             flip(path, bit)

@@ -12,6 +12,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from sedd_megatron.data.encoding import encode_chunk
 from sedd_megatron.data.library_tokenizers import HuggingFaceTokenizer
+from sedd_megatron.data.special_tokens import SpecialNamesTokenizer
 from sedd_megatron.data.tokenizers import ByteTokenizer, CharTokenizer, SentencePieceTokenizer, Tokenizer
 from sedd_megatron.errors import UserError
 from sedd_megatron.generation.requests import TextRequest, frames_of
@@ -229,6 +230,10 @@ def test_allowed_names_are_their_tokens_inside_a_text(tokenizer):
         assert written.tokens.tolist() == expected, text
         assert expected.count(tokenizer.eod_id) == len(others)
         assert written.num_unknown == expected.count(tokenizer.unknown_id)
+        # Behind a text, it begins as a piece does and goes on as here.
+        inside = SpecialNamesTokenizer(tokenizer).encode_inside(text)
+        behind_name = expected[expected.index(tokenizer.eod_id) :]
+        assert inside == [*tokenizer.encode_inside(first), *behind_name], text
 
 
 @pytest.mark.parametrize("name", ["sentencepiece", "sentencepiece that keeps blanks", "metaspace first"])

@@ -105,7 +105,7 @@ def test_nanogpts_file_is_the_corpus_of_its_texts(tmp_path, gpt2_flags, capsys):
     texts = ["one", "two words", "", "three!\n"]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts if text))
     run(*gpt2_flags, "--input", str(tmp_path / "in.jsonl"), "--append-eod")
-    files = [tmp_path / f"p_text_document{suffix}" for suffix in (".bin", ".idx", "_stats.json", "_digests.json")]
+    files = [tmp_path / f"p_text_document{suffix}" for suffix in (".bin", ".idx")]
     expected = [path.read_bytes() for path in files]
     open_tokens(str(tmp_path / "p_text_document")).astype("<u2").tofile(tmp_path / "train.bin")
     run(*gpt2_flags, "--input", str(tmp_path / "train.bin"), "--input-dtype", "uint16")

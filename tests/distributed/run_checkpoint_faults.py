@@ -50,7 +50,7 @@ def check(arguments: list[str], folder: str) -> None:
             with pytest.raises(Exception):  # noqa: B017, PT011
                 pickle.loads(path.read_bytes())
 
-    assert "no checkpoint there" in refusal([*resume, str(root.parent / "nothing")])
+    assert "no such folder" in refusal([*resume, str(root.parent / "nothing")])
     other_model = [*resume, folder, "--num-layers", "2"]
     assert "trained with --num-layers 4, this run has 2" in refusal(other_model)
     assert "trained with --num-layers 4, this run has 2" in refusal([*arguments, "--save", folder, "--num-layers", "2"])

@@ -306,7 +306,7 @@ def test_mistakes_of_the_command(tmp_path, monkeypatch):
         ("--from-published", str(source)): "give --from-published with --save",
         ("--from-published", str(source), "--save", str(tmp_path / "checkpoint")): "has checkpoints already",
         ("--load", str(tmp_path / "checkpoint"), "--to-published", str(source)): "is there already; name a new folder",
-        ("--from-published", str(tmp_path / "none"), "--save", str(tmp_path / "new")): "no checkpoint there",
+        ("--from-published", str(tmp_path / "none"), "--save", str(tmp_path / "new")): "no such folder",
     }
     for arguments, text in cases.items():
         monkeypatch.setattr(sys, "argv", ["convert", *arguments])

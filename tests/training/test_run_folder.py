@@ -149,6 +149,9 @@ def test_nothing_whole_is_an_error_that_names_the_newest(tmp_path):
     shutil.rmtree(tmp_path / "one" / "iter_0000001")
     with pytest.raises(DamagedCheckpointError, match=r"iter_0000002/shards-00000.safetensors: missing"):
         loaded(tmp_path / "one")
+    with pytest.raises(UserError, match=r"--load .*/none: no such folder; give a folder that training saved to$"):
+        loaded(tmp_path / "none")
+    (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match=r"--load .*/none: no checkpoint there \(no folder iter_\*\)"):
         loaded(tmp_path / "none")
     with pytest.raises(UserError, match="cannot be read"):

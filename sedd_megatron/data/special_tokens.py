@@ -1,0 +1,51 @@
+"""Texts in which the names of special tokens are these tokens."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from sedd_megatron.data.library_tokenizers import HuggingFaceTokenizer, names_pattern
+from sedd_megatron.data.tokenizers import Tokenizer
+
+
+class SpecialNamesTokenizer:
+    """A tokenizer, but the names of its special tokens in a text become these tokens.
+
+    What follows one is no beginning of a text: no blank is put before it, unless the tokenizer's own library does so.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.plain = tokenizer
+        self.tokenizer_type: str = tokenizer.tokenizer_type
+        self.num_tokens: int = tokenizer.num_tokens
+        self.eod_id: int | None = tokenizer.eod_id
+        self.unknown_id: int | None = tokenizer.unknown_id
+        self.special_tokens: Mapping[str, int] = tokenizer.special_tokens
+        self._names = names_pattern(tokenizer.special_tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a whole text, or of its beginning."""
+        if isinstance(self.plain, HuggingFaceTokenizer):
+            return self.plain.encode_with_special(text)
+        ids, end = [], 0
+        for name in self._names.finditer(text):
+            ids += [*self._encode_between(text[end : name.start()], end), self.special_tokens[name[0]]]
+            end = name.end()
+        return [*ids, *self._encode_between(text[end:], end)]
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Token ids of text that has something before it."""
+        name = self._names.search(text)
+        start = len(text) if name is None else name.start()
+        # Behind a name everything is as in a whole text.
+        return [*self.plain.encode_inside(text[:start]), *self.encode(text[start:])]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids."""
+        return self.plain.decode(ids)
+
+    def save(self, directory: Path) -> None:
+        """Write the plain tokenizer's description into a new folder."""
+        self.plain.save(directory)
+
+    def _encode_between(self, text: str, start: int) -> list[int]:
+        return self.plain.encode_inside(text) if start > 0 else self.plain.encode(text)

@@ -1,0 +1,117 @@
+"""A model's later texts become tokens as those of its data did: what prepare_data was told goes with the data, the
+checkpoints and both conversions.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers as hf
+
+from sedd_megatron.data.corpus import write_corpus
+from sedd_megatron.data.preparation import Preparation, preparation_of, stats_path
+from sedd_megatron.data.special_tokens import SpecialNamesTokenizer
+from sedd_megatron.data.tokenizers import ByteTokenizer
+from sedd_megatron.errors import UserError
+from sedd_megatron.options import parse_options
+from sedd_megatron.parallel import cpu_backend
+from sedd_megatron.prepare_data import PrepareOptions, prepare
+
+cpu_backend.install()
+
+from sedd_megatron import convert  # noqa: E402
+from sedd_megatron.pretrained import load_pretrained  # noqa: E402
+from tests.commands import EXAMPLE, run  # noqa: E402
+from tests.distributed.layouts import MODEL  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> Path:
+    """The folder of a tokenizer with two words and an end of document that is among its words."""
+    folder = tmp_path_factory.mktemp("words")
+    tokenizer = hf.Tokenizer(hf.models.WordLevel({"<unk>": 0, "a": 1, "b": 2, "</s>": 3}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = hf.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    return folder
+
+
+def prepared(folder: Path, words: Path, *flags: str) -> str:
+    """The prefix of a corpus that was made with these flags."""
+    (folder / "in.jsonl").write_text('{"text": "a b </s> b"}\n{"text": "b</s>a"}\n' * 40)
+    (options,) = parse_options(
+        (PrepareOptions,),
+        ["--input", str(folder / "in.jsonl"), "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model",
+         str(words), "--output-prefix", str(folder / "c"), "--max-unknown-share", "1", *flags], "", "",
+    )  # fmt: skip
+    prepare(options)
+    return str(folder / "c_text_document")
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_model_reads_texts_as_its_data_was_read(tmp_path, words, allowed):
+    flags = ["--append-eod", "--allow-special-tokens"] if allowed else []
+    prefix = prepared(tmp_path, words, *flags)
+    done = run([sys.executable, str(EXAMPLE), *MODEL, "--data-path", prefix, "--train-iters", "1", "--eval-interval",
+                "0", "--save", str(tmp_path / "run")])  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    convert.to_published(str(tmp_path / "run"), tmp_path / "published")
+    convert.from_published(str(tmp_path / "published"), tmp_path / "back")
+    assert ("preparation" in json.loads((tmp_path / "published" / "config.json").read_text())) is True
+    for folder in ("run", "published", "back"):
+        model = load_pretrained(tmp_path / folder, device="cpu")
+        assert model.preparation == Preparation(allowed, allowed)
+        # One token for the name, or text that is no word.
+        expected = [1, 3, 2] if allowed else model.tokenizer.encode("a</s>b")
+        assert model.tokenizer.encode("a</s>b") == expected
+        assert (3 in expected) == allowed
+        if allowed:
+            (sample,) = model.generate(prompts="a</s>", suffix="</s>b", length=6, steps=2, stop_at_eod=False)
+            assert (sample.tokens[:2], sample.tokens[-2:]) == ([1, 3], [3, 2])
+        bounds = model.nll(["a b", "b"], windowing="concatenate", mc_samples=2)
+        assert sum(bound.num_tokens for bound in bounds) == (5 if allowed else 3)
+
+
+def test_a_blend_has_seen_what_any_of_its_corpora_had(tmp_path):
+    def corpus(name: str, **written) -> str:
+        write_corpus(["some text"], ByteTokenizer(), tmp_path / name)
+        prefix = str(tmp_path / f"{name}_text_document")
+        stats_path(prefix).write_text(json.dumps(written))
+        return prefix
+
+    plain, ended = corpus("plain", append_eod=False), corpus("ended", append_eod=True)
+    special, older = corpus("special", append_eod=False, allow_special_tokens=True), corpus("older")
+    foreign = corpus("foreign")
+    stats_path(foreign).unlink()
+    assert preparation_of([plain]) == Preparation(False, False)
+    assert preparation_of([plain, ended, older]) == Preparation(True, False)
+    assert preparation_of([plain, special]) == Preparation(False, True)
+    assert preparation_of([older]) == preparation_of([foreign, plain]) == Preparation(None, False)
+
+
+@pytest.mark.parametrize("damaged", ["{", "[]", '{"append_eod": 1}', '{"allow_special_tokens": null}', "[" * 100_000])
+def test_what_is_damaged_is_named(tmp_path, damaged):
+    write_corpus(["some text"], ByteTokenizer(), tmp_path / "c")
+    path = stats_path(str(tmp_path / "c_text_document"))
+    path.write_text(damaged)
+    with pytest.raises(UserError) as error:
+        preparation_of([str(tmp_path / "c_text_document")])
+    assert str(error.value) == (
+        f"{path}: damaged; copy it again, or delete it, and nothing is known of how the data was prepared"
+    )
+
+
+def test_a_corpus_that_is_replaced_is_told(tmp_path, words, capsys):
+    prepared(tmp_path, words)
+    assert "replaces" not in capsys.readouterr().out
+    num_bytes = (tmp_path / "c_text_document.bin").stat().st_size
+    prepared(tmp_path, words, "--append-eod")
+    assert f"replaces the {num_bytes:,} bytes of {tmp_path}/c_text_document.bin\n" in capsys.readouterr().out
+
+
+def test_bytes_have_no_names_and_stay_as_they_are():
+    tokenizer = SpecialNamesTokenizer(ByteTokenizer())
+    assert tokenizer.encode("a</s>") == tokenizer.encode_inside("a</s>") == list(b"a</s>")
+    assert tokenizer.decode(list(b"a</s>")) == "a</s>"
