@@ -10,6 +10,8 @@ is taken over once its owner is known to be dead:
   owner touches the file every BEAT_SECONDS; a start that finds the lock watches it for WATCH_SECONDS, whatever the
   clocks say, and takes it over if it was not touched. An owner that could not touch it for so long (a file system that
   hung, a stopped process) is taken for dead; so it looks before each checkpoint whether the lock is still its own.
+- Of a lock that was not written to its end (where there are no links, or by a machine that lost its power) nobody knows
+  the owner: it is watched in the same way.
 """
 
 import contextlib
@@ -51,7 +53,14 @@ class Owner:
         pid, now = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
         return cls(socket.gethostname(), _machine(), pid, _started(psutil.Process(pid)), now, secrets.token_hex(8))
 
+    @classmethod
+    def unknown(cls, inode: int) -> "Owner":
+        """Whose lock, the file of this number, was not written to its end; the same for all who look at it."""
+        return cls("", "", 0, 0.0, "", f"unknown-{inode}")
+
     def __str__(self) -> str:
+        if not self.machine:
+            return "an unknown process (the lock was not written to its end)"
         return f"process {self.process} on {self.host}, since {self.since}"
 
 
@@ -62,6 +71,7 @@ class RunLock:
         self.path = root / FILE
         self.beat_seconds, self.watch_seconds = beat_seconds, watch_seconds
         self.owner = Owner.of_this_process()
+        self._is_taken = False
         self._ended = threading.Event()
 
     def acquire(self) -> list[str]:
@@ -74,6 +84,7 @@ class RunLock:
             lines = self._make()
         except OSError as error:
             raise UserError(f"--save {self.path.parent}: cannot be locked ({one_line(error)}); name another") from error
+        self._is_taken = True
         threading.Thread(target=self._beat, name="lock", daemon=True).start()
         return lines
 
@@ -95,7 +106,9 @@ class RunLock:
             )
 
     def release(self) -> None:
-        """Give the lock back, if it is still this process'."""
+        """Give the lock back, if it was taken and is still this process'."""
+        if not self._is_taken:
+            return
         self._ended.set()
         # A lock that cannot be removed is one of a dead owner when this process has ended.
         with contextlib.suppress(OSError):
@@ -187,14 +200,24 @@ def _read(path: Path) -> Owner | None:
     deadline = time.monotonic() + SECONDS_TO_WRITE
     while True:
         try:
-            return Owner(**json.loads(path.read_text(encoding="utf-8")))
+            with path.open("rb") as file:
+                content, inode = file.read(), os.fstat(file.fileno()).st_ino
+            return Owner(**json.loads(content))
         except FileNotFoundError:
             return None
         except (ValueError, TypeError) as error:
-            # Without links its owner may not have written it to the end.
+            # Without links its owner may not have written it to the end yet.
             if time.monotonic() > deadline:
+                if _is_torn(content):
+                    return Owner.unknown(inode)
                 raise UserError(f"{path}: is not the lock of a run; remove it if no run saves there") from error
         time.sleep(SECONDS_TO_WRITE / 20)
+
+
+def _is_torn(content: bytes) -> bool:
+    """Whether it may be the beginning of a lock, and no file of somebody's own."""
+    start = b'{"host": "'
+    return content[: len(start)] == start[: len(content)]
 
 
 def _touched_at(path: Path) -> int | None:

@@ -29,16 +29,16 @@ def kill_at(root: Path, killed_rank: int, number: int, loses_power: bool) -> Cal
     (metrics.jsonl is not: a line of it is nobody's promise).
     """
 
+    # What each rank has brought there.
+    synced = root.parent / "synced"
+
     def install(rank: int) -> None:
-        if rank != killed_rank:
-            return
         state, begin = {"seen": 0}, time.time()
-        synced: set[int] = set()
 
         def before(name: str) -> None:
-            if state["seen"] == number:
+            if rank == killed_rank and state["seen"] == number:
                 if loses_power:
-                    _cut_unsynced(root, begin, synced, number)
+                    _cut_unsynced(root, begin, set(synced.read_text().split()) if synced.exists() else set(), number)
                 os._exit(KILLED)
             state["seen"] += 1
 
@@ -47,7 +47,7 @@ def kill_at(root: Path, killed_rank: int, number: int, loses_power: bool) -> Cal
     return install
 
 
-def _install(root: Path, before: Callable[[str], object], synced: set[int] | None = None) -> None:
+def _install(root: Path, before: Callable[[str], object], synced: Path | None = None) -> None:
     prefix, own = f"{root}", {"busy": False}
 
     def hook(event: str, arguments: tuple) -> None:
@@ -69,18 +69,19 @@ def _install(root: Path, before: Callable[[str], object], synced: set[int] | Non
             own["busy"] = False
         plain_fsync(descriptor)
         if synced is not None:
-            synced.add(os.fstat(descriptor).st_ino)
+            with synced.open("a") as file:
+                file.write(f"{os.fstat(descriptor).st_ino}\n")
 
     plain_fsync, os.fsync = os.fsync, fsync
     sys.addaudithook(hook)
 
 
-def _cut_unsynced(root: Path, begin: float, synced: set[int], seed: int) -> None:
+def _cut_unsynced(root: Path, begin: float, synced: set[str], seed: int) -> None:
     lengths = random.Random(seed)
     for path in sorted(root.rglob("*")):
         if not path.is_file() or path.name == "metrics.jsonl":
             continue
         status = path.stat()
-        if status.st_mtime >= begin and status.st_ino not in synced:
+        if status.st_mtime >= begin and str(status.st_ino) not in synced:
             with path.open("r+b") as file:
                 file.truncate(lengths.randint(0, status.st_size))

@@ -201,6 +201,10 @@ def _exit_code(act: Callable[[], None]) -> int:
 
 
 def _run_as_main(command: Sequence[str]) -> None:
+    import torch
+
+    # A fork has its pool made anew at the first use, by whatever thread; two at once break each other's.
+    torch.set_num_threads(1)
     name, *flags = command
     if name == TRAIN:
         sys.argv = [str(EXAMPLE), *flags]

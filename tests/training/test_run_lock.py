@@ -207,8 +207,46 @@ def test_of_many_starts_at_once_one_gets_the_lock(tmp_path, left_behind, links, 
         winners[0][1].release()
 
 
-def test_what_is_no_lock_is_not_removed(tmp_path):
-    (tmp_path / FILE).write_text("mine")
+@pytest.mark.parametrize("content", [b"mine", b'{"hosts": []}', b"\xff\xfe", b'{"host": "a"}'[:9] + b"\xff"])
+def test_what_is_no_lock_is_not_removed(tmp_path, content):
+    (tmp_path / FILE).write_bytes(content)
+    lock = RunLock(tmp_path, **QUICK)
     with pytest.raises(UserError, match="is not the lock of a run; remove it if no run saves there"):
-        RunLock(tmp_path).acquire()
-    assert (tmp_path / FILE).read_text() == "mine"
+        lock.acquire()
+    begin = time.monotonic()
+    # On the way to the error's line, which a launcher does not wait for.
+    lock.release()
+    assert time.monotonic() - begin < 0.2
+    assert (tmp_path / FILE).read_bytes() == content
+
+
+@pytest.mark.parametrize("length", [0, 5, 16, 80])
+def test_a_lock_that_was_not_written_to_its_end_is_watched_and_taken_over(tmp_path, length, capsys):
+    whole = json.dumps(asdict(Owner.of_this_process()))
+    (tmp_path / FILE).write_text(whole[:length])
+    lock = RunLock(tmp_path, **QUICK)
+    said = lock.acquire()
+    unknown = "an unknown process (the lock was not written to its end)"
+    assert said == [f"took over {tmp_path / FILE}, whose run is dead: {unknown}"]
+    assert capsys.readouterr().out == f"{tmp_path / FILE} is held by {unknown}: watching it for 0 s\n"
+    lock.check()
+    lock.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_was_not_written_to_its_end_and_is_touched_is_alive(tmp_path):
+    (tmp_path / FILE).write_text('{"host"')
+    ended = threading.Event()
+
+    def touch() -> None:
+        while not ended.wait(0.05):
+            os.utime(tmp_path / FILE)
+
+    thread = threading.Thread(target=touch)
+    thread.start()
+    try:
+        with pytest.raises(UserError, match="another run saves there, an unknown process"):
+            RunLock(tmp_path, **QUICK).acquire()
+    finally:
+        ended.set()
+        thread.join()
