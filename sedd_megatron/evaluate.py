@@ -102,6 +102,9 @@ def main() -> None:
     texts_of = _texts(options)
     length, may_give = saved.model_options.seq_length, saved.graph.mask_token_id is not None
     append_eod = _append_eod(options, saved)
+    windowing = options.windowing
+    if windowing == "concatenate" and saved.tokenizer.eod_id is not None:
+        windowing += f", documents {'ended' if append_eod else 'not ended'}"
     windows_by_name = {name: windows_of(texts, saved.tokenizer, length, options.windowing, may_give, append_eod)
                        for name, texts in texts_of.items()}  # fmt: skip
     parallel = ParallelOptions(**dataclasses.asdict(layout))
@@ -113,7 +116,7 @@ def main() -> None:
         for name, windows in windows_by_name.items():
             found[name] = _bound_units(model, windows, options, saved.diffusion.time_eps)
             if is_first_rank():
-                print_output(report(name, found[name], texts_of[name], options))
+                print_output(report(name, found[name], texts_of[name], windowing))
     if is_first_rank():
         if options.output:
             records = ({"corpus": name} | unit.record() for name, units in found.items() for unit in units)
@@ -144,7 +147,8 @@ def _texts(options: EvaluateOptions) -> dict[str, list[str]]:
 
 def _texts_of_files(options: EvaluateOptions) -> list[str]:
     source = FileSource(input_files(options.data, "--data", options.input_format), key_flag="--json-key")
-    values = (value for value in source.values(options.json_key) if value is not None)
+    # A text without characters has no tokens: prepare_data leaves it out too, and an end of its own is in no data.
+    values = (value for value in source.values(options.json_key) if value not in (None, ""))
     texts = list(islice(values, options.max_documents))
     if source.num_nulls and is_first_rank():
         print(f"left out {source.num_nulls:,} documents with null at key {options.json_key!r}", file=sys.stderr)
@@ -165,20 +169,20 @@ def _append_eod(options: EvaluateOptions, saved: "SavedModel") -> bool:
     return of_data is not False
 
 
-def report(name: str, units: "Sequence[UnitBound]", texts: Sequence[str], options: EvaluateOptions) -> str:
-    """What the command prints of one corpus."""
+def report(name: str, units: "Sequence[UnitBound]", texts: Sequence[str], windowing: str) -> str:
+    """What the command prints of one corpus; `windowing` is the option's value, and what is to be known beside it."""
     from sedd_megatron.evaluation.bounds import corpus_interval, sample_interval
 
     corpus, here = corpus_interval(units), sample_interval(units)
     num_tokens, num_characters = sum(unit.num_tokens for unit in units), sum(map(len, texts))
     terms = {name: math.fsum(getattr(unit, name) for unit in units) / num_tokens
              for name in ("prior", "diffusion", "reconstruction")}  # fmt: skip
-    kind = "windows" if options.windowing == "concatenate" else "documents"
+    kind = "windows" if windowing.startswith("concatenate") else "documents"
     bits = here.map(lambda nats: nats * num_tokens / num_characters / math.log(2))
     return "\n".join(
         (
             f"{name}: {len(texts):,} documents, {num_characters:,} characters, {num_tokens:,} tokens in "
-            f"{len(units):,} {kind} ({options.windowing})",
+            f"{len(units):,} {kind} ({windowing})",
             f"perplexity at most        {_text(corpus.map(_exp))}, {kind} as units ({METHOD})",
             f"  on this text alone      {_text(here.map(_exp))}, Monte Carlo error only",
             f"nats per token            {_text(corpus)}",
@@ -206,9 +210,9 @@ def _bound_units(
     while True:
         rounds.append(bound_on_replicas(estimator, windows, model.groups, len(rounds) * options.mc_samples))
         units = unit_bounds(windows, mean_of_rounds(rounds))
-        wanted = options.until_half_width
-        # Every rank has all bounds and stops at the same round.
-        if wanted is None or sample_interval(units).map(_exp).half_width <= wanted:
+        wanted, half_width = options.until_half_width, sample_interval(units).map(_exp).half_width
+        # Every rank has all bounds and stops at the same round; at one that is infinite as well, which stays so.
+        if wanted is None or math.isnan(half_width) or half_width <= wanted:
             return units
 
 

@@ -119,17 +119,11 @@ def _checkpoint(path: Path) -> SavedModel:
     state = found.body["state"]
     model_options, diffusion = model_options_from_dict(state["options"], str(found.folder))
     check_sizes(found.body, model_options, found.folder)
-    preparation = _preparation(state, found.folder)
-    tokenizer = preparation.tokenizer_of_texts(load_tokenizer(found.folder / "tokenizer"))
+    tokenizer = found.preparation.tokenizer_of_texts(load_tokenizer(found.folder / "tokenizer"))
     open_weights = partial(_open_averages, found)
-    return SavedModel(found.folder, model_options, diffusion, state["num_tokens"], tokenizer, preparation, open_weights)
-
-
-def _preparation(state: dict[str, Any], folder: Path) -> Preparation:
-    try:
-        return Preparation.of(state.get("preparation", {}))
-    except ValueError as error:
-        raise UserError(f"{folder}: how its data was prepared is {error}; use another checkpoint") from error
+    return SavedModel(
+        found.folder, model_options, diffusion, state["num_tokens"], tokenizer, found.preparation, open_weights
+    )
 
 
 def _open_averages(own: "FoundCheckpoint") -> Callable[["SEDDModel"], None]:
@@ -170,8 +164,7 @@ def _open_averages(own: "FoundCheckpoint") -> Callable[["SEDDModel"], None]:
 def _description(found: "FoundCheckpoint") -> tuple[Any, ...]:
     """What of a checkpoint is in a SavedModel."""
     state = found.body["state"]
-    options = model_options_from_dict(state["options"], str(found.folder))
-    return *options, state["num_tokens"], state["tokenizer_files"], _preparation(state, found.folder)
+    return *model_options_from_dict(state["options"], str(found.folder)), state["num_tokens"], state["tokenizer_files"]
 
 
 def _published_model(path: Path) -> SavedModel:

@@ -19,6 +19,7 @@ from tests.distributed.launch import free_ports
 cpu_backend.install()
 
 from sedd_megatron import evaluate  # noqa: E402
+from sedd_megatron.evaluation.bounds import UnitBound  # noqa: E402
 from sedd_megatron.saved_model import SavedModel  # noqa: E402
 
 NUMBER = r"([\d.]+) \[([\d.]+|-?inf), ([\d.]+|inf)\]"
@@ -86,7 +87,7 @@ def test_corpora_by_name(trained, tmp_path):
 
 def test_data_is_read_for_what_it_holds(tmp_path, capsys):
     path = tmp_path / "x.json"
-    path.write_text('{"text": "one", "n": 1}\n{"text": null}\n{"text": "two"}\n')
+    path.write_text('{"text": "one", "n": 1}\n{"text": null}\n{"text": ""}\n{"text": "two"}\n')
 
     def texts(**change) -> list[str]:
         return evaluate._texts_of_files(evaluate.EvaluateOptions(load="x", data=(str(path),), **change))
@@ -101,6 +102,19 @@ def test_data_is_read_for_what_it_holds(tmp_path, capsys):
     path.write_text('{\n"text": "one"\n}\n')
     with pytest.raises(UserError, match=r"^--data \S+x.json: is JSON, but not one object in each line; write it so"):
         texts()
+
+
+def test_a_bound_that_is_infinite_is_not_waited_for_and_is_null_in_json(monkeypatch):
+    unit = UnitBound(0, 4, 0.0, math.inf, 0.0, math.nan)
+    rounds = []
+    monkeypatch.setattr("sedd_megatron.evaluation.bounds.bound_on_replicas", lambda *given: rounds.append(given))
+    monkeypatch.setattr("sedd_megatron.evaluation.bounds.mean_of_rounds", lambda rounds: rounds)
+    monkeypatch.setattr("sedd_megatron.evaluation.bounds.unit_bounds", lambda windows, bounds: [unit])
+    options = evaluate.EvaluateOptions(load="x", data=("x",), until_half_width=0.1)
+    model = type("Model", (), {"bound_estimator": lambda self, **how: None, "groups": None})()
+    assert evaluate._bound_units(model, [], options, 1e-3) == [unit]
+    assert len(rounds) == 1
+    assert json.loads(json.dumps(unit.record(), allow_nan=False))["bound"] is None
 
 
 @pytest.mark.parametrize(

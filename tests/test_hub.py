@@ -38,6 +38,7 @@ configs:
 ---
 # WikiText
 """
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCD"
 PREPARE = ["-m", "sedd_megatron.prepare_data", "--tokenizer-type", "ByteTokenizer"]
 EVALUATION = ["--mc-samples", "2", "--device", "cpu"]
 CORPORA = [*EVALUATION, "--corpora", "wikitext2", "ptb"]
@@ -110,7 +111,16 @@ def hub(folder, marker) -> Iterator[Hub]:
             "penn_treebank/train/0000.parquet": parquet_file(["13"], "sentence"),
         },
     }
-    with Hub({"me/model": model | others, "me/notes": {"README.md": b"# Notes\n"}, "me/gpt": foreign}, datasets) as hub:
+    # As convert --to-published writes it.
+    description = json.dumps({"tokenizer_type": "CharTokenizer", "characters": LETTERS}).encode()
+    letters = model | {"tokenizer/description.json": description, "tokenizer/tokenizer.py": code}
+    models = {
+        "me/model": model | others,
+        "me/letters": letters,
+        "me/notes": {"README.md": b"# Notes\n"},
+        "me/gpt": foreign,
+    }
+    with Hub(models, datasets) as hub:
         yield hub
 
 
@@ -164,6 +174,17 @@ def test_a_model_by_its_name_is_the_model_of_the_folder_and_stays_without_a_netw
     by_name, of_folder, from_cache = [scores for number in range(2) for scores in torch.load(tmp_path / f"{number}.pt")]
     assert torch.equal(by_name, of_folder)
     assert torch.equal(from_cache, of_folder)
+
+
+def test_a_model_comes_with_its_own_tokenizer(hub, tmp_path):
+    hub.fetched.clear()
+    encode = (
+        "from sedd_megatron import load_pretrained; print(load_pretrained('me/letters', 'cpu').tokenizer.encode('cab'))"
+    )
+    done = started(hub, tmp_path / "cache", "-c", encode)
+    assert done.stdout == "[2, 0, 1]\n", done.stderr
+    of_tokenizer = {name for name in hub.fetched if "tokenizer" in name}
+    assert of_tokenizer == {"me/letters/tokenizer/description.json"}
 
 
 def test_a_converted_checkpoint_is_that_of_the_folder(hub, folder, tmp_path):

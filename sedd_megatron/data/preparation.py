@@ -3,6 +3,7 @@ it, so that texts which such a model is given later become tokens in the same wa
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,10 @@ class Preparation:
             raise ValueError("append_eod and allow_special_tokens must be true or false")
         return found
 
+    def completed_by(self, known: "Preparation") -> "Preparation":
+        """The preparation of data of which `known` was written down with a model that was trained on it."""
+        return known if self.append_eod is None else self
+
     def tokenizer_of_texts(self, tokenizer: Tokenizer) -> Tokenizer:
         """The tokenizer as texts went through it."""
         return SpecialNamesTokenizer(tokenizer) if self.allow_special_tokens else tokenizer
@@ -57,11 +62,12 @@ def preparation_of(prefixes: Sequence[str]) -> Preparation:
 
 
 def _written(path: Path) -> Preparation:
-    if not path.is_file():  # data of other programs
+    if not os.path.isfile(path):  # data of other programs; unlike Path.is_file, of any name
         return Preparation()
     try:
         return Preparation.of(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
+        what = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else "damaged"
         raise UserError(
-            f"{path}: damaged; copy it again, or delete it, and nothing is known of how the data was prepared"
+            f"{path}: {what}; copy it again, or delete it, and nothing is known of how the data was prepared"
         ) from error

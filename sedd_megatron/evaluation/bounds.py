@@ -39,9 +39,10 @@ class UnitBound:
         return self.prior + self.diffusion + self.reconstruction
 
     def record(self) -> dict[str, Any]:
-        """As written to --output."""
+        """As written to --output; a number that is not finite, for which JSON has no word, becomes null."""
         names = ("unit", "num_tokens", "bound", "prior", "diffusion", "reconstruction", "standard_error")
-        return {name: getattr(self, name) for name in names}
+        values = ((name, getattr(self, name)) for name in names)
+        return {name: value if math.isfinite(value) else None for name, value in values}
 
 
 def tensors_of(windows: Sequence[Window], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -53,6 +53,8 @@ def windows_of(
         UserError: no tokens at all, or strided windows that the graph does not allow.
     """
     encoded = [tokenizer.encode(document) for document in documents]
+    if not any(encoded):
+        raise UserError("there is no token to evaluate; give documents with text")
     if windowing == "concatenate":
         end = [tokenizer.eod_id] if append_eod and tokenizer.eod_id is not None else []
         joined = [token for ids in encoded for token in [*ids, *end]]
@@ -66,8 +68,6 @@ def windows_of(
                 "concatenate"
             )
         pieces = [(unit, *piece) for unit, ids in enumerate(encoded) for piece in strided(ids, seq_length)]
-    if not pieces:
-        raise UserError("there is no token to evaluate; give documents with text")
     return [Window(n, unit, tuple(tokens), given) for n, (unit, tokens, given) in enumerate(pieces)]
 
 

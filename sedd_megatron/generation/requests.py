@@ -217,7 +217,8 @@ def _encode(text: str, field: str, tokenizer: Tokenizer, wording: _Wording, insi
         ) from error
     except UserError as error:
         raise wording.error(f"{wording.name(field)}: {error}") from error
-    if tokenizer.unknown_id is not None and tokenizer.unknown_id in ids:
+    # In some tokenizers of bytes it ends documents too, and stands for no text.
+    if tokenizer.unknown_id not in (None, tokenizer.eod_id) and tokenizer.unknown_id in ids:
         shown = text if len(text) <= 40 else text[:40] + "..."
         raise wording.error(
             f"{wording.name(field)} {shown!r}: the model's {tokenizer.tokenizer_type} has no token for a part of it; "

@@ -11,13 +11,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sedd_megatron.config import PretrainOptions
+from sedd_megatron.data.preparation import Preparation
 from sedd_megatron.data.tokenizers import Tokenizer
 from sedd_megatron.errors import UserError, say
 from sedd_megatron.parallel.groups import on_first_rank, raise_on_every_rank, tell
@@ -67,13 +68,22 @@ class CheckpointWriter:
     One checkpoint is under way at a time: a save waits for the one before. Every method is collective over all ranks.
     """
 
-    def __init__(self, root: Path, options: PretrainOptions, num_tokens: int, lock: RunLock | None = None) -> None:
-        """`num_tokens` is the tokenizer's; `lock` is the first rank's, on `root`."""
+    def __init__(
+        self,
+        root: Path,
+        options: PretrainOptions,
+        num_tokens: int,
+        preparation: Preparation,
+        lock: RunLock | None = None,
+    ) -> None:
+        """`num_tokens` is the tokenizer's; `preparation` the data's; `lock` is the first rank's, on `root`."""
         self.root = root
         self.options = options.checkpoint
         self.lock = lock
         # Now and not at each save: the data's files may be moved while a run has them open.
-        self._description = describe_run(options, num_tokens) if torch.distributed.get_rank() == 0 else {}
+        self._description = {"preparation": asdict(preparation)}
+        if torch.distributed.get_rank() == 0:
+            self._description |= describe_run(options, num_tokens)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _PendingCheckpoint | None = None
 

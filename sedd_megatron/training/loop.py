@@ -19,6 +19,7 @@ from sedd_megatron.data.collator import NoisingCollator
 from sedd_megatron.data.digests import SECONDS_TO_WAIT_AT_LAST, DigestCheck, check_in_background
 from sedd_megatron.data.loader import training_batches, validation_batches
 from sedd_megatron.data.micro_batch import MicroBatch, MicroBatchCollator
+from sedd_megatron.data.preparation import Preparation
 from sedd_megatron.data.tokenizers import Tokenizer
 from sedd_megatron.data.windows import WindowDataset, Windows
 from sedd_megatron.diffusion.draws import Stream
@@ -47,9 +48,12 @@ def train(
     tokenizer: Tokenizer,
     found: FoundCheckpoint | None,
     groups: ParallelGroups,
+    preparation: Preparation,
     lock: RunLock | None = None,
 ) -> TrainingRun:
     """Train until `train_iters`, or until a signal asks to save and leave; returns the finished run.
+
+    `preparation` of the data is kept in its checkpoints; where it is unknown, that of the one which was found.
 
     Raises:
         UserError: a damaged checkpoint, data that is not what was written, a loss that is not finite, or a disk that
@@ -59,6 +63,7 @@ def train(
         run = build_run(options, tokenizer, groups)
         if found is not None:
             found = resume(run, found)
+            preparation = preparation.completed_by(found.preparation)
         print_summary(run, windows)
         compile_validation(run, windows.valid)
         find_fp8_scales(run, windows.train)
@@ -71,7 +76,7 @@ def train(
                 and found.folder.parent.resolve() == root.resolve()
                 and found.folder.name == checkpoint_name(run.iteration)
             )
-            writer = CheckpointWriter(root, options, tokenizer.num_tokens, lock)
+            writer = CheckpointWriter(root, options, tokenizer.num_tokens, preparation, lock)
             saver = RunSaver(writer, options.checkpoint, run.iteration if is_saved else None)
         metrics = _open_metrics(run)
         requests.start_waiting()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from sedd_megatron.arguments import weighted_corpora
 from sedd_megatron.config import PretrainOptions
 from sedd_megatron.data.blend import common_tokenizer
+from sedd_megatron.data.preparation import preparation_of
 from sedd_megatron.data.tokenizers import Tokenizer, build_tokenizer
 from sedd_megatron.data.windows import open_windows
 from sedd_megatron.errors import UserError, one_line, say
@@ -42,6 +43,7 @@ def pretrain(options: PretrainOptions) -> int:
         num_tokens=tokenizer.num_tokens,
         seed=options.training.seed,
     )
+    preparation = preparation_of([prefix for _, prefix in weighted_corpora(options.data)])
     if options.verify.verify_layout:
         return 0 if verify_layout(options, windows, tokenizer) else 1
     _check_log_folders(options)
@@ -51,7 +53,7 @@ def pretrain(options: PretrainOptions) -> int:
         try:
             # One rank looks for all: what lies on the disk may change from one look to the next.
             found = on_first_rank(lambda: choose_start(options, tokenizer, lock))
-            train(options, windows, tokenizer, found, groups, lock)
+            train(options, windows, tokenizer, found, groups, preparation, lock)
         finally:
             if lock is not None:
                 lock.release()

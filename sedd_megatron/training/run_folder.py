@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sedd_megatron.data.preparation import Preparation
 from sedd_megatron.errors import UserError, one_line
 from sedd_megatron.parallel.groups import on_first_rank
 from sedd_megatron.training.checkpoint_checks import DamagedCheckpointError
@@ -45,6 +46,18 @@ class FoundCheckpoint:
     def iteration(self) -> int:
         """The optimizer step after which it was saved."""
         return self.body["state"]["iteration"]
+
+    @property
+    def preparation(self) -> Preparation:
+        """Of the data that the model was trained on; checkpoints of before 0.7 do not know.
+
+        Raises:
+            UserError: something else stands there.
+        """
+        try:
+            return Preparation.of(self.body["state"].get("preparation", {}))
+        except ValueError as error:
+            raise UserError(f"{self.folder}: its preparation is {error}; use another checkpoint") from error
 
 
 def checkpoint_name(iteration: int) -> str:

@@ -15,7 +15,6 @@ from sedd_megatron.arguments import weighted_corpora
 from sedd_megatron.config import CHANGES_TO_ALLOW, GROUPS, ModelOptions, PretrainOptions
 from sedd_megatron.data.digests import DIGESTED, file_record, written_digests
 from sedd_megatron.data.null_tokenizer import NullTokenizer
-from sedd_megatron.data.preparation import preparation_of
 from sedd_megatron.data.tokenizer_folder import DESCRIPTION
 from sedd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from sedd_megatron.errors import UserError
@@ -39,8 +38,8 @@ BLOCKS, BLOCK_BYTES = 64, 1 << 16
 
 def describe_run(options: PretrainOptions, num_tokens: int) -> dict[str, Any]:
     """What of a run is kept in its checkpoints to know it again, but for the tokenizer: options, size of the
-    vocabulary, how the data was prepared, and of each corpus its share, the digests beside it if there are any, and one
-    of its sizes and a sample of its bytes.
+    vocabulary, and of each corpus its share, the digests beside it if there are any, and one of its sizes and a sample
+    of its bytes.
     """
     corpora = weighted_corpora(options.data)
     total = sum(weight for weight, _ in corpora)
@@ -48,8 +47,7 @@ def describe_run(options: PretrainOptions, num_tokens: int) -> dict[str, Any]:
         {"share": str(weight / total), "sample": _sample_digest(prefix), "digests": _token_digests(prefix)}
         for weight, prefix in corpora
     ]
-    preparation = dataclasses.asdict(preparation_of([prefix for _, prefix in corpora]))
-    return {"options": options.to_dict(), "num_tokens": num_tokens, "preparation": preparation, "data": data}
+    return {"options": options.to_dict(), "num_tokens": num_tokens, "data": data}
 
 
 def tokenizer_records(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from sedd_megatron.arguments import parse_pretrain_options
 from sedd_megatron.config import PretrainOptions, WeightedCorpus
 from sedd_megatron.data.corpus import corpus_path, write_corpus
 from sedd_megatron.data.documents import TEXT8_CHARACTERS
+from sedd_megatron.data.preparation import Preparation
 from sedd_megatron.data.tokenizers import CharTokenizer
 from sedd_megatron.data.windows import WindowDataset, Windows, open_windows
 from sedd_megatron.evaluation.intervals import Interval
@@ -174,7 +175,7 @@ def sedd_trainer(experiment: Experiment, graph: str) -> Trainer:
         with parallel_groups(options.parallel) as groups:
             from sedd_megatron.training.loop import train, validate
 
-            run = train(options, experiment.windows, TOKENIZER, None, groups)
+            run = train(options, experiment.windows, TOKENIZER, None, groups, Preparation())
             if run.iteration < iterations:
                 # The loop takes SIGTERM for a wish to save and leave.
                 raise SystemExit(f"stopped at step {run.iteration} of {iterations}: no table")

@@ -10,10 +10,13 @@ import pytest
 import tokenizers as hf
 
 from sedd_megatron.data.corpus import write_corpus
+from sedd_megatron.data.digests import digests_path
+from sedd_megatron.data.library_tokenizers import HuggingFaceTokenizer
 from sedd_megatron.data.preparation import Preparation, preparation_of, stats_path
 from sedd_megatron.data.special_tokens import SpecialNamesTokenizer
 from sedd_megatron.data.tokenizers import ByteTokenizer
 from sedd_megatron.errors import UserError
+from sedd_megatron.generation.requests import TextRequest, frames_of
 from sedd_megatron.options import parse_options
 from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.prepare_data import PrepareOptions, prepare
@@ -72,6 +75,19 @@ def test_a_model_reads_texts_as_its_data_was_read(tmp_path, words, allowed):
             assert (sample.tokens[:2], sample.tokens[-2:]) == ([1, 3], [3, 2])
         bounds = model.nll(["a b", "b"], windowing="concatenate", mc_samples=2)
         assert sum(bound.num_tokens for bound in bounds) == (5 if allowed else 3)
+    if allowed:
+        _goes_on_without_what_was_written_down(tmp_path, prefix)
+
+
+def _goes_on_without_what_was_written_down(folder: Path, prefix: str) -> None:
+    """As a copy of the data that was made without it; the model has seen what it has seen."""
+    stats_path(prefix).unlink()
+    digests_path(prefix).unlink()
+    done = run([sys.executable, str(EXAMPLE), *MODEL, "--data-path", prefix, "--train-iters", "2", "--eval-interval",
+                "0", "--save", str(folder / "run")])  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"saved {folder}/run/iter_0000002\n" in done.stdout
+    assert load_pretrained(folder / "run", device="cpu").preparation == Preparation(True, True)
 
 
 def test_a_blend_has_seen_what_any_of_its_corpora_had(tmp_path):
@@ -89,6 +105,10 @@ def test_a_blend_has_seen_what_any_of_its_corpora_had(tmp_path):
     assert preparation_of([plain, ended, older]) == Preparation(True, False)
     assert preparation_of([plain, special]) == Preparation(False, True)
     assert preparation_of([older]) == preparation_of([foreign, plain]) == Preparation(None, False)
+
+
+def test_nobody_knows_of_data_with_a_long_name(tmp_path):
+    assert preparation_of([str(tmp_path / ("x" * 250))]) == Preparation()
 
 
 @pytest.mark.parametrize("damaged", ["{", "[]", '{"append_eod": 1}', '{"allow_special_tokens": null}', "[" * 100_000])
@@ -109,6 +129,14 @@ def test_a_corpus_that_is_replaced_is_told(tmp_path, words, capsys):
     num_bytes = (tmp_path / "c_text_document.bin").stat().st_size
     prepared(tmp_path, words, "--append-eod")
     assert f"replaces the {num_bytes:,} bytes of {tmp_path}/c_text_document.bin\n" in capsys.readouterr().out
+
+
+def test_a_name_that_stands_for_unknown_text_too_may_be_asked_for():
+    """As GPT-2's: its tokens are of bytes, and nothing is unknown."""
+    library = hf.Tokenizer(hf.models.WordLevel({"</s>": 0, "a": 1}, unk_token="</s>"))
+    tokenizer = SpecialNamesTokenizer(HuggingFaceTokenizer(library, "</s>"))
+    (frame,) = frames_of(TextRequest(prompt="a</s>"), tokenizer, 4)
+    assert frame.tokens[:2] == (1, 0)
 
 
 def test_bytes_have_no_names_and_stay_as_they_are():

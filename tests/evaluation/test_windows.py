@@ -49,8 +49,9 @@ def test_concatenation_ends_documents_where_the_tokenizer_can():
 def test_mistakes():
     with pytest.raises(UserError, match=r"^--windowing strided: the uniform graph has no exact likelihood given a"):
         windows_of(["abc"], ByteTokenizer(), 2, "strided", may_give=False)
-    with pytest.raises(UserError, match=r"^there is no token to evaluate; give documents with text$"):
-        windows_of(["", ""], ByteTokenizer(), 2, "separate", may_give=False)
+    for tokenizer, windowing in ((ByteTokenizer(), "separate"), (WithEnd(), "concatenate")):
+        with pytest.raises(UserError, match=r"^there is no token to evaluate; give documents with text$"):
+            windows_of(["", ""], tokenizer, 2, windowing, may_give=False)
 
 
 def test_batches_hold_one_length_and_lose_nothing():
