@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +44,14 @@ def test_load_pretrained_gives_the_moving_average_and_log_scores(trained):
     assert (model.graph.num_tokens, model.tokenizer.num_tokens, model.schedule.eps) == (256, 256, 1e-3)
 
 
+def wait_for_records(process: subprocess.Popen, log: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (log.is_file() and log.read_text().count("\n") >= count):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, "the run ended by itself"
+        time.sleep(0.2)
+
+
 @pytest.mark.parametrize("to_all", [False, True], ids=["SIGTERM by torchrun", "SIGINT to every process"])
 def test_a_signal_saves_and_the_run_goes_on_from_there(to_all, tmp_path, byte_corpus):
     arguments = ["--data-path", str(byte_corpus), "--save", str(tmp_path / "save"), "--eval-interval", "0"]
@@ -54,11 +63,7 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(to_all, tmp_path, byte_co
                                start_new_session=True)  # fmt: skip
     log = tmp_path / "save" / "metrics.jsonl"
     try:
-        deadline = time.monotonic() + 120
-        while not (log.is_file() and log.read_text().count("\n") >= 3):
-            assert time.monotonic() < deadline
-            assert process.poll() is None, "the run ended by itself"
-            time.sleep(0.2)
+        wait_for_records(process, log, 3)
         if to_all:
             os.killpg(process.pid, signal.SIGINT)
             assert process.wait(timeout=60) == 0
@@ -77,3 +82,29 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(to_all, tmp_path, byte_co
     assert done.returncode == 0, done.stderr
     assert metrics(tmp_path / "save", "iteration").tolist() == list(range(1, saved_at + 3))
     assert (tmp_path / "save" / "metrics-lost.jsonl").read_text() == f'{{"iteration": {saved_at + 1}, "loss": 1.0}}\n'
+
+
+def test_a_signal_breaks_a_validation_off_and_the_next_start_makes_it(tmp_path, byte_corpus):
+    arguments = ["--data-path", str(byte_corpus), "--eval-interval", "4"]
+    save = ["--save", str(tmp_path / "save")]
+    # Of an hour or two.
+    command = train_command(*arguments, *save, "--train-iters", "100000", "--eval-iters", "100000")
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               start_new_session=True)  # fmt: skip
+    try:
+        wait_for_records(process, tmp_path / "save" / "metrics.jsonl", 4)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=25)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert (tmp_path / "save" / "iter_0000004").is_dir()
+    ending = ["--train-iters", "5", "--eval-iters", "2"]
+    for folder in (save, ["--save", str(tmp_path / "unbroken")]):
+        done = run(train_command(*arguments, *ending, *folder))
+        assert done.returncode == 0, done.stderr
+    losses = [[json.loads(line).get("validation_loss") for line in (tmp_path / name / "metrics.jsonl").open()]
+              for name in ("save", "unbroken")]  # fmt: skip
+    assert losses[0] == losses[1]
+    assert [loss is not None for loss in losses[0]] == [False] * 4 + [True, False]

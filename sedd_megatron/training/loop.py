@@ -5,7 +5,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,10 @@ def _train_and_save(
     requests: StopRequests,
 ) -> None:
     options, first_iteration = run.options, run.iteration
-    batches, request, digests = training_iterators(run, windows.train), 0, None
+    request, digests = 0, None
+    if on_first_rank(lambda: metrics is not None and metrics.lacks_validation(run.iteration)):
+        request = _validate_if_due(run, windows, metrics, requests)
+    batches = training_iterators(run, windows.train)
     if is_first_rank():
         digests = check_in_background([prefix for _, prefix in weighted_corpora(options.data)])
     while run.iteration < options.training.train_iters and not request:
@@ -115,9 +118,8 @@ def _train_and_save(
             metrics.train_step(step, options.training.global_batch_size * options.model.seq_length)
         if saver is not None and not writing:
             saver.finish()
-        # Who asked the run to end may not wait for more than a checkpoint.
-        if not request:
-            _validate_if_due(run, windows, metrics)
+        # Who asked the run to end may not wait for more than a checkpoint; what is left out is done on resuming.
+        request = request or _validate_if_due(run, windows, metrics, requests)
         is_last = request or run.iteration == options.training.train_iters
         if saver is not None and not is_last and _is_due(run.iteration, options.checkpoint.save_interval):
             saver.save(run)
@@ -131,7 +133,6 @@ def _train_and_save(
         saved = f"saved iteration {run.iteration} and " if saver is not None else ""
         end = f"stopped at iteration {run.iteration} of {options.training.train_iters}"
         tell([f"{signal.Signals(request).name}: {saved}{end}"])
-        _validate_if_due(run, windows, metrics)
 
 
 def _require_as_written(digests: DigestCheck, seconds: float) -> None:
@@ -144,13 +145,24 @@ def _damaged_data(fault: str) -> UserError:
     return UserError(f"{fault}; nothing is saved from here on")
 
 
-def _validate_if_due(run: TrainingRun, windows: Windows, metrics: MetricsWriter | None) -> None:
+def _validate_if_due(run: TrainingRun, windows: Windows, metrics: MetricsWriter | None, requests: StopRequests) -> int:
+    """Validate, unless that is not due; returns the signal that broke it off, or 0."""
     if not _is_due(run.iteration, run.options.logging.eval_interval) or len(windows.valid) == 0:
-        return
-    loss = validate(run, windows.valid)
+        return 0
+    request = 0
+
+    def is_broken_off() -> bool:
+        nonlocal request
+        request = int(read_numbers(_largest_of_any_rank([requests.requested], run.groups))[0])
+        return request > 0
+
+    loss = validate(run, windows.valid, is_broken_off)
+    if loss is None:
+        return request
     _require_finite("validation loss", loss, run.iteration)
     if metrics is not None:
         metrics.validation({"iteration": run.iteration, "validation_loss": loss})
+    return 0
 
 
 def find_fp8_scales(run: TrainingRun, dataset: WindowDataset) -> None:
@@ -218,10 +230,17 @@ def begin_training_pass(run: TrainingRun) -> None:
         chunk.zero_grad_buffer()
 
 
-def validate(run: TrainingRun, dataset: WindowDataset) -> float:
-    """The bound in nats per token of the EMA weights, on the same windows, times and noise at every call."""
+def validate(
+    run: TrainingRun, dataset: WindowDataset, is_broken_off: Callable[[], bool] = lambda: False
+) -> float | None:
+    """The bound in nats per token of the EMA weights, on the same windows, times and noise at every call.
+
+    `is_broken_off` is asked before each global batch, on every rank; None once it holds.
+    """
     with run.ema.swapped_in():
-        losses = _validation_losses(run, dataset, run.options.logging.eval_iters)
+        losses = _validation_losses(run, dataset, run.options.logging.eval_iters, is_broken_off)
+    if losses is None:
+        return None
     (loss,) = read_numbers(_mean_loss(losses, run.groups))
     return loss
 
@@ -239,7 +258,9 @@ def compile_validation(run: TrainingRun, dataset: WindowDataset) -> None:
 
 
 @torch.no_grad()
-def _validation_losses(run: TrainingRun, dataset: WindowDataset, num_batches: int) -> list[dict[str, Any]]:
+def _validation_losses(
+    run: TrainingRun, dataset: WindowDataset, num_batches: int, is_broken_off: Callable[[], bool] = lambda: False
+) -> list[dict[str, Any]] | None:
     """Of the first global batches, by micro-batch, with the weights that are there; the last stage's."""
     training = run.options.training
     batches = validation_batches(
@@ -254,7 +275,12 @@ def _validation_losses(run: TrainingRun, dataset: WindowDataset, num_batches: in
     iterators = _one_per_chunk(batches, run)
     for chunk in run.ddp_chunks:
         chunk.eval()
-    return [loss for _ in range(num_batches) for loss in forward_backward(run, iterators, forward_only=True)]
+    losses = []
+    for _ in range(num_batches):
+        if is_broken_off():
+            return None
+        losses += forward_backward(run, iterators, forward_only=True)
+    return losses
 
 
 def forward_backward(run: TrainingRun, batches: list[Iterator[MicroBatch]], forward_only: bool) -> list[dict[str, Any]]:

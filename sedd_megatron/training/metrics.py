@@ -94,6 +94,10 @@ class MetricsWriter:
         loss = metrics["validation_loss"]
         say(f"validation at iteration {metrics['iteration']} | loss {loss:.4f} | perplexity below {_exp(loss):.2f}")
 
+    def lacks_validation(self, iteration: int) -> bool:
+        """Whether the file has this step of the run and no validation after it, which a kill may have broken off."""
+        return self.file is not None and self.file.lacks_validation(iteration)
+
     def close(self) -> None:
         """Bring everything to the disk."""
         if self.file is not None:

@@ -49,6 +49,15 @@ class MetricsFile:
         if self._failed_at is None or time.monotonic() - self._failed_at > SECONDS_BETWEEN_TRIES:
             self._write_waiting()
 
+    def lacks_validation(self, iteration: int) -> bool:
+        """Whether there is a record of this iteration and none of its validation; False of what cannot be read."""
+        try:
+            records = map(_record, self.path.read_bytes().splitlines())
+        except OSError:
+            return False
+        found = {"validation_loss" in record for record in records if record and record.get("iteration") == iteration}
+        return found == {False}
+
     def close(self) -> None:
         """Write what waits, or say how much of it is lost."""
         self._write_waiting()
