@@ -89,6 +89,8 @@ def check(argv: Sequence[str]) -> "tuple[EvaluateOptions, LayoutOptions, SavedMo
     from sedd_megatron.saved_model import find_saved_model
 
     saved = find_saved_model(options.load, layout.device)
+    read = [("--data", path) for path in options.data or ()]
+    check_output("--output", options.output, [*read, *saved.files_of_run()], saved.path)
     try:
         find_for_graph(INTEGRATIONS, options.integrate_over, saved.graph, "--integrate-over")
     except ValueError as error:
@@ -230,7 +232,6 @@ def _check(options: EvaluateOptions) -> None:
         ("seed", options.seed >= 0, "must be at least 0"),
     )
     check_rules(options, rules)
-    check_output("--output", options.output, [("--data", path) for path in options.data or ()])
 
 
 def _exp(nats: float) -> float:

@@ -75,8 +75,9 @@ def check(argv: Sequence[str]) -> Checked:
     frames = _frames(options, request, sampling, saved)
     if is_first_rank():
         # Not emptied yet: a start that fails leaves an older file as it was.
-        check_output("--output", options.output, [("--requests", options.requests)])
-        check_output("--trace", options.trace, [("--requests", options.requests), ("--output", options.output)])
+        others = [("--requests", options.requests), *saved.files_of_run()]
+        check_output("--output", options.output, others, saved.path)
+        check_output("--trace", options.trace, [*others, ("--output", options.output)], saved.path)
     return Checked(options, request, sampling, layout, saved, settings, frames)
 
 

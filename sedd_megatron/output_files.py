@@ -45,14 +45,24 @@ class OutputFile:
             raise _unwritable(self.flag, self.path, error) from error
 
 
-def check_output(flag: str, path: str | None, others: Iterable[tuple[str, str | None]] = ()) -> None:
+def check_output(
+    flag: str,
+    path: str | None,
+    others: Iterable[tuple[str, str | None]] = (),
+    model: Path | None = None,
+) -> None:
     """Raise OutputFile's error if there is a path and opening it has one; what is in the file stays.
 
-    `others` are files that the command reads or writes as well, with their flags: none may be this one. Nothing is left
-    where there was nothing. Pipes and devices are not opened: who reads a pipe would see its end.
+    `others` are files that the command reads or writes as well, with their flags: none may be this one, nor one in the
+    folder of the `model` that it reads. Nothing is left where there was nothing. Pipes and devices are not opened: who
+    reads a pipe would see its end.
     """
     if path is None:
         return
+    if path == "-":
+        raise UserError(f"{flag} -: names no file; standard output is /dev/stdout")
+    if model is not None and Path(path).resolve().is_relative_to(model.resolve()):
+        raise UserError(f"{flag} {path}: is in the folder of the model, {model}; name a file elsewhere")
     for other_flag, other in others:
         if other is not None and os.path.isfile(path) and os.path.exists(other) and os.path.samefile(path, other):
             raise UserError(f"{flag} {path}: is {other_flag} as well, which would be lost; name another file")

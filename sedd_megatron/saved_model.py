@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from sedd_megatron.model.sedd_model import SEDDModel
     from sedd_megatron.training.run_folder import FoundCheckpoint
 
+# training/run_folder.py, run_lock.py and metrics_file.py write them.
+FILES_OF_RUN = ("latest_checkpointed_iteration.txt", "went_back.txt", "training.lock", "metrics.jsonl",
+                "metrics-lost.jsonl", "metrics-writers.txt")  # fmt: skip
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -61,6 +64,10 @@ class SavedModel:
     def graph(self) -> AbsorbingGraph | UniformGraph:
         """Its noising graph."""
         return make_graph(self.diffusion.graph, self.num_tokens)
+
+    def files_of_run(self) -> list[tuple[str, str]]:
+        """What a run keeps beside its checkpoints, each as what it is and its path."""
+        return [("a file of the run", str(self.path.parent / name)) for name in FILES_OF_RUN]
 
     def load(
         self, parallel: ParallelOptions, precision: PrecisionOptions, make_groups: Callable[[], ParallelGroups]

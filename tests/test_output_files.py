@@ -77,6 +77,26 @@ def test_an_output_is_no_input_and_no_other_output(tmp_path):
     assert read.read_text() == "kept"
 
 
+def test_no_output_is_a_file_of_the_model_that_is_read(trained, monkeypatch):
+    from sedd_megatron import evaluate, generate
+
+    checkpoint = trained / "iter_0000006"
+    inside = [checkpoint / "manifest.json", checkpoint / "new.jsonl", checkpoint / "tokenizer" / "description.json"]
+    of_run = [trained / name for name in ("metrics.jsonl", "training.lock", "latest_checkpointed_iteration.txt")]
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    for command, flag in ((generate, "--output"), (generate, "--trace"), (evaluate, "--output")):
+        more = ["--data", "x"] if command is evaluate else []
+        for path in [*inside, *of_run]:
+            argv = ["--load", str(trained), "--device", "cpu", flag, str(path), *more]
+            with pytest.raises(UserError) as error:
+                command.check(argv)
+            kind = f"is in the folder of the model, {checkpoint}" if path in inside else "is a file of the run as well"
+            assert str(error.value).startswith(f"{flag} {path}: {kind}")
+    with pytest.raises(UserError, match=r"^--output -: names no file; standard output is /dev/stdout$"):
+        generate.check(["--load", str(trained), "--device", "cpu", "--output", "-"])
+    assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
+
+
 def test_a_full_device_is_one_line():
     with pytest.raises(UserError) as error, OutputFile("--output", "/dev/full") as file:
         file.write("a line\n")

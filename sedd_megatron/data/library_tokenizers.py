@@ -94,6 +94,7 @@ class HuggingFaceTokenizer:
         self._alphabet = _incomplete_alphabet(model) if self.unknown_id is None else None
         added = tokenizer.get_added_tokens_decoder().items()
         self.special_tokens = {token.content: id for id, token in added if token.special}
+        self.taking_blanks = frozenset(token.content for _, token in added if token.special and token.lstrip)
         if self.eod_id is not None:
             self.special_tokens[eod_token] = self.eod_id
         self._added = names_pattern(token.content for _, token in added if not token.special)

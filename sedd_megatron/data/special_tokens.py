@@ -1,6 +1,7 @@
 """Texts in which the names of special tokens are these tokens."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from sedd_megatron.data.library_tokenizers import HuggingFaceTokenizer, names_pattern
@@ -21,6 +22,10 @@ class SpecialNamesTokenizer:
         self.unknown_id: int | None = tokenizer.unknown_id
         self.special_tokens: Mapping[str, int] = tokenizer.special_tokens
         self._names = names_pattern(tokenizer.special_tokens)
+        # SentencePiece decodes its control symbols to nothing.
+        self._hidden = {id: name for name, id in tokenizer.special_tokens.items() if not tokenizer.decode([id])}
+        # A tokenizer.json may have a name take the blanks before it.
+        self._taking_blanks = tokenizer.taking_blanks if isinstance(tokenizer, HuggingFaceTokenizer) else frozenset()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a whole text, or of its beginning."""
@@ -36,12 +41,20 @@ class SpecialNamesTokenizer:
         """Token ids of text that has something before it."""
         name = self._names.search(text)
         start = len(text) if name is None else name.start()
+        if name is not None and name[0] in self._taking_blanks:
+            start = len(text[:start].rstrip())
         # Behind a name everything is as in a whole text.
         return [*self.plain.encode_inside(text[:start]), *self.encode(text[start:])]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids."""
-        return self.plain.decode(ids)
+        """Text of ids, the names of special tokens in it."""
+        hidden = [place for place, id in enumerate(ids) if id in self._hidden]
+        whole = self.plain.decode(ids)
+        # Decoded by itself what follows a name would lose a blank that it begins with.
+        ends = [len(self.plain.decode(ids[:place])) for place in hidden]
+        pieces = [whole[start:end] for start, end in pairwise([0, *ends, len(whole)])]
+        names = [self._hidden[ids[place]] for place in hidden]
+        return pieces[0] + "".join(name + piece for name, piece in zip(names, pieces[1:], strict=True))
 
     def save(self, directory: Path) -> None:
         """Write the plain tokenizer's description into a new folder."""

@@ -68,7 +68,9 @@ def train(
         compile_validation(run, windows.valid)
         find_fp8_scales(run, windows.train)
         saver = None
-        if options.checkpoint.save:
+        if not options.checkpoint.save:
+            tell(["nothing of this run is saved: --save names a folder for it"])
+        else:
             root = Path(options.checkpoint.save)
             # A run with no steps left still saves what it loaded from elsewhere: that is how to change its layout.
             is_saved = (

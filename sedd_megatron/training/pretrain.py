@@ -1,5 +1,6 @@
 """A training run from the command line: every check that needs no GPU and no other rank, then the loop."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,6 +8,7 @@ from sedd_megatron.arguments import weighted_corpora
 from sedd_megatron.config import PretrainOptions
 from sedd_megatron.data.blend import common_tokenizer
 from sedd_megatron.data.preparation import preparation_of
+from sedd_megatron.data.tokenizer_folder import DESCRIPTION
 from sedd_megatron.data.tokenizers import Tokenizer, build_tokenizer
 from sedd_megatron.data.windows import open_windows
 from sedd_megatron.errors import UserError, one_line, say
@@ -61,10 +63,20 @@ def pretrain(options: PretrainOptions) -> int:
 
 
 def data_tokenizer(options: PretrainOptions) -> Tokenizer:
-    """The tokenizer kept beside the data, or for data that has none the one that the flags describe."""
-    data = options.data
+    """The tokenizer kept beside the data, or for data that has none the one that the flags describe.
+
+    Raises:
+        UserError: there is none, or both; the flags would give the data's tokens another meaning.
+    """
+    data, prefixes = options.data, [prefix for _, prefix in weighted_corpora(options.data)]
     if data.tokenizer_type is None:
-        return common_tokenizer([prefix for _, prefix in weighted_corpora(data)])
+        return common_tokenizer(prefixes)
+    for prefix in prefixes:
+        if os.path.isfile(f"{prefix}_tokenizer/{DESCRIPTION}"):
+            raise UserError(
+                f"--tokenizer-type {data.tokenizer_type}: {prefix} has its own tokenizer beside it, which counts; "
+                "leave the flag out"
+            )
     return build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file)
 
 

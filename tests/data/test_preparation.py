@@ -3,18 +3,20 @@ checkpoints and both conversions.
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import tokenizers as hf
 
+from sedd_megatron.arguments import parse_pretrain_options
 from sedd_megatron.data.corpus import write_corpus
 from sedd_megatron.data.digests import digests_path
 from sedd_megatron.data.library_tokenizers import HuggingFaceTokenizer
 from sedd_megatron.data.preparation import Preparation, preparation_of, stats_path
 from sedd_megatron.data.special_tokens import SpecialNamesTokenizer
-from sedd_megatron.data.tokenizers import ByteTokenizer
+from sedd_megatron.data.tokenizers import ByteTokenizer, CharTokenizer
 from sedd_megatron.errors import UserError
 from sedd_megatron.generation.requests import TextRequest, frames_of
 from sedd_megatron.options import parse_options
@@ -25,6 +27,7 @@ cpu_backend.install()
 
 from sedd_megatron import convert  # noqa: E402
 from sedd_megatron.pretrained import load_pretrained  # noqa: E402
+from sedd_megatron.training.pretrain import data_tokenizer  # noqa: E402
 from tests.commands import EXAMPLE, run  # noqa: E402
 from tests.distributed.layouts import MODEL  # noqa: E402
 
@@ -137,6 +140,19 @@ def test_a_name_that_stands_for_unknown_text_too_may_be_asked_for():
     tokenizer = SpecialNamesTokenizer(HuggingFaceTokenizer(library, "</s>"))
     (frame,) = frames_of(TextRequest(prompt="a</s>"), tokenizer, 4)
     assert frame.tokens[:2] == (1, 0)
+
+
+def test_flags_do_not_give_data_another_tokenizer_than_its_own(tmp_path):
+    write_corpus(["some text"], CharTokenizer("emostx "), tmp_path / "c")
+    prefix = str(tmp_path / "c_text_document")
+    options = parse_pretrain_options([*MODEL, "--data-path", prefix, "--tokenizer-type", "ByteTokenizer"])
+    with pytest.raises(UserError) as error:
+        data_tokenizer(options)
+    assert str(error.value) == (
+        f"--tokenizer-type ByteTokenizer: {prefix} has its own tokenizer beside it, which counts; leave the flag out"
+    )
+    shutil.rmtree(f"{prefix}_tokenizer")
+    assert data_tokenizer(options).tokenizer_type == "ByteTokenizer"
 
 
 def test_bytes_have_no_names_and_stay_as_they_are():

@@ -236,6 +236,34 @@ def test_allowed_names_are_their_tokens_inside_a_text(tokenizer):
         assert inside == [*tokenizer.encode_inside(first), *behind_name], text
 
 
+def test_names_that_are_tokens_are_shown(tokenizer):
+    """A library that decodes them to nothing would show a text that was never there."""
+    if tokenizer.eod_id is None:
+        return
+    with_names = SpecialNamesTokenizer(tokenizer)
+    for text in ("foo</s>bar", "</s>foo bar</s></s> foo", "foo"):
+        ids = with_names.encode(text)
+        shown = with_names.decode(ids)
+        assert shown.replace(" ", "") == text.replace(" ", "")
+        without = shown
+        if tokenizer.decode([tokenizer.eod_id]) == "":
+            without = shown.replace("</s>", "")
+        assert without == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("place", ["beginning", "inside"])
+def test_a_name_that_takes_the_blanks_before_it_does_so_everywhere(place):
+    plain = trained(models.BPE(), pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False),
+                    decoder=decoders.ByteLevel())  # fmt: skip
+    library = hf.Tokenizer.from_str(plain._tokenizer.to_str())
+    library.add_special_tokens([hf.AddedToken("<mask>", lstrip=True, special=True)])
+    tokenizer = SpecialNamesTokenizer(HuggingFaceTokenizer(library, "</s>"))
+    mask = tokenizer.special_tokens["<mask>"]
+    encode = tokenizer.encode if place == "beginning" else tokenizer.encode_inside
+    assert encode("foo  <mask> bar") == [*plain.encode("foo"), mask, *plain.encode(" bar")]
+    assert encode("foo </s> bar") == [*plain.encode("foo "), plain.eod_id, *plain.encode(" bar")]
+
+
 @pytest.mark.parametrize("name", ["sentencepiece", "sentencepiece that keeps blanks", "metaspace first"])
 def test_no_blank_follows_an_allowed_name(name):
     tokenizer = tokenizer_named(name)
