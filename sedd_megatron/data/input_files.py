@@ -127,7 +127,7 @@ def input_files(
         UserError: a path that is not there, a folder without text files, a file that is named twice, by itself or by
             its folder, or one that may be of either format.
     """
-    if names.count(STANDARD_INPUT) > 1:
+    if spool_folder is not None and names.count(STANDARD_INPUT) > 1:
         raise UserError(f"{flag} {STANDARD_INPUT}: standard input is read once; name it once")
     files, names_by_path = [], {}
     for position, name in enumerate(names):

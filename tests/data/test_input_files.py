@@ -292,7 +292,7 @@ def test_standard_input_is_read_as_often_as_it_is_needed(tmp_path, monkeypatch, 
     with pytest.raises(UserError, match=r"^--input -: standard input is read once; name it once$"):
         prepared(tmp_path, *flags, "--input", "-", "-")
     with pytest.raises(UserError, match=r"^--data -: no such file"):
-        input_files(["-"], "--data")
+        input_files(["-", "-"], "--data")
 
 
 def test_keys_with_slashes_are_files_of_one_folder(tmp_path):
