@@ -5,11 +5,11 @@ import json
 import os
 import sys
 from dataclasses import dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from sedd_megatron.data.corpus import append_chunks, corpus_path, open_tokens, publish_corpus
-from sedd_megatron.data.digests import digests_path, find_fault, has_digests
+from sedd_megatron.data.digests import digests_path, file_record, find_fault, has_digests
 from sedd_megatron.data.documents import TEXT8_CHARACTERS, DocumentSource, FileSource, Text8Source
 from sedd_megatron.data.encoding import encoded_chunks, token_dtype
 from sedd_megatron.data.hub_datasets import PRESETS, open_dataset
@@ -18,7 +18,7 @@ from sedd_megatron.data.parts import Extent, PartialCorpus, kept_tokenizer, part
 from sedd_megatron.data.preparation import Preparation
 from sedd_megatron.data.progress import Progress
 from sedd_megatron.data.token_files import INPUT_DTYPES, TokenSource
-from sedd_megatron.data.tokenizer_folder import DESCRIPTION
+from sedd_megatron.data.tokenizer_folder import DESCRIPTION, TOKENIZER_FILES
 from sedd_megatron.data.tokenizers import (
     TOKENIZER_TYPES,
     CharTokenizer,
@@ -27,7 +27,7 @@ from sedd_megatron.data.tokenizers import (
     build_tokenizer,
     load_tokenizer,
 )
-from sedd_megatron.errors import UserError, run_command
+from sedd_megatron.errors import UserError, print_output, run_command
 from sedd_megatron.options import option, parse_options
 
 MAX_WORKERS = 4096
@@ -82,6 +82,8 @@ def main() -> None:
     )
     try:
         prepare(options)
+    except BrokenPipeError:  # of standard output
+        raise
     except OSError as error:
         where = error.filename or f"--output-prefix {options.output_prefix}"
         raise UserError(
@@ -111,18 +113,22 @@ def prepare(options: PrepareOptions) -> None:
         written = [write_parts(options, source, tokenizer, folder, key) for key in options.json_keys]
         for key, (extent, _) in zip(options.json_keys, written, strict=True):
             _check_unknown(options, tokenizer, extent, key)
+        for key in options.json_keys:
+            _tell_of_replacement(corpus_path(prefix, key))
+        lines = []
         for key, (extent, rate) in zip(options.json_keys, written, strict=True):
             final = corpus_path(prefix, key)
-            _tell_of_replacement(final)
             stats = publish_corpus(folder / final.name, tokenizer, final, _preparation(options))
             unknown = ""
             if tokenizer.unknown_id is not None:
                 unknown = f"{extent.num_unknown:,} of them unknown ({extent.num_unknown / stats.num_tokens:.2%}), "
-            print(
+            lines.append(
                 f"{stats.num_documents:,} documents, {stats.num_tokens:,} tokens of {tokenizer.num_tokens:,}, {unknown}"
                 f"unigram entropy {stats.unigram_entropy_nats:.3f} nats per token, {rate}\n--data-path {final}"
                 + (" --split 90,5,5" if options.preset == "text8" else "")
             )
+    # Once all of them are there: output that cannot be written costs none.
+    print_output("\n".join(lines))
 
 
 def check(options: PrepareOptions) -> None:
@@ -143,7 +149,7 @@ def check(options: PrepareOptions) -> None:
     if fault is not None:
         raise UserError(fault)
     num_tokens = len(open_tokens(options.check, flag="--check"))
-    print(f"{options.check}: its {num_tokens:,} tokens, index and tokenizer are what was written")
+    print_output(f"{options.check}: its {num_tokens:,} tokens, index and tokenizer are what was written")
 
 
 def _preparation(options: PrepareOptions) -> Preparation:
@@ -152,8 +158,9 @@ def _preparation(options: PrepareOptions) -> Preparation:
 
 
 def _tell_of_replacement(final: Path) -> None:
-    if Path(f"{final}.idx").is_file():
-        print(f"replaces the {Path(f'{final}.bin').stat().st_size:,} bytes of {final}.bin")
+    tokens = Path(f"{final}.bin")
+    if Path(f"{final}.idx").is_file() and tokens.is_file():
+        print_output(f"replaces the {tokens.stat().st_size:,} bytes of {tokens}")
 
 
 def _check_unknown(options: PrepareOptions, tokenizer: Tokenizer, extent: Extent, key: str) -> None:
@@ -174,25 +181,19 @@ def write_parts(
     dtype = token_dtype(tokenizer.num_tokens)
     begin = PartialCorpus.finished_extent(partial, dtype)
     if begin.num_texts:
-        print(f"going on after {begin.num_documents:,} documents of an earlier run (--no-resume starts anew)")
+        print_output(f"going on after {begin.num_documents:,} documents of an earlier run (--no-resume starts anew)")
     if isinstance(source, TokenSource):
         chunks = source.chunks(tokenizer, begin.num_tokens)
     else:
-        chunks = encoded_chunks(
-            source.texts(key, begin.num_texts),
-            tokenizer,
-            options.append_eod,
-            options.workers,
-            folder / "tokenizer",
-            options.allow_special_tokens,
-        )
+        texts = source.texts(key, begin.num_texts)
+        chunks = encoded_chunks(texts, tokenizer, _preparation(options), options.workers, folder / "tokenizer")
     progress = Progress(source, begin)
     try:
         end = append_chunks(chunks, dtype, partial, part_bytes=options.part_megabytes * 1_000_000, on_progress=progress)
     finally:
         progress.close()
     if source.num_nulls:
-        print(f"left out {source.num_nulls:,} documents with null at key {key!r}")
+        print_output(f"left out {source.num_nulls:,} documents with null at key {key!r}")
     return end, progress.rates(end)
 
 
@@ -299,16 +300,23 @@ def digest_of(options: PrepareOptions, source: DocumentSource | TokenSource) -> 
     """Of all that decides the bytes: parts of one digest may be joined, and no others."""
     files = {}
     for name in filter(None, (options.tokenizer_model, options.vocab_file, options.merge_file)):
-        paths = sorted(Path(name).iterdir()) if os.path.isdir(name) else [Path(name)]
-        files[name] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if os.path.isfile(path)]
+        paths = [Path(name, file) for file in TOKENIZER_FILES] if os.path.isdir(name) else [Path(name)]
+        files[name] = [file_record(path) if os.path.isfile(path) else None for path in paths]
     decisive = {
         "source": source.identity(),
         "options": [options.json_keys, options.tokenizer_type, options.preset, options.train_tokenizer,
                     options.vocab_size, options.append_eod, options.allow_special_tokens],
         "tokenizer files": files,
-        "libraries": [version("sentencepiece"), version("tokenizers")],
+        "versions": [_version(package) for package in ("sedd_megatron", "sentencepiece", "tokenizers")],
     }  # fmt: skip
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # our own, used from its folder
+        return None
 
 
 if __name__ == "__main__":

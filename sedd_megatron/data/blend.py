@@ -1,7 +1,10 @@
 """Several corpora in proportion: whose sample n is, and the tokenizer that they must share."""
 
+import filecmp
+import heapq
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -36,11 +39,16 @@ class Assignment:
         # Earliest deadline first: sample j of a corpus with share p may come from j / p on and has to by (j + 1) / p.
         # With unit tasks and a full processor that schedule is always met (Baruah et al., Algorithmica 1996).
         done, corpora, ranks = [0] * len(counts), np.empty(period, np.int64), np.empty(period, np.int64)
+        unreleased, released = [(0, i) for i in range(len(counts))], []
         for n in range(period):
-            released = (i for i, count in enumerate(counts) if done[i] * period // count <= n and done[i] < count)
-            corpus = min(released, key=lambda i: (-(-(done[i] + 1) * period // counts[i]), i))
+            while unreleased and unreleased[0][0] <= n:
+                _, i = heapq.heappop(unreleased)
+                heapq.heappush(released, (-(-(done[i] + 1) * period // counts[i]), i))
+            _, corpus = heapq.heappop(released)
             corpora[n], ranks[n] = corpus, done[corpus]
             done[corpus] += 1
+            if done[corpus] < counts[corpus]:
+                heapq.heappush(unreleased, (done[corpus] * period // counts[corpus], corpus))
         return cls(corpora, ranks, tuple(counts))
 
     def locate(self, n: int) -> tuple[int, int]:
@@ -59,6 +67,9 @@ def common_tokenizer(prefixes: Sequence[str]) -> Tokenizer:
     folders = [Path(f"{prefix}_tokenizer") for prefix in prefixes]
     tokenizer = load_tokenizer(folders[0])
     for prefix, folder in zip(prefixes[1:], folders[1:], strict=True):
+        if _has_the_same_files(folders[0], folder):
+            continue
+        # To have what is missing or damaged called so.
         load_tokenizer(folder)
         difference = _first_difference(folders[0], folder)
         if difference is not None:
@@ -76,12 +87,20 @@ def _whole_shares(weights: Sequence[Fraction]) -> list[int]:
     if sum(shares) <= LONGEST_PERIOD:
         return shares
     # The largest rests are rounded up, and nobody gets nothing.
-    exact = [weight / sum(weights) * LONGEST_PERIOD for weight in weights]
+    total = sum(weights)
+    exact = [weight / total * LONGEST_PERIOD for weight in weights]
     rounded = [max(1, int(share)) for share in exact]
     by_rest = sorted(range(len(exact)), key=lambda i: rounded[i] - exact[i])
     for i in by_rest[: max(0, LONGEST_PERIOD - sum(rounded))]:
         rounded[i] += 1
     return rounded
+
+
+def _has_the_same_files(one: Path, other: Path) -> bool:
+    if not os.path.isdir(other):  # unlike Path.is_dir, of any name
+        return False
+    names = [sorted(path.name for path in folder.iterdir()) for folder in (one, other)]
+    return names[0] == names[1] and all(filecmp.cmp(one / name, other / name, shallow=False) for name in names[0])
 
 
 def _first_difference(one: Path, other: Path) -> str | None:

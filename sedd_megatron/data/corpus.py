@@ -56,8 +56,9 @@ def write_corpus(
     final.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent) as folder:
         partial = Path(folder) / final.name
-        append_chunks(encoded_chunks(texts, tokenizer, append_eod), token_dtype(tokenizer.num_tokens), partial)
-        return publish_corpus(partial, tokenizer, final, Preparation(append_eod))
+        preparation = Preparation(append_eod)
+        append_chunks(encoded_chunks(texts, tokenizer, preparation), token_dtype(tokenizer.num_tokens), partial)
+        return publish_corpus(partial, tokenizer, final, preparation)
 
 
 def append_chunks(

@@ -2,14 +2,13 @@
 
 import json
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
-from sedd_megatron.data.input_files import InputFile, lines_of
-from sedd_megatron.errors import UserError
+from sedd_megatron.data.input_files import InputFile, json_value, lines_of
+from sedd_megatron.errors import UserError, say
 
 TEXT8_CHARACTERS = " abcdefghijklmnopqrstuvwxyz"
 TEXT8_LENGTH = 100_000_000
@@ -79,7 +78,7 @@ class FileSource:
 
     def _json_text(self, line: bytes, key: str, where: str) -> str | None:
         try:
-            value = json.loads(_utf8(line, where))
+            value = json_value(_utf8(line, where))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not JSON; each line must be an object") from error
         if not isinstance(value, dict) or key not in value:
@@ -87,7 +86,7 @@ class FileSource:
         if value[key] is None:
             self.num_nulls += 1
             return None
-        return valid_text(value[key], key, where, self._key_flag)
+        return valid_text(value[key], key, where, f"name the right one with {self._key_flag}")
 
 
 class Text8Source:
@@ -124,7 +123,7 @@ class Text8Source:
                 "the file text8 of text8.zip as it is"
             )
         if len(text) != TEXT8_LENGTH:
-            print(f"warning: {self.name}: {len(text):,} characters, text8 has {TEXT8_LENGTH:,}", file=sys.stderr)
+            say(f"warning: {self.name}: {len(text):,} characters, text8 has {TEXT8_LENGTH:,}", to_stderr=True)
         bounds = [len(text) * twentieths // 20 for twentieths in (0, 18, 19, 20)]
         for self.position, (first, last) in islice(enumerate(pairwise(bounds), start=1), skip, None):
             yield text[first:last]
@@ -158,14 +157,14 @@ def json_lines(flag: str, path: Path, way_out: str) -> Iterator[tuple[int, Any]]
         yield number, value
 
 
-def valid_text(value: Any, key: str, where: str, key_flag: str = "--json-keys") -> str:
-    """`value`, if it is text that every tokenizer can take; `key_flag` names keys.
+def valid_text(value: Any, key: str, where: str, way_out: str) -> str:
+    """`value`, if it is text that every tokenizer can take; `way_out` ends the error of what is no text.
 
     Raises:
         UserError: opening with `where`.
     """
     if not isinstance(value, str):
-        raise UserError(f"{where}: no text at key {key!r}; name the right one with {key_flag}")
+        raise UserError(f"{where}: no text at key {key!r}; {way_out}")
     try:
         # JSON can write half of a surrogate pair, as \ud800; no tokenizer can.
         value.encode("utf-8")

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sedd_megatron.data.library_tokenizers import GPT2BPETokenizer
+from sedd_megatron.data.preparation import Preparation
 from sedd_megatron.data.special_tokens import SpecialNamesTokenizer
 from sedd_megatron.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from sedd_megatron.errors import UserError
@@ -21,10 +23,14 @@ from sedd_megatron.errors import UserError
 CHUNK_CHARACTERS = 1 << 20
 # Below this Megatron keeps 16 bits for a token (DType.optimal_dtype in indexed_dataset.py).
 FIRST_NUM_TOKENS_OF_32_BITS = 65500
+# Of a document in the index, which counts in 32 bits with a sign.
+LONGEST_IN_INDEX = (1 << 31) - 1
 
 
 class EncodedChunk(NamedTuple):
-    """Consecutive texts as tokens; texts without tokens are counted and leave nothing else."""
+    """Consecutive texts as tokens, a document each unless they are longer than one may be; texts without tokens are
+    counted and leave nothing else.
+    """
 
     tokens: np.ndarray  # [sum of lengths] in the corpus' dtype
     lengths: np.ndarray  # [documents] int32
@@ -38,15 +44,11 @@ def token_dtype(num_tokens: int) -> type[np.integer]:
     return np.uint16 if num_tokens < FIRST_NUM_TOKENS_OF_32_BITS else np.int32
 
 
-def encode_chunk(
-    texts: Sequence[str], tokenizer: Tokenizer, append_eod: bool, allow_special_tokens: bool = False
-) -> EncodedChunk:
-    """Encode texts; with append_eod each document ends with the tokenizer's eod_id, and with allow_special_tokens the
-    names of special tokens in a text become these tokens.
-    """
+def encode_chunk(texts: Sequence[str], tokenizer: Tokenizer, preparation: Preparation) -> EncodedChunk:
+    """Encode texts as `preparation` says: with an end of document behind each, names of special tokens as these."""
     dtype = token_dtype(tokenizer.num_tokens)
-    encode = _array_encoder(SpecialNamesTokenizer(tokenizer) if allow_special_tokens else tokenizer)
-    end = np.array([tokenizer.eod_id], dtype) if append_eod else np.empty(0, dtype)
+    encode = _array_encoder(preparation.tokenizer_of_texts(tokenizer))
+    end = np.array([tokenizer.eod_id], dtype) if preparation.append_eod else np.empty(0, dtype)
     arrays, lengths = [np.empty(0, dtype)], []
     for text in texts:
         ids = encode(text)
@@ -55,7 +57,24 @@ def encode_chunk(
             lengths.append(len(ids) + len(end))
     num_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
     tokens = np.concatenate(arrays)
-    return EncodedChunk(tokens, np.array(lengths, np.int32), len(texts), num_bytes, count_unknown(tokens, tokenizer))
+    ends = cut_ends(np.cumsum(lengths, dtype=np.int64), LONGEST_IN_INDEX)
+    return EncodedChunk(tokens, lengths_of(ends), len(texts), num_bytes, count_unknown(tokens, tokenizer))
+
+
+def cut_ends(ends: np.ndarray, longest: int) -> np.ndarray:
+    """These ends of documents, and one after every `longest` tokens of a document that has more."""
+    if np.diff(ends, prepend=0).max(initial=0) <= longest:
+        return ends
+    cut, start = [], 0
+    for end in ends.tolist():
+        cut += [*range(start + longest, end, longest), end]
+        start = end
+    return np.array(cut, np.int64)
+
+
+def lengths_of(ends: np.ndarray) -> np.ndarray:
+    """The lengths of documents that end there, as the index keeps them."""
+    return np.diff(ends, prepend=0).astype(np.int32)
 
 
 def count_unknown(tokens: np.ndarray, tokenizer: Tokenizer) -> int:
@@ -71,10 +90,9 @@ def count_unknown(tokens: np.ndarray, tokenizer: Tokenizer) -> int:
 def encoded_chunks(
     texts: Iterable[str],
     tokenizer: Tokenizer,
-    append_eod: bool,
+    preparation: Preparation,
     workers: int = 1,
     tokenizer_folder: Path | None = None,
-    allow_special_tokens: bool = False,
 ) -> Iterator[EncodedChunk]:
     """All texts as chunks in their order, the same ones for any number of processes.
 
@@ -86,14 +104,14 @@ def encoded_chunks(
     """
     chunks = _chunks(texts)
     if workers == 1:
-        yield from (encode_chunk(chunk, tokenizer, append_eod, allow_special_tokens) for chunk in chunks)
+        yield from (encode_chunk(chunk, tokenizer, preparation) for chunk in chunks)
         return
     # Spawned, because a fork of a process with threads, as tokenizer libraries have, may hang.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin_worker)
     pending = deque()
     try:
         for chunk in chunks:
-            pending.append(pool.submit(_encode_in_worker, chunk, tokenizer_folder, append_eod, allow_special_tokens))
+            pending.append(pool.submit(_encode_in_worker, chunk, tokenizer_folder, preparation))
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
         while pending:
@@ -120,7 +138,9 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _array_encoder(tokenizer: Tokenizer):
-    """tokenizer.encode as an array of the corpus' dtype; without a Python list where a table does it."""
+    """tokenizer.encode as an array of the corpus' dtype, where it can be without a Python list of the whole text, which
+    takes 18 times the memory.
+    """
     dtype = token_dtype(tokenizer.num_tokens)
     if isinstance(tokenizer, ByteTokenizer):
         return lambda text: np.frombuffer(text.encode("utf-8"), np.uint8).astype(dtype)
@@ -136,6 +156,8 @@ def _array_encoder(tokenizer: Tokenizer):
             return np.array(tokenizer.encode(text) if (found < 0).any() else found, dtype)
 
         return encode
+    if isinstance(tokenizer, GPT2BPETokenizer | SpecialNamesTokenizer):
+        return lambda text: np.fromiter(tokenizer.stream(text), dtype)
     return lambda text: np.array(tokenizer.encode(text), dtype)
 
 
@@ -153,10 +175,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_in_worker(
-    texts: Sequence[str], tokenizer_folder: Path, append_eod: bool, allow_special_tokens: bool
-) -> EncodedChunk:
-    return encode_chunk(texts, _worker_tokenizer(tokenizer_folder), append_eod, allow_special_tokens)
+def _encode_in_worker(texts: Sequence[str], tokenizer_folder: Path, preparation: Preparation) -> EncodedChunk:
+    return encode_chunk(texts, _worker_tokenizer(tokenizer_folder), preparation)
 
 
 @lru_cache(maxsize=1)

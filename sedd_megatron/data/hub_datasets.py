@@ -73,7 +73,8 @@ class DatasetSource:
                 for value in batch[key]:
                     self.position += 1
                     self.num_nulls += value is None
-                    yield "" if value is None else valid_text(value, key, f"{self.name} row {self.position}")
+                    where = f"{self.name} row {self.position}"
+                    yield "" if value is None else valid_text(value, key, where, "name the right one with --json-keys")
         except UserError:
             raise
         except Exception as error:  # whatever the library's readers and the network raise
@@ -90,7 +91,7 @@ def open_dataset(name: str, config: str | None, split: str, streaming: bool) -> 
         UserError: the library is missing or too old, there is no such dataset, config or split, or it has another
             format.
     """
-    library = _library()
+    library = datasets_library("--dataset")
     folder = Path(name)
     try:
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
@@ -120,16 +121,21 @@ def open_dataset(name: str, config: str | None, split: str, streaming: bool) -> 
     return DatasetSource(name, rows, [name, config, split, builder.hash, files])
 
 
-def _library() -> ModuleType:
+def datasets_library(where: str, instead: str = "") -> ModuleType:
+    """The library, which no code of a dataset comes through; `instead` is another way out than to install it.
+
+    Raises:
+        UserError: opening with `where`: it is missing, or too old.
+    """
+    install = f"pip install 'datasets>={FIRST_VERSION_WITHOUT_SCRIPTS}'" + (f", or {instead}" if instead else "")
     try:
         # Imported here: it takes a second, and is an extra.
         import datasets
     except ImportError as error:
-        raise UserError("--dataset needs the package datasets: pip install 'datasets>=4'") from error
+        raise UserError(f"{where}: needs the package datasets; {install}") from error
     if int(datasets.__version__.split(".")[0]) < FIRST_VERSION_WITHOUT_SCRIPTS:
         raise UserError(
-            f"--dataset: the package datasets is {datasets.__version__}, which can run scripts of datasets; pip "
-            "install 'datasets>=4'"
+            f"{where}: the package datasets is {datasets.__version__}, which can run scripts of datasets; {install}"
         )
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from sedd_megatron.data.digests import sha256_of
-from sedd_megatron.errors import UserError, one_line
+from sedd_megatron.data.tokenizer_folder import DESCRIPTION, holds_tokenizer
+from sedd_megatron.errors import UserError, one_line, say
 
 INPUT_FORMATS = ("text", "jsonl")
 STANDARD_INPUT = "-"
@@ -81,27 +82,29 @@ class InputFile:
         """Its content unpacked, and the file itself, which says how much of it was read.
 
         Raises:
-            UserError: it is packed and damaged, or by zstd and the package for it is missing.
+            UserError: it is packed and damaged, or by zstd and the package for it is missing, or what is read of it at
+                once does not fit into memory.
         """
         with self.open_packed() as file:
             start = file.read(LONGEST_SIGN)
             file.seek(0)
             unpack = _unpacker(start, self.where)
-            if unpack is None:
-                yield file, file
-                return
             try:
+                if unpack is None:
+                    yield file, file
+                    return
                 with unpack(file) as content:
                     yield content, file
             except UserError:
                 raise
             except MemoryError as error:
+                what = "" if unpack is None else "what is packed in it "
                 raise UserError(
-                    f"{self.where}: what is packed in it does not fit into memory; write it as lines of JSON or as "
-                    "several files, or raise the limit"
+                    f"{self.where}: {what}does not fit into memory; write it as lines of JSON or as several files, or "
+                    "raise the limit"
                 ) from error
             except Exception as error:  # each packing has errors of its own, among them plain OSErrors
-                if isinstance(error, OSError) and error.errno is not None:
+                if unpack is None or (isinstance(error, OSError) and error.errno is not None):
                     raise
                 raise UserError(
                     f"{self.where}: damaged or cut short, and cannot be unpacked ({one_line(error)}); use another copy"
@@ -113,28 +116,37 @@ def input_files(
 ) -> list[InputFile]:
     """The files that a flag names; a folder stands for the text files in it, in the order of their names.
 
-    Files of a folder that are not UTF-8 or of another kind are left out, with a warning on stderr for each reason; the
-    check reads each file once.
+    Files of a folder that are hidden, part of a tokenizer that lies there, not UTF-8 or of another kind are left out,
+    with a warning on stderr for each reason; the check reads each file once.
 
     Args:
         input_format: what all of them are, one of INPUT_FORMATS; None to tell by their content.
         spool_folder: where standard input, named -, is kept while this process lives; None takes none.
 
     Raises:
-        UserError: a path that is not there, a folder without text files, or a file that may be of either format.
+        UserError: a path that is not there, a folder without text files, a file that is named twice, by itself or by
+            its folder, or one that may be of either format.
     """
-    files = []
-    for name in names:
+    if spool_folder is not None and names.count(STANDARD_INPUT) > 1:
+        raise UserError(f"{flag} {STANDARD_INPUT}: standard input is read once; name it once")
+    files, names_by_path = [], {}
+    for position, name in enumerate(names):
         if name == STANDARD_INPUT and spool_folder is not None:
-            files.append(InputFile(Path(name), flag, spool=_spooled(spool_folder)))
+            found = [InputFile(Path(name), flag, spool=_spooled(spool_folder))]
         elif name and os.path.isdir(name):
-            files += _folder_files(Path(name), flag, input_format)
+            found = _folder_files(Path(name), flag, input_format)
         elif os.path.isfile(name):
-            files.append(InputFile(Path(name), flag))
+            found = [InputFile(Path(name), flag)]
         else:
             raise UserError(f"{flag} {name}: no such file or folder; check the path")
-    if names.count(STANDARD_INPUT) > 1:
-        raise UserError(f"{flag} {STANDARD_INPUT}: standard input is read once; name it once")
+        for file in found:
+            # Two links of one folder to a file are what somebody has made on purpose.
+            other = names_by_path.setdefault(os.path.realpath(file.path), (position, name))
+            if other[0] != position and file.spool is None:
+                raise UserError(
+                    f"{file.where}: is named twice, by {other[1]} and by {name}, and would be read twice; name it once"
+                )
+        files += found
     return [_of_its_kind(file, input_format) for file in files]
 
 
@@ -147,10 +159,15 @@ def lines_of(content: IO[bytes]) -> Iterator[tuple[int, bytes]]:
 def object_of(line: bytes) -> dict[str, Any] | None:
     """The JSON object that a line is; None for anything else."""
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json_value(line.decode("utf-8"))
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def json_value(text: str) -> Any:
+    """What a JSON text says; whole numbers become floats, since Python refuses integers of thousands of digits."""
+    return json.loads(text, parse_int=float)
 
 
 def _of_its_kind(file: InputFile, input_format: str | None) -> InputFile:
@@ -173,7 +190,7 @@ def _has_json_lines(file: InputFile) -> bool:
             first = first or line[:1]
             is_braced = line.startswith(b"{")
             num_braced += is_braced
-            value = _json_value(line)
+            value = _container_or_string(line)
             num_objects += is_braced and value is not None
             num_values += bool(value)
             num_lines, num_bytes = num_lines + 1, num_bytes + len(line)
@@ -202,12 +219,12 @@ def _has_json_lines(file: InputFile) -> bool:
     return False
 
 
-def _json_value(line: bytes) -> dict[str, Any] | list[Any] | str | None:
+def _container_or_string(line: bytes) -> dict[str, Any] | list[Any] | str | None:
     """The object, list or string that a line is, or a record of a JSON text sequence; None for anything else."""
     if not line.startswith((b"{", b"[", b'"', RECORD_SEPARATOR)):
         return None
     try:
-        value = json.loads(line.lstrip(RECORD_SEPARATOR).decode("utf-8"))
+        value = json_value(line.lstrip(RECORD_SEPARATOR).decode("utf-8"))
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict | list | str) else None
@@ -218,17 +235,22 @@ def _begins_with_json(file: InputFile) -> bool:
     with file.open() as (content, _):
         try:
             text = content.read().decode("utf-8-sig").strip()
-            value, end = json.JSONDecoder().raw_decode(text)
+            value, end = json.JSONDecoder(parse_int=float).raw_decode(text)
         except (ValueError, RecursionError):
             return False
     return bool(value) and (isinstance(value, dict) or end == len(text))
 
 
 def _folder_files(folder: Path, flag: str, input_format: str | None) -> list[InputFile]:
-    kept, others, undecodable = [], [], []
+    kept, set_apart, others, undecodable = [], [], [], []
+    # As one lies beside each corpus; the parts of a corpus that is not finished are hidden.
+    tokenizers = set(filter(holds_tokenizer, (path.parent for path in folder.rglob(DESCRIPTION)))) - {folder}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         file = InputFile(path, flag)
-        if not _is_of_texts(file, input_format):
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if is_hidden or not tokenizers.isdisjoint(path.parents):
+            set_apart.append(path)
+        elif not _is_of_texts(file, input_format):
             others.append(path)
         elif not _is_utf8(file):
             undecodable.append(path)
@@ -237,12 +259,13 @@ def _folder_files(folder: Path, flag: str, input_format: str | None) -> list[Inp
     if not kept:
         suffixes = ", ".join((*TEXT_SUFFIXES, *JSON_LINES_SUFFIXES))
         raise UserError(f"{flag} {folder}: no UTF-8 file in it ends with {suffixes}; name the files one by one")
-    if others:
-        shown = ", ".join(str(path.relative_to(folder)) for path in others[:SHOWN_NAMES])
-        more = ", ..." if len(others) > SHOWN_NAMES else ""
-        print(f"warning: {flag} {folder}: left out {len(others)} files of other kinds: {shown}{more}", file=sys.stderr)
+    for paths, kind in ((set_apart, "hidden files or files of tokenizers"), (others, "files of other kinds")):
+        if paths:
+            shown = ", ".join(str(path.relative_to(folder)) for path in paths[:SHOWN_NAMES])
+            more = ", ..." if len(paths) > SHOWN_NAMES else ""
+            say(f"warning: {flag} {folder}: left out {len(paths)} {kind}: {shown}{more}", to_stderr=True)
     if undecodable:
-        print(f"warning: left out {len(undecodable)} files that are not UTF-8, first {undecodable[0]}", file=sys.stderr)
+        say(f"warning: left out {len(undecodable)} files that are not UTF-8, first {undecodable[0]}", to_stderr=True)
     return kept
 
 
@@ -268,6 +291,8 @@ def _is_utf8(file: InputFile) -> bool:
 
 def _spooled(folder: Path) -> IO[bytes]:
     """Standard input in a file without a name, which can be read again: by what learns from it, and for each key."""
+    if sys.stdin is None:
+        raise UserError(f"--input {STANDARD_INPUT}: standard input is closed; send it the texts, or name files")
     folder.mkdir(parents=True, exist_ok=True)
     spool = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  it lives as long as the process
     shutil.copyfileobj(sys.stdin.buffer, spool, 1 << 20)

@@ -5,13 +5,19 @@ import re
 import string
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import tokenizers as hf_tokenizers
 
-from sedd_megatron.data.tokenizer_folder import write_description
+from sedd_megatron.data.tokenizer_folder import (
+    HUGGING_FACE,
+    HUGGING_FACE_CONFIG,
+    MERGES,
+    VOCABULARY,
+    write_description,
+)
 from sedd_megatron.errors import UserError, one_line
 
 GPT2_END_OF_TEXT = "<|endoftext|>"
@@ -28,7 +34,7 @@ class GPT2BPETokenizer:
     unknown_id = None
 
     def __init__(self, vocab_file: Path, merge_file: Path) -> None:
-        self._files = {"vocab.json": vocab_file.read_bytes(), "merges.txt": merge_file.read_bytes()}
+        self._files = {VOCABULARY: vocab_file.read_bytes(), MERGES: merge_file.read_bytes()}
         try:
             self._tokenizer = hf_tokenizers.Tokenizer(
                 hf_tokenizers.models.BPE.from_file(str(vocab_file), str(merge_file))
@@ -52,12 +58,17 @@ class GPT2BPETokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, in which <|endoftext|> is text like any other."""
+        return list(self.stream(text))
+
+    def stream(self, text: str) -> Iterator[int]:
+        """The same one after the other, for texts whose list of ids would fill the memory."""
+        return chain.from_iterable(self._encoded_pieces(text))
+
+    def _encoded_pieces(self, text: str) -> Iterator[list[int]]:
         # In pieces, because the library takes 130 bytes of memory per character.
-        pieces, ids = list(_pieces(text)), []
-        for start in range(0, len(pieces), PIECES_AT_ONCE):
-            for encoding in self._tokenizer.encode_batch_fast(pieces[start : start + PIECES_AT_ONCE]):
-                ids += encoding.ids
-        return ids
+        pieces = _pieces(text)
+        while some := list(islice(pieces, PIECES_AT_ONCE)):
+            yield from (encoding.ids for encoding in self._tokenizer.encode_batch_fast(some))
 
     def encode_inside(self, text: str) -> list[int]:
         """As encode: a text begins with no blank of its own."""
@@ -84,6 +95,9 @@ class HuggingFaceTokenizer:
         # A tokenizer.json may ask for documents to be cut at a model's length; a corpus wants all of them.
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        if getattr(tokenizer.model, "dropout", None) is not None:
+            # Of use in training of models that see a text many times; a corpus has each once, and is to be the same.
+            tokenizer.model.dropout = None
         # Names of special tokens in a text are text. The library keeps this out of what it saves.
         tokenizer.encode_special_tokens = True
         self.eod_token = eod_token
@@ -116,14 +130,14 @@ class HuggingFaceTokenizer:
                 # Imported here: with its HTTP client it takes longer than all the rest.
                 from huggingface_hub import snapshot_download
 
-                folder = Path(snapshot_download(name, allow_patterns=["tokenizer.json", "tokenizer_config.json"]))
-            tokenizer = hf_tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+                folder = Path(snapshot_download(name, allow_patterns=[HUGGING_FACE, HUGGING_FACE_CONFIG]))
+            tokenizer = hf_tokenizers.Tokenizer.from_file(str(folder / HUGGING_FACE))
         except Exception as error:  # the libraries raise bare Exceptions
             raise UserError(
                 f"--tokenizer-model {name}: neither a folder with a tokenizer.json nor a hub name that can be fetched "
                 f"({one_line(error)}); download the tokenizer and name its folder"
             ) from error
-        return cls(tokenizer, _configured_eod(folder / "tokenizer_config.json"))
+        return cls(tokenizer, _configured_eod(folder / HUGGING_FACE_CONFIG))
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without the special tokens that a model's template would add.
@@ -242,7 +256,7 @@ class HuggingFaceTokenizer:
     def save(self, directory: Path) -> None:
         """Write the description into a new folder."""
         write_description(directory, self.tokenizer_type, eod_token=self.eod_token)
-        self._tokenizer.save(str(directory / "tokenizer.json"))
+        self._tokenizer.save(str(directory / HUGGING_FACE))
 
 
 def _num_ids(tokenizer: hf_tokenizers.Tokenizer) -> int:
@@ -303,7 +317,10 @@ def _configured_eod(config: Path) -> str | None:
         return None
     try:
         eod = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-        return eod["content"] if isinstance(eod, dict) else eod
+        eod = eod["content"] if isinstance(eod, dict) else eod
+        if not isinstance(eod, str | None):
+            raise ValueError(f"eos_token must be text: {eod!r}")
+        return eod
     except (ValueError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{config}: damaged ({one_line(error)}); use another copy, or leave it out") from error
 

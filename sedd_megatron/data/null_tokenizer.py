@@ -7,6 +7,8 @@ from types import MappingProxyType
 from sedd_megatron.data.tokenizer_folder import write_description
 from sedd_megatron.errors import UserError
 
+LONGEST_SHOWN = 40
+
 
 class NullTokenizer:
     """Text is token ids in decimal, with blanks between them; Megatron-LM's name for such a tokenizer."""
@@ -25,13 +27,7 @@ class NullTokenizer:
         Raises:
             UserError: naming what is not an id.
         """
-        for word in text.split():
-            if not (word.isascii() and word.isdigit() and int(word) < self.num_tokens):
-                raise UserError(
-                    f"{word!r} is not a token id from 0 to {self.num_tokens - 1}, which is all that this model knows "
-                    "without its tokenizer; give ids, or put the tokenizer's files beside the model"
-                )
-        return [int(word) for word in text.split()]
+        return [self._id_of(word) for word in text.split()]
 
     def encode_inside(self, text: str) -> list[int]:
         """As encode."""
@@ -44,3 +40,15 @@ class NullTokenizer:
     def save(self, directory: Path) -> None:
         """Write the description into a new folder."""
         write_description(directory, self.tokenizer_type, num_tokens=self.num_tokens)
+
+    def _id_of(self, word: str) -> int:
+        if word.isascii() and word.isdigit():
+            # Python reads no numbers of thousands of digits.
+            digits = word.lstrip("0") or "0"
+            if len(digits) <= len(str(self.num_tokens)) and int(digits) < self.num_tokens:
+                return int(digits)
+        shown = word if len(word) <= LONGEST_SHOWN else f"{word[:LONGEST_SHOWN]}..."
+        raise UserError(
+            f"{shown!r} is not a token id from 0 to {self.num_tokens - 1}, which is all that this model knows without "
+            "its tokenizer; give ids, or put the tokenizer's files beside the model"
+        )

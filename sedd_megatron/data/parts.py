@@ -10,12 +10,12 @@ A part is finished when NAME.json says so, which it does only after the tokens a
 it is cut away when the same command goes on.
 """
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -95,17 +95,36 @@ class PartialCorpus:
         return extent if is_whole else Extent()
 
 
-@contextmanager
+@contextlib.contextmanager
 def parts_folder(folder: Path, digest: str, resume: bool) -> Iterator[Path]:
     """The folder of a command's parts: emptied first, unless the same command left finished ones and `resume` is set.
 
-    It goes away at the end, and after an error that no part was finished before.
+    It goes away at the end, and after an error that no part was finished before; what cannot be removed stays.
 
     Raises:
         UserError: it has finished parts of another command, or another process writes there now.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(exist_ok=True)
+    try:
+        with _locked(folder):
+            _begin(folder, digest, resume)
+            try:
+                yield folder
+            except BaseException:
+                if not has_finished_parts(folder):
+                    _empty_with_lock(folder)
+                raise
+            _empty_with_lock(folder)
+    finally:
+        # Not before the lock is closed: NFS keeps an open file in its folder, under another name. With anything in it,
+        # of ours or of another process that has begun since, it stays.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
     with (folder / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -113,23 +132,20 @@ def parts_folder(folder: Path, digest: str, resume: bool) -> Iterator[Path]:
             raise UserError(
                 f"{folder}: another preparation of this --output-prefix is running; wait for it, or give another prefix"
             ) from error
-        command = folder / COMMAND
-        is_same = command.is_file() and command.read_text(encoding="utf-8") == digest
-        if resume and not is_same and has_finished_parts(folder):
-            raise UserError(
-                f"{folder}: has finished parts of another command or of inputs that have changed since; give "
-                "--no-resume to start anew, or another --output-prefix"
-            )
-        if not (resume and is_same):
-            _empty(folder)
-            write_whole(command, digest)
-        try:
-            yield folder
-        except BaseException:
-            if not has_finished_parts(folder):
-                shutil.rmtree(folder)
-            raise
-        shutil.rmtree(folder)
+        yield
+
+
+def _begin(folder: Path, digest: str, resume: bool) -> None:
+    command = folder / COMMAND
+    is_same = command.is_file() and command.read_text(encoding="utf-8") == digest
+    if resume and not is_same and has_finished_parts(folder):
+        raise UserError(
+            f"{folder}: has finished parts of another command or of inputs that have changed since; give --no-resume "
+            "to start anew, or another --output-prefix"
+        )
+    if not (resume and is_same):
+        _empty(folder)
+        write_whole(command, digest)
 
 
 def has_finished_parts(folder: Path) -> bool:
@@ -169,3 +185,10 @@ def _empty(folder: Path) -> None:
             shutil.rmtree(path)
         elif path.name != LOCK:
             path.unlink()
+
+
+def _empty_with_lock(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        _empty(folder)
+        # While it is held: one of that name that another process makes after it is a lock of its own.
+        (folder / LOCK).unlink()

@@ -8,6 +8,7 @@ from tqdm import tqdm
 from sedd_megatron.data.documents import DocumentSource
 from sedd_megatron.data.parts import Extent
 from sedd_megatron.data.token_files import TokenSource
+from sedd_megatron.errors import say
 
 
 class Progress:
@@ -32,7 +33,7 @@ class Progress:
             self._bar.update(self._source.position - self._bar.n)
         elif time.monotonic() - self._last >= self._seconds_between:
             self._last = time.monotonic()
-            print(text, file=sys.stderr)
+            say(text, to_stderr=True)
 
     def rates(self, extent: Extent) -> str:
         """MB/s of text and tokens/s since the start of this process."""

@@ -1,10 +1,10 @@
 """Texts in which the names of special tokens are these tokens."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from sedd_megatron.data.library_tokenizers import HuggingFaceTokenizer, names_pattern
+from sedd_megatron.data.library_tokenizers import GPT2BPETokenizer, HuggingFaceTokenizer, names_pattern
 from sedd_megatron.data.tokenizers import Tokenizer
 
 
@@ -29,13 +29,19 @@ class SpecialNamesTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a whole text, or of its beginning."""
+        return list(self.stream(text))
+
+    def stream(self, text: str) -> Iterator[int]:
+        """The same one after the other, for texts whose list of ids would fill the memory."""
         if isinstance(self.plain, HuggingFaceTokenizer):
-            return self.plain.encode_with_special(text)
-        ids, end = [], 0
+            yield from self.plain.encode_with_special(text)
+            return
+        end = 0
         for name in self._names.finditer(text):
-            ids += [*self._encode_between(text[end : name.start()], end), self.special_tokens[name[0]]]
+            yield from self._encode_between(text[end : name.start()], end)
+            yield self.special_tokens[name[0]]
             end = name.end()
-        return [*ids, *self._encode_between(text[end:], end)]
+        yield from self._encode_between(text[end:], end)
 
     def encode_inside(self, text: str) -> list[int]:
         """Token ids of text that has something before it."""
@@ -60,5 +66,7 @@ class SpecialNamesTokenizer:
         """Write the plain tokenizer's description into a new folder."""
         self.plain.save(directory)
 
-    def _encode_between(self, text: str, start: int) -> list[int]:
+    def _encode_between(self, text: str, start: int) -> Iterable[int]:
+        if isinstance(self.plain, GPT2BPETokenizer):
+            return self.plain.stream(text)
         return self.plain.encode_inside(text) if start > 0 else self.plain.encode(text)

@@ -5,14 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from sedd_megatron.data.encoding import EncodedChunk, count_unknown, token_dtype
+from sedd_megatron.data.encoding import EncodedChunk, count_unknown, cut_ends, lengths_of, token_dtype
 from sedd_megatron.data.input_files import InputFile
 from sedd_megatron.data.tokenizers import Tokenizer
 from sedd_megatron.errors import UserError
 
 INPUT_DTYPES = ("uint16", "uint32", "int32", "int64")
 TOKENS_AT_ONCE = 1 << 22
-# Of a document in the index, which counts in 32 bits; windows do not ask where documents end.
+# Of a document, all of which is kept until it ends; windows do not ask where documents end.
 LONGEST_DOCUMENT = 1 << 24
 
 
@@ -80,16 +80,10 @@ class TokenSource:
 def _document_ends(tokens: np.ndarray, eod_id: int | None) -> np.ndarray:
     """Where documents end for certain: after each end of document, and after as many tokens as one may have."""
     found = np.empty(0, np.int64) if eod_id is None else np.flatnonzero(tokens == eod_id) + 1
-    if np.diff(found, prepend=0, append=len(tokens)).max() <= LONGEST_DOCUMENT:
-        return found
-    ends, start = [], 0
-    for end in [*found, len(tokens)]:
-        ends += [*range(start + LONGEST_DOCUMENT, end, LONGEST_DOCUMENT), end]
-        start = end
     # Whatever comes after the last may go on.
-    return np.array(ends[:-1])
+    return cut_ends(np.append(found, len(tokens)), LONGEST_DOCUMENT)[:-1]
 
 
 def _chunk(tokens: np.ndarray, ends: np.ndarray, tokenizer: Tokenizer, dtype: np.dtype) -> EncodedChunk:
-    lengths = np.diff(ends, prepend=0).astype(np.int32)
+    lengths = lengths_of(ends)
     return EncodedChunk(tokens, lengths, len(lengths), len(tokens) * dtype.itemsize, count_unknown(tokens, tokenizer))

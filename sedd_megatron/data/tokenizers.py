@@ -16,7 +16,7 @@ import sentencepiece
 
 from sedd_megatron.data.library_tokenizers import GPT2BPETokenizer, HuggingFaceTokenizer
 from sedd_megatron.data.null_tokenizer import NullTokenizer
-from sedd_megatron.data.tokenizer_folder import DESCRIPTION, write_description
+from sedd_megatron.data.tokenizer_folder import DESCRIPTION, MERGES, MODEL, VOCABULARY, write_description
 from sedd_megatron.errors import UserError
 
 TRAINING_LINE_CHARACTERS = 8192
@@ -151,21 +151,22 @@ class SentencePieceTokenizer:
         200,000 lines.
 
         Raises:
-            UserError: the text is too small for the vocabulary, or the vocabulary too small for the bytes.
+            UserError: the text is too small for the vocabulary, or the vocabulary too small for the bytes. What `texts`
+                raises comes through.
         """
-        # The trainer leaves out lines beyond its limit, so a text without line feeds would teach it nothing.
-        lines = (piece for text in texts for line in text.splitlines() for piece in _cut(line))
-        model = io.BytesIO()
+        model, failures = io.BytesIO(), []
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=lines, model_writer=model, vocab_size=vocab_size, model_type="unigram",
-                normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
-                allow_whitespace_only_pieces=True, split_by_whitespace=True, byte_fallback=True,
+                sentence_iterator=_training_lines(texts, failures), model_writer=model, vocab_size=vocab_size,
+                model_type="unigram", normalization_rule_name="identity", remove_extra_whitespaces=False,
+                add_dummy_prefix=False, allow_whitespace_only_pieces=True, split_by_whitespace=True, byte_fallback=True,
                 character_coverage=0.9999, user_defined_symbols=["\n", "\t"], bos_id=-1, eos_id=1, unk_id=0,
                 max_sentence_length=1 << 16, input_sentence_size=200_000, shuffle_input_sentence=False, num_threads=1,
                 minloglevel=2,
             )  # fmt: skip
         except (RuntimeError, OSError, ValueError) as error:
+            if failures:  # which the library makes an error of its own
+                raise failures[0] from None
             reason = " ".join(str(error).split())[-200:]
             raise UserError(
                 f"--vocab-size {vocab_size} does not suit this input ({reason}); take between about 400 and a few "
@@ -200,7 +201,7 @@ class SentencePieceTokenizer:
     def save(self, directory: Path) -> None:
         """Write the description into a new folder."""
         write_description(directory, self.tokenizer_type)
-        (directory / "tokenizer.model").write_bytes(self.model)
+        (directory / MODEL).write_bytes(self.model)
 
 
 TOKENIZER_TYPES = (
@@ -266,13 +267,23 @@ def load_tokenizer(directory: Path) -> Tokenizer:
             raise ValueError(f"there is no {str(tokenizer_type)[:40]!r}")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({error}); prepare the data again, or use another copy") from error
-    return build_tokenizer(
-        tokenizer_type, str(directory / "tokenizer.model"), str(directory / "vocab.json"), str(directory / "merges.txt")
-    )
+    return build_tokenizer(tokenizer_type, *(str(directory / name) for name in (MODEL, VOCABULARY, MERGES)))
 
 
-def _cut(line: str) -> Iterator[str]:
-    return (line[i : i + TRAINING_LINE_CHARACTERS] for i in range(0, len(line), TRAINING_LINE_CHARACTERS))
+def _training_lines(texts: Iterable[str], failures: list[BaseException]) -> Iterator[str]:
+    """Lines in pieces, because the trainer leaves out those beyond its limit: a text without line feeds would teach it
+    nothing. What `texts` raises is kept in `failures` as well.
+    """
+    try:
+        for text in texts:
+            for line in text.splitlines():
+                for start in range(0, len(line), TRAINING_LINE_CHARACTERS):
+                    yield line[start : start + TRAINING_LINE_CHARACTERS]
+    except GeneratorExit:  # the trainer has enough
+        raise
+    except BaseException as error:
+        failures.append(error)
+        raise
 
 
 def _required_file(tokenizer_type: str, flag: str, value: str | None) -> Path:

@@ -17,19 +17,17 @@ Splits are those of arXiv 2310.16834 (table 1) and, for the corpora that it does
 every document is detokenized alone and followed by an end-of-document token; so is a blank line of WikiText.
 """
 
-import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from sedd_megatron.data.documents import json_lines, valid_text
+from sedd_megatron.data.hub_datasets import datasets_library
 from sedd_megatron.errors import UserError, one_line
 from sedd_megatron.evaluation import detokenizers
 from sedd_megatron.evaluation.detokenizers import Detokenizer
 
 SUFFIXES = (".parquet", ".jsonl", ".txt")
-# The library's first version that cannot run a data set's own code.
-FIRST_WITHOUT_SCRIPTS = 4
 # Where the hub keeps its own Parquet copy of a data set whose repository has only a script.
 PARQUET_COPY = "hf://datasets/{name}@refs%2Fconvert%2Fparquet/{config}/{split}/*.parquet"
 
@@ -125,7 +123,7 @@ def _read(name: str, corpus: Corpus, data_dir: Path) -> Iterator[str]:
 
 def _text_rows(path: Path, corpus: Corpus) -> Iterator[str]:
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({one_line(error)}); use another copy") from error
     if corpus.is_one_document:
@@ -137,23 +135,10 @@ def _text_rows(path: Path, corpus: Corpus) -> Iterator[str]:
 
 
 def _json_rows(path: Path, corpus: Corpus) -> Iterator[str]:
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({one_line(error)}); use another copy") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error}); use another copy") from error
+    for number, values in json_lines(f"corpus {corpus.title}:", path, "use another copy"):
         names = [column for column in (corpus.column, "text") if isinstance(values, dict) and column in values]
-        if not names or not isinstance(values[names[0]], str):
-            raise UserError(
-                f"{path}, line {number}: no text at {corpus.column!r}; write one JSON object a line with it"
-            )
-        yield values[names[0]]
+        text = values[names[0]] if names else None
+        yield valid_text(text, corpus.column, f"{path}, line {number}", "write one JSON object a line with it")
 
 
 def _parquet_rows(path: Path, corpus: Corpus) -> Iterator[str]:
@@ -169,27 +154,16 @@ def _parquet_rows(path: Path, corpus: Corpus) -> Iterator[str]:
         names = [column for column in (corpus.column, "text") if column in file.schema_arrow.names]
         if not names:
             raise UserError(f"{path}: no column {corpus.column!r}; it has {', '.join(file.schema_arrow.names)}")
-        for batch in file.iter_batches(columns=names[:1]):
-            yield from batch.column(0).to_pylist()
-    except (ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a Parquet file ({one_line(error)}); use another copy") from error
+        texts = (text for batch in file.iter_batches(columns=names[:1]) for text in batch.column(0).to_pylist())
+        for number, text in enumerate(texts, start=1):
+            yield valid_text(text, names[0], f"{path}, row {number}", "use another copy")
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a Parquet file of text ({one_line(error)}); use another copy") from error
 
 
 def _fetched(name: str, corpus: Corpus) -> Iterator[str]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(
-            f"corpus {name}: fetching it needs the package datasets; pip install 'datasets>={FIRST_WITHOUT_SCRIPTS}', "
-            f"or {_way_out(name, corpus)}"
-        ) from error
-    if int(datasets.__version__.split(".")[0]) < FIRST_WITHOUT_SCRIPTS:
-        raise UserError(
-            f"corpus {name}: the package datasets is {datasets.__version__}, which can run scripts of datasets; pip "
-            f"install 'datasets>={FIRST_WITHOUT_SCRIPTS}', or {_way_out(name, corpus)}"
-        )
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    way_out = _way_out(name, corpus)
+    datasets = datasets_library(f"corpus {name}", way_out)
     try:
         if corpus.hub_has_script:
             files = PARQUET_COPY.format(name=corpus.hub_name, config=corpus.hub_config, split=corpus.split)
@@ -198,9 +172,9 @@ def _fetched(name: str, corpus: Corpus) -> Iterator[str]:
             rows = datasets.load_dataset(corpus.hub_name, corpus.hub_config, split=corpus.split)
         texts = list(rows[corpus.column])
     except Exception as error:  # the library and its HTTP client raise what they like
-        raise UserError(
-            f"corpus {name}: {corpus.hub_name} cannot be fetched ({one_line(error)}); {_way_out(name, corpus)}"
-        ) from error
+        raise UserError(f"corpus {name}: {corpus.hub_name} cannot be fetched ({one_line(error)}); {way_out}") from error
+    for number, text in enumerate(texts, start=1):
+        valid_text(text, corpus.column, f"corpus {name}, row {number} of {corpus.hub_name}", way_out)
     yield from ["".join(texts)] if corpus.is_one_document else texts
 
 

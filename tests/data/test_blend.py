@@ -1,8 +1,11 @@
 """Blends: every run of samples is in proportion, and whose sample n is depends on nothing but the weights."""
 
+import cProfile
 import itertools
 import json
 import pickle
+import pstats
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -69,6 +72,40 @@ def test_any_run_of_samples_is_in_proportion(weights):
         assert np.abs(lag).max() < 1 + 1e-9
         assert lag.max() - lag.min() < 2
         assert Fraction(assignment.counts[corpus], len(assignment.corpora)) == weight / sum(weights)
+
+
+def earliest_deadlines_first(counts: list[int]) -> list[int]:
+    """Whose each sample of a period is, with a look at every corpus for every sample."""
+    period, done, corpora = sum(counts), [0] * len(counts), []
+    for n in range(period):
+        released = (i for i, count in enumerate(counts) if done[i] * period // count <= n and done[i] < count)
+        corpora.append(min(released, key=lambda i: (-(-(done[i] + 1) * period // counts[i]), i)))
+        done[corpora[-1]] += 1
+    return corpora
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_the_order_is_that_of_the_earliest_deadlines(seed):
+    generator = random.Random(seed)
+    counts = [generator.randint(1, generator.choice([1, 3, 50, 400])) for _ in range(generator.randint(1, 12))]
+    assignment = Assignment.of([Fraction(count) for count in counts])
+    assert assignment.corpora.tolist() == earliest_deadlines_first(list(assignment.counts))
+    seen = Counter()
+    for corpus, rank in zip(assignment.corpora.tolist(), assignment.ranks.tolist(), strict=True):
+        assert rank == seen[corpus]
+        seen[corpus] += 1
+
+
+def test_many_corpora_take_no_longer_than_a_few():
+    generator = random.Random(0)
+    calls = []
+    for number in (20, 400):
+        weights = [Fraction(generator.random()) for _ in range(number)]
+        profile = cProfile.Profile()
+        assignment = profile.runcall(Assignment.of, weights)
+        assert len(assignment.corpora) == 1 << 16
+        calls.append(pstats.Stats(profile).total_calls)
+    assert calls[1] < 1.5 * calls[0]
 
 
 def test_weights_that_no_short_period_has_are_taken_to_1_in_65536():
@@ -210,6 +247,23 @@ def test_tokenizers_must_be_the_same(tmp_path):
         common_tokenizer(pieces)
     with pytest.raises(UserError, match=r"nowhere_tokenizer/description.json: no tokenizer there"):
         common_tokenizer([chars, "nowhere"])
+
+
+def test_one_of_many_tokenizers_that_are_the_same_is_loaded(tmp_path):
+    prefixes = []
+    for name in "abcde":
+        write_corpus(["ab"], CharTokenizer("ab"), tmp_path / name)
+        prefixes.append(str(tmp_path / f"{name}_text_document"))
+    # The same, but not byte by byte.
+    description = tmp_path / "e_text_document_tokenizer" / "description.json"
+    description.write_text(json.dumps(json.loads(description.read_text())))
+    profile = cProfile.Profile()
+    assert profile.runcall(common_tokenizer, prefixes).encode("ba") == [1, 0]
+    loads = [calls for (_, _, name), (calls, *_) in pstats.Stats(profile).stats.items() if name == "load_tokenizer"]
+    assert loads == [2]
+    description.write_text("{")
+    with pytest.raises(UserError, match=r"e_text_document_tokenizer/description.json: damaged"):
+        common_tokenizer(prefixes)
 
 
 def test_resuming_a_blend_gives_the_rest(prefixes):

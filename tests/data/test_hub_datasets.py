@@ -125,7 +125,7 @@ def test_columns_and_rows_without_text_are_named(folders, tmp_path):
 @pytest.mark.parametrize(
     ("library", "text"),
     [
-        ("raise ImportError", "needs the package datasets: pip install"),
+        ("raise ImportError", "needs the package datasets; pip install"),
         ("__version__ = '3.6.0'", "is 3.6.0, which can"),
     ],
 )

@@ -19,6 +19,7 @@ from sedd_megatron.data.tokenizers import load_tokenizer
 from sedd_megatron.errors import UserError
 from sedd_megatron.options import parse_options
 from sedd_megatron.prepare_data import PrepareOptions, prepare
+from tests.commands import run
 
 LINES = b'{"text": "one {1}", "n": 1}\n\n{"n": 2, "text": "two\\n"}\n'
 TEXTS = ["one {1}", "two\n"]
@@ -151,6 +152,13 @@ def test_a_folder_names_what_it_leaves_out(tmp_path, capsys):
     assert capsys.readouterr().err == (
         f"warning: --input {tmp_path}: left out 5 files of other kinds: c.json, g.pdf, h, ...\n"
     )
+    for name in (".git/a.txt", "deep/.b.txt", "deep/.c/d.txt"):
+        written(tmp_path, name, "hidden")
+    assert texts_in(tmp_path) == ["1", *TEXTS, *TEXTS, "3", "2"]
+    assert capsys.readouterr().err.startswith(
+        f"warning: --input {tmp_path}: left out 3 hidden files or files of tokenizers: .git/a.txt, deep/.b.txt, "
+        f"deep/.c/d.txt\nwarning: --input {tmp_path}: left out 5 files of other kinds: "
+    )
     written(tmp_path, "j.txt", JINJA)
     assert f"--input {tmp_path}/j.txt: most lines begin with a brace" in refusal_of(tmp_path)
 
@@ -171,12 +179,31 @@ def test_packed_files(tmp_path, packing):
 
 
 def test_what_does_not_fit_into_memory_is_not_called_damaged(tmp_path):
-    path = written(tmp_path, "a.txt.gz", gzip.compress(b"text"))
-    with pytest.raises(UserError) as error, InputFile(path).open():
-        bytearray(1 << 62)
-    assert str(error.value) == (
-        f"--input {path}: what is packed in it does not fit into memory; write it as lines of JSON or as several "
-        "files, or raise the limit"
+    for name, pack, what in (("a.txt.gz", gzip.compress, "what is packed in it "), ("a.txt", bytes, "")):
+        path = written(tmp_path, name, pack(b"text"))
+        with pytest.raises(UserError) as error, InputFile(path).open():
+            bytearray(1 << 62)
+        assert str(error.value) == (
+            f"--input {path}: {what}does not fit into memory; write it as lines of JSON or as several files, or raise "
+            "the limit"
+        )
+
+
+def test_a_list_that_does_not_fit_into_memory_is_one_line(tmp_path):
+    path = written(tmp_path, "a.txt", '[\n"text"\n]')
+    with path.open("r+b") as file:
+        file.truncate(1 << 40)
+    script = (
+        "import resource\nfrom sedd_megatron.data.input_files import InputFile, _begins_with_json\n"
+        "from sedd_megatron.errors import run_command\nfrom pathlib import Path\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (1 << 33, 1 << 33))\n"
+        f"run_command(lambda: print(_begins_with_json(InputFile(Path({str(path)!r})))))"
+    )
+    done = run([sys.executable, "-c", script])
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"error: --input {path}: does not fit into memory; write it as lines of JSON or as several files, or raise the "
+        "limit\n",
     )
 
 
@@ -217,6 +244,22 @@ def test_deeply_nested_json_is_one_line(tmp_path):
     assert "is JSON, but not" in refusal_of(written(tmp_path, "a.json", line.replace(b"{", b" x")))
 
 
+def test_standard_input_that_is_closed_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "sedd_megatron.prepare_data", "--input", "-", "--output-prefix",
+               str(tmp_path / "p"), "--tokenizer-type", "ByteTokenizer"]  # fmt: skip
+    done = run(["bash", "-c", 'exec "$@" <&-', "bash", *command])
+    assert (done.returncode, done.stderr) == (
+        2, "error: --input -: standard input is closed; send it the texts, or name files\n"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_numbers_of_any_length_beside_a_text_are_read(tmp_path, name):
+    path = written(tmp_path, name, f'{{"n": {"1" * 5000}, "text": "one"}}\n')
+    assert texts_in(path) == ["one"]
+    assert "line 1: no text at key 'n'" in refusal_of(path, key="n")
+
+
 @pytest.mark.parametrize("name", ["", "x" * 5000, "x/" * 3000, "a\0b"])
 def test_names_that_no_file_can_have(name):
     with pytest.raises(UserError, match=r"^--data .*: no such file or folder; check the path$"):
@@ -249,7 +292,7 @@ def test_standard_input_is_read_as_often_as_it_is_needed(tmp_path, monkeypatch, 
     with pytest.raises(UserError, match=r"^--input -: standard input is read once; name it once$"):
         prepared(tmp_path, *flags, "--input", "-", "-")
     with pytest.raises(UserError, match=r"^--data -: no such file"):
-        input_files(["-"], "--data")
+        input_files(["-", "-"], "--data")
 
 
 def test_keys_with_slashes_are_files_of_one_folder(tmp_path):

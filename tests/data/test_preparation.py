@@ -155,6 +155,50 @@ def test_flags_do_not_give_data_another_tokenizer_than_its_own(tmp_path):
     assert data_tokenizer(options).tokenizer_type == "ByteTokenizer"
 
 
+def test_a_corpus_that_lost_its_tokens_is_made_again(tmp_path, words, capsys):
+    prefix = prepared(tmp_path, words)
+    tokens = Path(f"{prefix}.bin").read_bytes()
+    Path(f"{prefix}.bin").unlink()
+    prepared(tmp_path, words)
+    assert Path(f"{prefix}.bin").read_bytes() == tokens
+    assert "replaces" not in capsys.readouterr().out
+
+
+def output_to(target: str, folder: Path):
+    """What comes of a preparation of two keys whose output a shell sends somewhere."""
+    command = [sys.executable, "-m", "sedd_megatron.prepare_data", "--input", str(folder / "in.jsonl"), "--json-keys",
+               "text", "title", "--output-prefix", str(folder / "p"), "--tokenizer-type", "ByteTokenizer"]  # fmt: skip
+    return run(["bash", "-c", f'exec "$@" {target}', "bash", *command])
+
+
+def test_output_that_cannot_be_written_is_not_blamed_on_the_prefix(tmp_path):
+    """And everything is done by then."""
+    (tmp_path / "in.jsonl").write_text('{"text": "some text", "title": "a title"}\n')
+    full = "error: standard output: cannot be written (No space left on device); send it elsewhere\n"
+    for target, code, said in ((">/dev/full", 2, full), ("| true", 0, ""), (">&-", 0, ""), ("2>/dev/full", 0, "")):
+        done = output_to(target, tmp_path)
+        assert (done.returncode, done.stderr) == (code, said), target
+        assert (tmp_path / "p_text_document.idx").is_file()
+        assert (tmp_path / "p_title_document.idx").is_file(), target
+        for path in tmp_path.glob("p_*.idx"):
+            path.unlink()
+    done = output_to("", tmp_path)
+    assert done.stdout.count("--data-path") == 2
+    done = output_to(">/dev/full", tmp_path)
+    assert (done.returncode, done.stderr) == (2, full), "nothing is replaced without a line"
+
+
+def test_warnings_that_cannot_be_written_end_nothing(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for name in ("a.txt", "b.pdf", ".c.txt"):
+        (tmp_path / "texts" / name).write_text("some text")
+    command = [sys.executable, "-m", "sedd_megatron.prepare_data", "--input", str(tmp_path / "texts"),
+               "--output-prefix", str(tmp_path / "p"), "--tokenizer-type", "ByteTokenizer"]  # fmt: skip
+    done = run(["bash", "-c", 'exec "$@" 2>/dev/full', "bash", *command])
+    assert "--data-path" in done.stdout
+    assert (tmp_path / "p_text_document.idx").is_file()
+
+
 def test_bytes_have_no_names_and_stay_as_they_are():
     tokenizer = SpecialNamesTokenizer(ByteTokenizer())
     assert tokenizer.encode("a</s>") == tokenizer.encode_inside("a</s>") == list(b"a</s>")

@@ -21,6 +21,7 @@ import pytest
 
 from sedd_megatron.data.corpus import open_tokens, write_corpus
 from sedd_megatron.data.encoding import encode_chunk, encoded_chunks, token_dtype
+from sedd_megatron.data.preparation import Preparation
 from sedd_megatron.data.tokenizers import ByteTokenizer, CharTokenizer, SentencePieceTokenizer, load_tokenizer
 from tests.benchmarks.test_benchmarks import cells, table_of
 from tests.data.test_corpus import run_command
@@ -82,7 +83,7 @@ def test_megatrons_builder_writes_the_same_index(tmp_path):
 def test_tables_give_what_the_tokenizers_give(seed):
     texts = [random_text(seed), "", LAYOUT]
     for tokenizer in (ByteTokenizer(), CharTokenizer.from_texts(texts)):
-        chunk = encode_chunk(texts, tokenizer, append_eod=False)
+        chunk = encode_chunk(texts, tokenizer, Preparation(False))
         assert chunk.tokens.tolist() == [token for text in texts for token in tokenizer.encode(text)]
         assert chunk.num_bytes == sum(len(text.encode()) for text in texts)
         assert chunk.num_texts == 3
@@ -98,7 +99,9 @@ def test_chunks_do_not_wait_for_the_end_of_the_texts(tmp_path):
             yield "x" * 2_000_000
 
     ByteTokenizer().save(tmp_path / "tokenizer")
-    chunks = encoded_chunks(endless(), ByteTokenizer(), False, workers=2, tokenizer_folder=tmp_path / "tokenizer")
+    chunks = encoded_chunks(
+        endless(), ByteTokenizer(), Preparation(), workers=2, tokenizer_folder=tmp_path / "tokenizer"
+    )
     for _ in range(10):
         assert len(next(chunks).tokens) == 2_000_000
     chunks.close()

@@ -12,6 +12,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from sedd_megatron.data.encoding import encode_chunk
 from sedd_megatron.data.library_tokenizers import HuggingFaceTokenizer
+from sedd_megatron.data.preparation import Preparation
 from sedd_megatron.data.special_tokens import SpecialNamesTokenizer
 from sedd_megatron.data.tokenizers import ByteTokenizer, CharTokenizer, SentencePieceTokenizer, Tokenizer
 from sedd_megatron.errors import UserError
@@ -210,7 +211,7 @@ def test_the_name_of_an_added_token_has_the_tokens_of_any_text():
 def test_an_end_of_document_that_is_the_unknown_token_is_an_end():
     tokenizer = HuggingFaceTokenizer(hf.Tokenizer(models.WordLevel({"</s>": 0, "a": 1}, unk_token="</s>")), "</s>")
     assert tokenizer.unknown_id == tokenizer.eod_id == 0
-    assert encode_chunk(["a", "a"], tokenizer, append_eod=True).num_unknown == 0
+    assert encode_chunk(["a", "a"], tokenizer, Preparation(True)).num_unknown == 0
 
 
 def test_allowed_names_are_their_tokens_inside_a_text(tokenizer):
@@ -226,7 +227,7 @@ def test_allowed_names_are_their_tokens_inside_a_text(tokenizer):
         else:
             parts = [tokenizer.encode(first), *map(tokenizer.encode_inside, others)]
             expected = [id for part in parts for id in (*part, tokenizer.eod_id)][:-1]
-        written = encode_chunk([text], tokenizer, append_eod=False, allow_special_tokens=True)
+        written = encode_chunk([text], tokenizer, Preparation(False, True))
         assert written.tokens.tolist() == expected, text
         assert expected.count(tokenizer.eod_id) == len(others)
         assert written.num_unknown == expected.count(tokenizer.unknown_id)
@@ -267,7 +268,7 @@ def test_a_name_that_takes_the_blanks_before_it_does_so_everywhere(place):
 @pytest.mark.parametrize("name", ["sentencepiece", "sentencepiece that keeps blanks", "metaspace first"])
 def test_no_blank_follows_an_allowed_name(name):
     tokenizer = tokenizer_named(name)
-    ids = encode_chunk(["foo</s>bar</s> a"], tokenizer, append_eod=False, allow_special_tokens=True).tokens
+    ids = encode_chunk(["foo</s>bar</s> a"], tokenizer, Preparation(False, True)).tokens
     parts = [part[part != tokenizer.eod_id].tolist() for part in np.split(ids, np.flatnonzero(ids == tokenizer.eod_id))]
     texts = [tokenizer.decode(tokenizer.encode("(") + part) for part in parts]
     assert [text.removeprefix("(") for text in texts] == [" foo", "bar", " a"]
@@ -276,10 +277,10 @@ def test_no_blank_follows_an_allowed_name(name):
 def test_an_end_of_document_that_was_not_added_is_allowed_too():
     library = hf.Tokenizer(models.BPE({"a": 0, "b": 1, "<": 2, "/": 3, "s": 4, ">": 5, "</s>": 6}, []))
     tokenizer = HuggingFaceTokenizer(library, "</s>")
-    written = encode_chunk(["a</s>b"], tokenizer, append_eod=False, allow_special_tokens=True)
+    written = encode_chunk(["a</s>b"], tokenizer, Preparation(False, True))
     assert written.tokens.tolist() == [0, 6, 1]
     with pytest.raises(UserError, match=r"^character 'c' has no token in this tokenizer"):
-        encode_chunk(["a</s>c"], tokenizer, append_eod=False, allow_special_tokens=True)
+        encode_chunk(["a</s>c"], tokenizer, Preparation(False, True))
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -12,6 +12,7 @@ import tokenizers as hf
 
 from sedd_megatron.data import library_tokenizers as module
 from sedd_megatron.data.library_tokenizers import GPT2BPETokenizer, HuggingFaceTokenizer
+from sedd_megatron.data.null_tokenizer import NullTokenizer
 from sedd_megatron.data.tokenizers import (
     ByteTokenizer,
     CharTokenizer,
@@ -23,23 +24,12 @@ from sedd_megatron.errors import UserError
 
 SOURCES = [path.read_text(encoding="utf-8") for path in sorted(Path(module.__file__).parent.glob("*.py"))]
 LAYOUT = "def f(x):\n\tif x:\n        return  {'a':   1}\n\n\n  # trailing blanks   \r\n\tété 😀\x00\u2028end "
-MERGES = ["l o", "lo w", "Ġ low", "e r", "Ċ Ċ"]
 
 
 def random_text(seed: int, length: int = 400) -> str:
     generator = random.Random(seed)
     blocks = [(0, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000)]
     return "".join(chr(generator.randrange(*generator.choice(blocks))) for _ in range(length))
-
-
-@pytest.fixture(scope="module")
-def gpt2_files(tmp_path_factory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("gpt2")
-    tokens = [*sorted(hf.pre_tokenizers.ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in MERGES)]
-    tokens.append("<|endoftext|>")
-    (folder / "encoder.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "vocab.bpe").write_text("\n".join(["#version: 0.2", *MERGES]) + "\n")
-    return folder / "encoder.json", folder / "vocab.bpe"
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +226,36 @@ def test_bytes_stand_for_every_character(tmp_path):
         assert len(HuggingFaceTokenizer(tokenizer, None).encode("é\n")) == 3
 
 
+def test_an_iterator_that_fails_is_not_blamed_on_the_vocabulary():
+    def texts(error: Exception):
+        yield from SOURCES
+        raise error
+
+    for error in (UserError("in.jsonl line 3: not JSON"), OSError(5, "Input/output error"), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as raised:
+            SentencePieceTokenizer.train(texts(error), 700)
+        assert raised.value is error
+
+
+def test_dropout_of_a_bpe_is_off(tmp_path):
+    bpe(dropout=0.5).save(str(tmp_path / "tokenizer.json"))
+    library = hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert len({tuple(library.encode("abab").ids) for _ in range(200)}) > 1
+    tokenizer = HuggingFaceTokenizer.from_name(str(tmp_path))
+    tokenizer.save(tmp_path / "saved")
+    for one in (tokenizer, load_tokenizer(tmp_path / "saved")):
+        assert {tuple(one.encode("abab")) for _ in range(200)} == {(2, 2)}
+
+
+def test_numbers_for_a_model_without_a_tokenizer():
+    tokenizer = NullTokenizer(1000)
+    assert tokenizer.encode(f"0 007 999 {'0' * 5000}12") == [0, 7, 999, 12]
+    for word, shown in (("1000", "1000"), ("x", "x"), ("²", "²"), ("1" * 5000, f"{'1' * 40}...")):
+        with pytest.raises(UserError) as error:
+            tokenizer.encode(f"1 {word}")
+        assert str(error.value).startswith(f"{shown!r} is not a token id from 0 to 999, which is all that this model")
+
+
 def test_hugging_face_eod_is_the_configured_one_or_none(hugging_face_folder):
     config = hugging_face_folder / "tokenizer_config.json"
     config.write_text(json.dumps({"eos_token": "fox"}))
@@ -244,7 +264,9 @@ def test_hugging_face_eod_is_the_configured_one_or_none(hugging_face_folder):
     assert HuggingFaceTokenizer.from_name(str(hugging_face_folder)).eod_id is None
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"eos_token": {}}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"eos_token": {}}', '{"eos_token": 5}', '{"eos_token": {"content": [1]}}']
+)
 def test_damaged_hugging_face_config_is_named(hugging_face_folder, content):
     (hugging_face_folder / "tokenizer_config.json").write_text(content)
     with pytest.raises(UserError, match=r"tokenizer_config.json: damaged"):

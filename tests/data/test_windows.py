@@ -16,9 +16,9 @@ from sedd_megatron.data.corpus import write_corpus
 from sedd_megatron.data.loader import training_batches, validation_batches
 from sedd_megatron.data.micro_batch import MicroBatchCollator
 from sedd_megatron.data.tokenizers import ByteTokenizer
-from sedd_megatron.data.windows import open_windows, split_ranges
+from sedd_megatron.data.windows import CorpusWindows, open_windows, split_ranges
 from sedd_megatron.diffusion import AbsorbingGraph, LogLinearSchedule, UniformGraph
-from sedd_megatron.diffusion.draws import Stream
+from sedd_megatron.diffusion.draws import Stream, philox_generator
 from sedd_megatron.errors import UserError
 
 LENGTH = 8
@@ -52,6 +52,16 @@ def test_each_epoch_has_every_window_once_in_an_order_of_its_own(data_path):
     assert epochs[0] != epochs[1]
     assert epochs[1] != epochs[2]
     assert rows(windows(data_path, seed=4).train, range(80)) != epochs[0]
+
+
+@pytest.mark.parametrize("num_windows", [1, 2, 3, 255, 1000, (1 << 16) - 1, 1 << 16, (1 << 16) + 1, 1_000_003])
+def test_an_epoch_is_numpys_permutation_in_half_the_memory(num_windows):
+    dataset = CorpusWindows(np.zeros(1), 1, 0, num_windows, seed=3, shuffle=True, number=5)
+    for epoch in (0, 7):
+        order = dataset._permutation(epoch)
+        assert order.dtype == np.uint32
+        expected = philox_generator(3, Stream.SAMPLE_ORDER, epoch, 5).permutation(num_windows)
+        assert np.array_equal(order, expected)
 
 
 def test_splits_share_no_window(data_path):

@@ -95,6 +95,8 @@ def test_wikitext_rows_keep_line_feeds_and_blank_lines(tmp_path):
 def test_other_text_files_give_a_document_a_line_and_text8_one(tmp_path):
     (tmp_path / "ptb-test.txt").write_text(" no it was n't black monday \n but while N \u2028 rose \n")
     assert documents_of("ptb", tmp_path) == ["no it wasn't black monday", "but while 1 \u2028 rose"]
+    (tmp_path / "ag_news-test.txt").write_text("\ufeffone\r\ntwo", encoding="utf-8")
+    assert documents_of("ag_news", tmp_path) == ["one", "two"], "a byte order mark is no part of a text"
     (tmp_path / "text8-test.txt").write_text(" anarchism originated\n")
     assert documents_of("text8", tmp_path) == [" anarchism originated"]
 
@@ -118,8 +120,18 @@ def test_parquet(tmp_path):
     parquet.write_table(pyarrow.table({"label": [0, 1]}), path)
     with pytest.raises(UserError, match=r"ag_news-test.parquet: no column 'text'; it has label$"):
         documents_of("ag_news", tmp_path)
+    for values, row in ((["a", None], 2), ([1, 2], 1), ([b"a", b"b"], 1), ([["a"], ["b"]], 1)):
+        parquet.write_table(pyarrow.table({"text": values}), path)
+        with pytest.raises(UserError) as raised:
+            documents_of("ag_news", tmp_path)
+        assert str(raised.value) == f"{path}, row {row}: no text at key 'text'; use another copy"
+    ends = pyarrow.array([0, 1], pyarrow.int32()).buffers()[1]
+    not_utf8 = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, ends, pyarrow.py_buffer(b"\xff")])
+    parquet.write_table(pyarrow.table({"text": not_utf8}), path)
+    with pytest.raises(UserError, match=r"ag_news-test.parquet: not a Parquet file of text \("):
+        documents_of("ag_news", tmp_path)
     path.write_bytes(b"not Parquet")
-    with pytest.raises(UserError, match=r"ag_news-test.parquet: not a Parquet file \(.*\); use another copy$"):
+    with pytest.raises(UserError, match=r"ag_news-test.parquet: not a Parquet file of text \(.*\); use another copy$"):
         documents_of("ag_news", tmp_path)
 
 
@@ -141,8 +153,14 @@ def test_a_missing_file_is_named(tmp_path, name):
         ("lm1b-test.txt", b"\xff\xfe", "lm1b-test.txt: cannot be read as UTF-8 text .*; use another copy$"),
         ("lm1b-test.jsonl", b"{", "lm1b-test.jsonl, line 1: not JSON .*; use another copy$"),
         ("lm1b-test.jsonl", b"[" * 100_000, r"lm1b-test.jsonl, line 1: not JSON \(maximum recursion"),
-        ("lm1b-test.jsonl", b'\n{"a": 1}', "line 2: no text at 'text'; write one JSON object a line with it$"),
-        ("lm1b-test.jsonl", b'["text"]', "line 1: no text at 'text'; write one JSON object a line with it$"),
+        ("lm1b-test.jsonl", b'\n{"a": 1}', "line 2: no text at key 'text'; write one JSON object a line with it$"),
+        ("lm1b-test.jsonl", b'{"text": null}', "line 1: no text at key 'text'; write one JSON object a line with it$"),
+        (
+            "lm1b-test.jsonl",
+            b'{"text": "a\\ud800"}',
+            "line 1: character 1 of 'text' is half a surrogate pair",
+        ),
+        ("lm1b-test.jsonl", b'["text"]', "line 1: no text at key 'text'; write one JSON object a line with it$"),
         (
             "lm1b-test.txt",
             b"\n",
@@ -168,7 +186,7 @@ def test_without_the_package_the_local_file_is_named(monkeypatch):
     with pytest.raises(UserError) as raised:
         documents_of("ptb", None)
     assert str(raised.value) == (
-        "corpus ptb: fetching it needs the package datasets; pip install 'datasets>=4', or put its test split into a "
+        "corpus ptb: needs the package datasets; pip install 'datasets>=4', or put its test split into a "
         "folder as ptb-test.parquet or ptb-test.jsonl or ptb-test.txt and name that folder"
     )
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(__version__="3.6.0"))
