@@ -20,7 +20,7 @@ import torch
 from sedd_megatron.config import PretrainOptions
 from sedd_megatron.data.preparation import Preparation
 from sedd_megatron.data.tokenizers import Tokenizer
-from sedd_megatron.errors import UserError, say
+from sedd_megatron.errors import UserError, one_line, say
 from sedd_megatron.parallel.groups import on_first_rank, raise_on_every_rank, tell
 from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.checkpoint_format import (
@@ -34,16 +34,15 @@ from sedd_megatron.training.checkpoint_format import (
     write_own_shards,
 )
 from sedd_megatron.training.checkpoint_reading import read_shards
+from sedd_megatron.training.going_back import go_on_from, named_checkpoint
 from sedd_megatron.training.main_parameters import adam_moments, set_adam_step
+from sedd_megatron.training.processes import launcher
 from sedd_megatron.training.run_folder import (
     FoundCheckpoint,
     checkpoint_name,
     load_first_whole,
-    mark_gone_back,
-    named_iteration,
     remove_folder,
     remove_old,
-    set_aside_later,
     write_tracker,
 )
 from sedd_megatron.training.run_lock import RunLock
@@ -273,7 +272,7 @@ def resume(run: TrainingRun, found: FoundCheckpoint) -> FoundCheckpoint:
     """Resume `run` from the checkpoint that was found, of any layout, or where that is damaged from the newest whole
     one before it; returns which it was. Collective over all ranks.
 
-    In the run's own --save folder later checkpoints are set aside then: they are not of the run from here on.
+    In the run's own --save folder other checkpoints from there on are set aside then: they are not of the run.
 
     Raises:
         UserError: a damaged or missing file, named; a model of another shape.
@@ -284,18 +283,22 @@ def resume(run: TrainingRun, found: FoundCheckpoint) -> FoundCheckpoint:
         own = describe_run(run.options, run.graph.num_tokens) | {"tokenizer_files": tokenizer_records(run.tokenizer)}
         check_same_run(older, own, f"{older.folder}: it", "name another folder")
 
-    def set_aside() -> list[str]:
+    def go_on() -> tuple[FoundCheckpoint, list[str]]:
+        is_named = load is not None and named_checkpoint(Path(save), Path(load)) == found.folder
         try:
-            lines = set_aside_later(found.folder.parent, found.iteration)
-            if load is not None and named_iteration(Path(save), Path(load)) == found.folder:
-                mark_gone_back(found.folder)
-            return lines
+            return go_on_from(found, is_named, {name for name in launchers if name is not None})
         except OSError as error:
-            raise UserError(f"cannot set aside what is later than {found.folder}: {error}; rename it") from error
+            raise UserError(
+                f"cannot set aside what is later than {found.folder}: {one_line(error)}; rename it, or save to another "
+                "folder"
+            ) from error
 
     found = load_first_whole(found, lambda found: load_checkpoint(run, found.folder, found.body), check, tell)
     if save and found.folder.parent.resolve() == Path(save).resolve():
-        tell(on_first_rank(set_aside))
+        launchers: list[str | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(launchers, launcher())
+        found, lines = on_first_rank(go_on)
+        tell(lines)
     return found
 
 

@@ -23,12 +23,9 @@ from sedd_megatron.training.run_folder import (  # noqa: E402
     LATEST,
     FoundCheckpoint,
     find_checkpoint,
-    goes_back,
     load_first_whole,
-    mark_gone_back,
     remove_leftovers,
     remove_old,
-    set_aside_later,
 )
 from tests.training.resigned import resign, resign_files  # noqa: E402
 
@@ -212,66 +209,6 @@ def test_large_finite_numbers_are_saved(tmp_path):
     state = {"options": {}, "num_tokens": 1, "iteration": 1, "consumed_samples": 0, "scheduler_samples": 0}
     save_checkpoint(tmp_path, [shard("w", largest), shard("empty", torch.ones(0))], state, ByteTokenizer(), 1)
     verify_files(tmp_path / "iter_0000001", read_manifest(tmp_path / "iter_0000001"))
-
-
-def test_later_checkpoints_are_set_aside_and_kept(tmp_path):
-    save(tmp_path, 2, 4, 6, 8)
-    lines = set_aside_later(tmp_path, 4)
-    assert names(tmp_path) == ["iter_0000002", "iter_0000004", "iter_0000006.set-aside", "iter_0000008.set-aside",
-                               LATEST]  # fmt: skip
-    assert sorted(lines) == [f"set aside {tmp_path}/iter_000000{n} as iter_000000{n}.set-aside: the run goes on from "
-                             "iteration 4" for n in (6, 8)]  # fmt: skip
-    assert loaded(tmp_path) == (4, [])
-    save(tmp_path, 6)
-    set_aside_later(tmp_path, 4)
-    assert "iter_0000006.set-aside-2" in names(tmp_path)
-    assert read_manifest(tmp_path / "iter_0000006.set-aside-2")["state"]["iteration"] == 6
-    assert set_aside_later(tmp_path, 4) == []
-
-
-def test_a_run_goes_back_once_each_time_a_person_says_so(tmp_path, monkeypatch):
-    save(tmp_path / "x", 2, 4)
-    folder = tmp_path / "x" / "iter_0000002"
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
-
-    def start(restarts: int) -> Path | None:
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
-        return goes_back(tmp_path / "x", folder)
-
-    # Killed before anything was set aside, and given again.
-    assert [start(0), start(1), start(2)] == [folder] * 3
-    mark_gone_back(folder)
-    assert [start(3), start(4)] == [None, None]
-    assert goes_back(tmp_path / "x", tmp_path / "x" / "iter_0000004") == tmp_path / "x" / "iter_0000004"
-    assert start(5) == folder
-    mark_gone_back(folder)
-    # Another launch, whose first start died before it came to this.
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
-    assert start(1) == folder
-    mark_gone_back(folder)
-    assert [start(0), start(1)] == [folder] * 2
-    # Slurm starts a job again, with another torchrun in it.
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    mark_gone_back(folder)
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "third")
-    assert start(0) is None
-
-
-def test_a_checkpoint_on_another_disk_is_gone_back_to(tmp_path):
-    save(tmp_path / "x", 2, 4)
-    folder = tmp_path / "x" / "iter_0000002"
-    (tmp_path / "disk").mkdir()
-    folder.symlink_to(folder.rename(tmp_path / "disk" / "iter_0000002"))
-    (tmp_path / "link").symlink_to(tmp_path / "x")
-    (tmp_path / "best").symlink_to(tmp_path / "x" / "iter_0000004")
-    assert goes_back(tmp_path / "x", folder) == folder
-    assert goes_back(tmp_path / "link", folder) == tmp_path / "link" / "iter_0000002"
-    assert goes_back(tmp_path / "x", tmp_path / "best") == tmp_path / "x" / "iter_0000004"
-    assert goes_back(tmp_path / "x", tmp_path / "disk" / "iter_0000002") is None
-    assert goes_back(tmp_path / "x", tmp_path / "x") is None
-    assert goes_back(tmp_path / "x", None) is None
 
 
 def test_what_dead_runs_left_is_removed_and_the_only_copy_put_back(tmp_path):
