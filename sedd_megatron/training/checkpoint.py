@@ -6,7 +6,6 @@ A checkpoint is written under a hidden name, brought to the disk, and renamed; o
 Nothing that is not finite is saved, from whatever tensor.
 """
 
-import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -128,8 +127,9 @@ class CheckpointWriter:
             fault = CheckpointNotWrittenError(f"rank {rank} cannot write {pending.partial}: {error}")
         except UserError as error:
             fault = error
-        gathered: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(gathered, (pending.entries, files))
+        # On the first rank alone: of many ranks and tensors it is much, and on a GPU it is gathered in its memory.
+        gathered = [None] * torch.distributed.get_world_size() if torch.distributed.get_rank() == 0 else None
+        torch.distributed.gather_object((pending.entries, files), gathered, dst=0)
         try:
             raise_on_every_rank(fault)
             _written_on_first_rank(lambda: self._publish(pending, gathered), f"cannot finish {pending.final}")
@@ -246,20 +246,29 @@ def _progress(run: TrainingRun) -> dict[str, Any]:
 
 
 def _publish(partial: Path, final: Path, iteration: int) -> None:
+    """Give a checkpoint its name. Whatever fails after that is told and no more: the checkpoint is there."""
     root = final.parent
     replaced = root / f".{final.name}.replaced"
-    if os.path.lexists(final):
+    sync_file(partial)
+    is_replacing = os.path.lexists(final)
+    if is_replacing:
         if os.path.lexists(replaced):
             remove_folder(replaced)
         final.rename(replaced)
-    sync_file(partial)
-    partial.rename(final)
-    sync_file(root)
-    write_tracker(root, iteration)
-    if os.path.lexists(replaced):
-        with contextlib.suppress(OSError):
-            # The new one is there; the next start removes what is left of the old.
+    try:
+        partial.rename(final)
+    except OSError:
+        if is_replacing:
+            replaced.rename(final)
+        raise
+    try:
+        sync_file(root)
+        write_tracker(root, iteration)
+        if os.path.lexists(replaced):
             remove_folder(replaced)
+    except OSError as error:
+        # The next start removes what is left of the old one, and no reader obeys the tracker file.
+        say(f"warning: {final} is whole, and {one_line(error)}; nothing is lost by that", to_stderr=True)
 
 
 def _is_own(saved: dict[str, Any], own: dict[str, Any]) -> bool:

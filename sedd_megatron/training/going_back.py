@@ -15,6 +15,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
+from sedd_megatron.errors import one_line
 from sedd_megatron.training.checkpoint_format import sync_file, write_synced
 from sedd_megatron.training.processes import launcher
 from sedd_megatron.training.run_folder import (
@@ -101,7 +102,10 @@ def set_aside_later(root: Path, iteration: int, chosen: Path) -> list[str]:
             continue
         lines.append(f"set aside {folder} as {set_aside(folder).name}: the run goes on from iteration {iteration}")
     if tracker_line(root, root / checkpoint_name(iteration), iteration):
-        write_tracker(root, iteration)
+        try:
+            write_tracker(root, iteration)
+        except OSError as error:
+            lines.append(f"{root}: its tracker file, which is for others, still names another one: {one_line(error)}")
     return lines
 
 

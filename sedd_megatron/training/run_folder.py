@@ -224,7 +224,11 @@ def remove_old(
     if keep_last is None:
         return []
     lines, kept = [], 0
-    for folder in checkpoint_folders(root):
+    try:
+        folders = checkpoint_folders(root)
+    except OSError as error:
+        return [f"cannot look for what to delete in {root} (--keep-last {keep_last}): {one_line(error)}"]
+    for folder in folders:
         is_milestone = keep_every is not None and iteration_of(folder) % keep_every == 0
         if iteration_of(folder) > iteration or (kept >= keep_last and is_milestone):
             continue
@@ -288,6 +292,6 @@ def _vanishing(root: Path) -> UserError:
 def _is_intact(folder: Path) -> bool:
     try:
         read_manifest(folder)
-    except UserError:
+    except DamagedCheckpointError:
         return False
     return True

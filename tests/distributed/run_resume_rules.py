@@ -264,6 +264,10 @@ def leftovers_retention_and_numbers_that_are_not_finite(run: Commands) -> None:
     assert lines[0] == f"removed {left}: a run that died left it unfinished"
     kept = sorted(path.name for path in (run.root / "left").glob("*iter*"))
     assert kept == ["iter_0000003", "iter_0000005", "iter_0000006", "latest_checkpointed_iteration.txt"]
+    # A tracker file that cannot be written is no reason to keep what was to be deleted.
+    (run.root / "no tracker" / "latest_checkpointed_iteration.txt").mkdir(parents=True)
+    run.train(5, "--save", "@/no tracker", "--save-interval", "1", "--keep-last", "1")
+    assert [path.name for path in (run.root / "no tracker").glob("iter_*")] == ["iter_0000005"]
     assert "--keep-every 3 keeps more than --keep-last does" in run.refusal("--save", "@/left", "--keep-every", "3")
 
     assert run.refusal("--save", "@/left", "--lr", "3e38", "--lr-warmup-iters", "0", train_iters=7) == (
