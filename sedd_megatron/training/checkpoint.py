@@ -61,9 +61,9 @@ class CheckpointNotWrittenError(UserError):
 
 
 class CheckpointWriter:
-    """Saves a run's checkpoints under `root`; with async_save their files are written by a thread of each rank.
+    """Writes a run's checkpoints under `root`, their files in a thread of each rank.
 
-    One checkpoint is under way at a time: a save waits for the one before. Every method is collective over all ranks.
+    One checkpoint is under way at a time, from `start` to `finish`. Both are collective over all ranks.
     """
 
     def __init__(
@@ -85,14 +85,14 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _PendingCheckpoint | None = None
 
-    def save(self, run: TrainingRun) -> None:
-        """Save model, optimizer, EMA, progress, options and tokenizer, or start to.
+    def start(self, run: TrainingRun) -> None:
+        """Begin to save model, optimizer, EMA, progress, options and tokenizer as they are now.
 
         Raises:
-            CheckpointNotWrittenError: on every rank, if a rank could not write this checkpoint or the one before.
-            UserError: on every rank, if a tensor of either is not finite, or the folder's lock is lost.
+            CheckpointNotWrittenError: on every rank, if the first could not begin this checkpoint.
+            UserError: on every rank, if the folder's lock is lost.
         """
-        self.finish()
+        assert self._pending is None, "the checkpoint before is not finished"
         final = self.root / checkpoint_name(run.iteration)
         partial, description = _written_on_first_rank(lambda: self._begin(final, run), f"cannot write {final}")
         run.gather_parameters()
@@ -101,16 +101,14 @@ class CheckpointWriter:
         self._pending = _PendingCheckpoint(
             partial, final, run.iteration, own.entries, written, description | _progress(run)
         )
-        if not self.options.async_save:
-            self.finish()
 
     @property
     def is_writing(self) -> bool:
         """Whether this rank's thread still writes. Not collective."""
         return self._pending is not None and not self._pending.written.done()
 
-    def finish(self) -> None:
-        """Wait for the checkpoint under way on every rank and publish it.
+    def finish(self) -> int | None:
+        """Wait for the checkpoint under way on every rank and publish it; its iteration, None if there is none.
 
         Raises:
             CheckpointNotWrittenError: on every rank, if a rank could not write.
@@ -118,7 +116,7 @@ class CheckpointWriter:
         """
         pending, self._pending = self._pending, None
         if pending is None:
-            return
+            return None
         files, fault = {}, None
         try:
             files = pending.written.result()
@@ -138,6 +136,7 @@ class CheckpointWriter:
             if torch.distributed.get_rank() == 0:
                 shutil.rmtree(pending.partial, ignore_errors=True)
             raise
+        return pending.iteration
 
     def _begin(self, final: Path, run: TrainingRun) -> tuple[Path, dict[str, Any]]:
         name = f".{final.name}.partial"

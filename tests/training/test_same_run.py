@@ -20,7 +20,9 @@ def test_a_full_temporary_folder_is_one_line(tmp_path, monkeypatch):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"cannot write the tokenizer to a temporary folder: .*File too large; make"):
+        with pytest.raises(
+            UserError, match=r"cannot write the tokenizer to a temporary folder: .*File too large; make"
+        ):
             tokenizer_records(ByteTokenizer())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
