@@ -30,6 +30,8 @@ FP8_MULTIPLES = {"delayed": (16, 8), "tensorwise": (16, 8), "blockwise": (128, 1
 # Of any count, so that the product of two, as of steps and sequences, is a number of 63 bits; of minutes, a year.
 MOST, MOST_MINUTES = 2**31 - 1, 525_600
 MOST_NOISE = 80.0
+# Above what training/run_lock.py needs to find a lock's owner dead.
+LEAST_MINUTES_TO_SAVE = 1.5
 # Exact as a fraction; of few digits, for 1e99999999 would be a fraction of as many.
 WEIGHT = re.compile(r"[\d.]{1,40}(e[+-]?\d{1,3})?|\d{1,40}/\d{1,40}", re.IGNORECASE | re.ASCII)
 
@@ -62,6 +64,12 @@ def check_options(options: PretrainOptions, world_size: int) -> None:
     check_fp8_sizes(options)
     weighted_corpora(options.data)
     data_parallel_size = data_parallel_size_of(options.parallel, world_size)
+    minutes = options.parallel.distributed_timeout_minutes
+    _require(
+        world_size == 1 or options.checkpoint.save is None or minutes >= LEAST_MINUTES_TO_SAVE,
+        f"--distributed-timeout-minutes {minutes} must be at least {LEAST_MINUTES_TO_SAVE} with --save, whose lock the "
+        "first rank may watch for a minute while the others wait; raise it",
+    )
     training = options.training
     per_step = training.micro_batch_size * data_parallel_size
     _require(

@@ -76,6 +76,11 @@ FP8 = ["--bf16", "--fp8-format", "hybrid"]
         (["--max-save-failures", "0"], 1, "--max-save-failures 0 must be at least 1"),
         (["--distributed-timeout-minutes", "0"], 1, "timeout-minutes 0.0 must be above 0 and at most 525,600"),
         (["--distributed-timeout-minutes", "inf"], 1, "timeout-minutes: inf must be finite"),
+        (
+            ["--distributed-timeout-minutes", "1", "--save", "runs"],
+            2,
+            "--distributed-timeout-minutes 1.0 must be at least 1.5 with --save",
+        ),
         (["--lr", "-1"], 1, "--lr -1.0 must be at least 0"),
         (
             ["--ema-interval", "100", "--train-iters", "3", "--lr-warmup-iters", "1"],

@@ -155,3 +155,25 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path):
         assert reader.read() == "older"
     assert page.read_text() == PAGE
     assert list(tmp_path.iterdir()) == [page]
+
+
+def test_two_processes_of_one_number_do_not_meet(tmp_path, monkeypatch):
+    """As those of two containers; the second writes while the first has not put its file in place."""
+    replace, page, other = os.replace, tmp_path / "page.html", tmp_path / "other.html"
+    synced, sync = [], os.fsync
+
+    def later(source, target):
+        monkeypatch.setattr(os, "replace", replace)
+        write_whole("--trace", other, "other")
+        replace(source, target)
+
+    def fsync(descriptor):
+        synced.append(os.fstat(descriptor).st_size)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "replace", later)
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_whole("--trace", page, PAGE)
+    assert (page.read_text(), other.read_text()) == (PAGE, "other")
+    assert sorted(tmp_path.iterdir()) == [other, page]
+    assert synced == [len(PAGE), len("other")]

@@ -6,7 +6,6 @@ A checkpoint is written under a hidden name, brought to the disk, and renamed; o
 Nothing that is not finite is saved, from whatever tensor.
 """
 
-import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +19,7 @@ import torch
 from sedd_megatron.config import PretrainOptions
 from sedd_megatron.data.preparation import Preparation
 from sedd_megatron.data.tokenizers import Tokenizer
-from sedd_megatron.errors import UserError, say
+from sedd_megatron.errors import UserError, one_line, say
 from sedd_megatron.parallel.groups import on_first_rank, raise_on_every_rank, tell
 from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.checkpoint_format import (
@@ -34,16 +33,15 @@ from sedd_megatron.training.checkpoint_format import (
     write_own_shards,
 )
 from sedd_megatron.training.checkpoint_reading import read_shards
+from sedd_megatron.training.going_back import go_on_from, named_checkpoint
 from sedd_megatron.training.main_parameters import adam_moments, set_adam_step
+from sedd_megatron.training.processes import launcher
 from sedd_megatron.training.run_folder import (
     FoundCheckpoint,
     checkpoint_name,
     load_first_whole,
-    mark_gone_back,
-    named_iteration,
     remove_folder,
     remove_old,
-    set_aside_later,
     write_tracker,
 )
 from sedd_megatron.training.run_lock import RunLock
@@ -63,9 +61,9 @@ class CheckpointNotWrittenError(UserError):
 
 
 class CheckpointWriter:
-    """Saves a run's checkpoints under `root`; with async_save their files are written by a thread of each rank.
+    """Writes a run's checkpoints under `root`, their files in a thread of each rank.
 
-    One checkpoint is under way at a time: a save waits for the one before. Every method is collective over all ranks.
+    One checkpoint is under way at a time, from `start` to `finish`. Both are collective over all ranks.
     """
 
     def __init__(
@@ -87,14 +85,14 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _PendingCheckpoint | None = None
 
-    def save(self, run: TrainingRun) -> None:
-        """Save model, optimizer, EMA, progress, options and tokenizer, or start to.
+    def start(self, run: TrainingRun) -> None:
+        """Begin to save model, optimizer, EMA, progress, options and tokenizer as they are now.
 
         Raises:
-            CheckpointNotWrittenError: on every rank, if a rank could not write this checkpoint or the one before.
-            UserError: on every rank, if a tensor of either is not finite, or the folder's lock is lost.
+            CheckpointNotWrittenError: on every rank, if the first could not begin this checkpoint.
+            UserError: on every rank, if the folder's lock is lost.
         """
-        self.finish()
+        assert self._pending is None, "the checkpoint before is not finished"
         final = self.root / checkpoint_name(run.iteration)
         partial, description = _written_on_first_rank(lambda: self._begin(final, run), f"cannot write {final}")
         run.gather_parameters()
@@ -103,16 +101,14 @@ class CheckpointWriter:
         self._pending = _PendingCheckpoint(
             partial, final, run.iteration, own.entries, written, description | _progress(run)
         )
-        if not self.options.async_save:
-            self.finish()
 
     @property
     def is_writing(self) -> bool:
         """Whether this rank's thread still writes. Not collective."""
         return self._pending is not None and not self._pending.written.done()
 
-    def finish(self) -> None:
-        """Wait for the checkpoint under way on every rank and publish it.
+    def finish(self) -> int | None:
+        """Wait for the checkpoint under way on every rank and publish it; its iteration, None if there is none.
 
         Raises:
             CheckpointNotWrittenError: on every rank, if a rank could not write.
@@ -120,7 +116,7 @@ class CheckpointWriter:
         """
         pending, self._pending = self._pending, None
         if pending is None:
-            return
+            return None
         files, fault = {}, None
         try:
             files = pending.written.result()
@@ -129,8 +125,9 @@ class CheckpointWriter:
             fault = CheckpointNotWrittenError(f"rank {rank} cannot write {pending.partial}: {error}")
         except UserError as error:
             fault = error
-        gathered: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(gathered, (pending.entries, files))
+        # On the first rank alone: of many ranks and tensors it is much, and on a GPU it is gathered in its memory.
+        gathered = [None] * torch.distributed.get_world_size() if torch.distributed.get_rank() == 0 else None
+        torch.distributed.gather_object((pending.entries, files), gathered, dst=0)
         try:
             raise_on_every_rank(fault)
             _written_on_first_rank(lambda: self._publish(pending, gathered), f"cannot finish {pending.final}")
@@ -139,6 +136,7 @@ class CheckpointWriter:
             if torch.distributed.get_rank() == 0:
                 shutil.rmtree(pending.partial, ignore_errors=True)
             raise
+        return pending.iteration
 
     def _begin(self, final: Path, run: TrainingRun) -> tuple[Path, dict[str, Any]]:
         name = f".{final.name}.partial"
@@ -247,20 +245,29 @@ def _progress(run: TrainingRun) -> dict[str, Any]:
 
 
 def _publish(partial: Path, final: Path, iteration: int) -> None:
+    """Give a checkpoint its name. Whatever fails after that is told and no more: the checkpoint is there."""
     root = final.parent
     replaced = root / f".{final.name}.replaced"
-    if os.path.lexists(final):
+    sync_file(partial)
+    is_replacing = os.path.lexists(final)
+    if is_replacing:
         if os.path.lexists(replaced):
             remove_folder(replaced)
         final.rename(replaced)
-    sync_file(partial)
-    partial.rename(final)
-    sync_file(root)
-    write_tracker(root, iteration)
-    if os.path.lexists(replaced):
-        with contextlib.suppress(OSError):
-            # The new one is there; the next start removes what is left of the old.
+    try:
+        partial.rename(final)
+    except OSError:
+        if is_replacing:
+            replaced.rename(final)
+        raise
+    try:
+        sync_file(root)
+        write_tracker(root, iteration)
+        if os.path.lexists(replaced):
             remove_folder(replaced)
+    except OSError as error:
+        # The next start removes what is left of the old one, and no reader obeys the tracker file.
+        say(f"warning: {final} is whole, and {one_line(error)}; nothing is lost by that", to_stderr=True)
 
 
 def _is_own(saved: dict[str, Any], own: dict[str, Any]) -> bool:
@@ -273,7 +280,7 @@ def resume(run: TrainingRun, found: FoundCheckpoint) -> FoundCheckpoint:
     """Resume `run` from the checkpoint that was found, of any layout, or where that is damaged from the newest whole
     one before it; returns which it was. Collective over all ranks.
 
-    In the run's own --save folder later checkpoints are set aside then: they are not of the run from here on.
+    In the run's own --save folder other checkpoints from there on are set aside then: they are not of the run.
 
     Raises:
         UserError: a damaged or missing file, named; a model of another shape.
@@ -284,18 +291,22 @@ def resume(run: TrainingRun, found: FoundCheckpoint) -> FoundCheckpoint:
         own = describe_run(run.options, run.graph.num_tokens) | {"tokenizer_files": tokenizer_records(run.tokenizer)}
         check_same_run(older, own, f"{older.folder}: it", "name another folder")
 
-    def set_aside() -> list[str]:
+    def go_on() -> tuple[FoundCheckpoint, list[str]]:
+        is_named = load is not None and named_checkpoint(Path(save), Path(load)) == found.folder
         try:
-            lines = set_aside_later(found.folder.parent, found.iteration)
-            if load is not None and named_iteration(Path(save), Path(load)) == found.folder:
-                mark_gone_back(found.folder)
-            return lines
+            return go_on_from(found, is_named, {name for name in launchers if name is not None})
         except OSError as error:
-            raise UserError(f"cannot set aside what is later than {found.folder}: {error}; rename it") from error
+            raise UserError(
+                f"cannot set aside what is later than {found.folder}: {one_line(error)}; rename it, or save to another "
+                "folder"
+            ) from error
 
     found = load_first_whole(found, lambda found: load_checkpoint(run, found.folder, found.body), check, tell)
     if save and found.folder.parent.resolve() == Path(save).resolve():
-        tell(on_first_rank(set_aside))
+        launchers: list[str | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(launchers, launcher())
+        found, lines = on_first_rank(go_on)
+        tell(lines)
     return found
 
 

@@ -10,15 +10,18 @@ formats that hold nothing but numbers and text:
 Any layout reads any other: a rank copies what overlaps its own shards (checkpoint_reading.py).
 """
 
+import errno
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+import stat
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
@@ -42,6 +45,11 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 # Axis by axis: where a box of a whole tensor starts, and its sizes.
 Box = tuple[tuple[int, ...], tuple[int, ...]]
+Value = TypeVar("Value")
+# Of a disk that refuses to be read, as one over a network may for a while.
+READINGS, SECONDS_BETWEEN_READINGS = 4, 1.0
+# What tells that there is no such file, and not that it cannot be read.
+NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 @dataclass(frozen=True)
@@ -170,13 +178,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
     Raises:
         DamagedCheckpointError: there is none, it does not match its digest, or it is not what a manifest must be.
-        UserError: it is of a later format.
+        UserError: it is of a later format, or the disk does not give it.
     """
     path = directory / MANIFEST
     try:
-        if not path.is_file():
-            raise FileNotFoundError(path)
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(read_patiently(path, lambda: _text_of_file(path)))
         body = manifest["body"]
         version = body["format_version"]
         if manifest["digest"] != _digest_of_json(body):
@@ -188,12 +194,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             )
         check_body(body)
         return body
-    except FileNotFoundError as error:
+    except NO_FILE as error:
         raise DamagedCheckpointError(
             f"{directory}: no {MANIFEST}, so not a checkpoint of sedd_megatron; give the folder after --save"
         ) from error
-    except OSError as error:
-        fault = error.strerror
     except (KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         fault = "it has another form"
     except ValueError as error:
@@ -209,6 +213,7 @@ def verify_files(directory: Path, body: dict[str, Any]) -> None:
     Raises:
         DamagedCheckpointError: on every rank, naming the first missing or damaged file, or the first tensor that is not
             finite.
+        UserError: on every rank, naming a file that the disk does not give.
     """
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     own_files = {name: body["files"][name] for name in sorted(body["files"])[rank::world_size]}
@@ -218,11 +223,8 @@ def verify_files(directory: Path, body: dict[str, Any]) -> None:
             if piece["file"] in pieces:
                 pieces[piece["file"]].append((key, entry["dtype"], piece))
     with ThreadPoolExecutor(4) as pool:
-        faults = pool.map(
-            lambda name: _fault(directory / name, own_files[name]) or _tensor_fault(directory / name, pieces[name]),
-            own_files,
-        )
-        raise_on_every_rank(next((_damaged(fault) for fault in faults if fault), None))
+        errors = pool.map(lambda name: _error(directory / name, own_files[name], pieces[name]), own_files)
+        raise_on_every_rank(next((error for error in errors if error is not None), None))
 
 
 def verify_records(directory: Path, records: dict[str, Any]) -> None:
@@ -230,11 +232,35 @@ def verify_records(directory: Path, records: dict[str, Any]) -> None:
 
     Raises:
         DamagedCheckpointError: naming the first missing or damaged file.
+        UserError: naming a file that the disk does not give.
     """
     for name, record in records.items():
-        fault = _fault(directory / name, record)
-        if fault is not None:
-            raise _damaged(fault)
+        error = _error(directory / name, record)
+        if error is not None:
+            raise error
+
+
+def read_patiently(path: Path, read: Callable[[], Value]) -> Value:
+    """What `read` gives of a file, which is asked again while the disk refuses.
+
+    Raises:
+        OSError: there is no such file.
+        UserError: the disk does not give it. That is no damage: what comes after must not be put away for it.
+    """
+    reading = 1
+    while True:
+        try:
+            return read()
+        except NO_FILE:
+            raise
+        except OSError as error:
+            if reading == READINGS:
+                raise UserError(
+                    f"{path}: cannot be read ({one_line(error)}); start again when the disk gives it, or rename its "
+                    "checkpoint's folder to do without it"
+                ) from error
+        time.sleep(SECONDS_BETWEEN_READINGS)
+        reading += 1
 
 
 def write_synced(path: Path, text: str) -> None:
@@ -250,6 +276,10 @@ def sync_file(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Of folders some file systems say so that there is nothing to wait for.
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 
@@ -262,23 +292,36 @@ def _by_key(entries: list[dict[str, Any]]) -> dict[str, Any]:
     return tensors
 
 
-def _damaged(fault: str) -> DamagedCheckpointError:
-    return DamagedCheckpointError(f"{fault}; use an earlier checkpoint or another copy")
+def _text_of_file(path: Path) -> str:
+    # Not of a pipe, which would be waited for.
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise FileNotFoundError(path)
+    return path.read_text(encoding="utf-8")
+
+
+def _error(
+    path: Path, record: dict[str, Any], pieces: Iterable[tuple[str, str, dict[str, Any]]] = ()
+) -> UserError | None:
+    """What is wrong with a file, or with the first of its pieces, (key, dtype, piece)."""
+    try:
+        fault = read_patiently(path, lambda: _fault(path, record) or _tensor_fault(path, pieces))
+    except NO_FILE:
+        fault = f"{path}: missing from the checkpoint"
+    except UserError as error:
+        return error
+    return None if fault is None else DamagedCheckpointError(f"{fault}; use an earlier checkpoint or another copy")
 
 
 def _fault(path: Path, record: dict[str, Any]) -> str | None:
-    try:
-        if path.stat().st_size != record["bytes"] or file_record(path)["sha256"] != record["sha256"]:
-            return f"{path}: damaged (its digest does not match)"
-    except FileNotFoundError:
-        return f"{path}: missing from the checkpoint"
-    except OSError as error:
-        return f"{path}: damaged ({error.strerror})"
+    if path.stat().st_size != record["bytes"] or file_record(path)["sha256"] != record["sha256"]:
+        return f"{path}: damaged (its digest does not match)"
     return None
 
 
-def _tensor_fault(path: Path, pieces: list[tuple[str, str, dict[str, Any]]]) -> str | None:
-    """Of a file's pieces, (key, dtype, piece): the first that is not what the manifest says, or not finite."""
+def _tensor_fault(path: Path, pieces: Iterable[tuple[str, str, dict[str, Any]]]) -> str | None:
+    """The first piece that is not what the manifest says, or not finite."""
+    if not pieces:
+        return None
     try:
         with safe_open(path, framework="pt") as file:
             for key, dtype, piece in pieces:
@@ -289,7 +332,7 @@ def _tensor_fault(path: Path, pieces: list[tuple[str, str, dict[str, Any]]]) -> 
                     return f"{path}: damaged ({piece['name']} is {found[0]} {found[1]}, the manifest has another)"
                 if not _is_finite(file.get_tensor(piece["name"])):
                     return f"{path}: the tensor {key} is not finite"
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         return f"{path}: damaged ({one_line(error)})"
     return None
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from sedd_megatron.errors import UserError, one_line
 from sedd_megatron.parallel.groups import raise_on_every_rank
 from sedd_megatron.training.checkpoint_checks import DamagedCheckpointError, flat_range
-from sedd_megatron.training.checkpoint_format import Box, Shard
+from sedd_megatron.training.checkpoint_format import NO_FILE, Box, Shard, read_patiently
 
 
 def read_shards(directory: Path, body: dict[str, Any], shards: Iterable[Shard]) -> None:
@@ -85,12 +85,13 @@ def _read_range(
         path = directory / piece["file"]
         try:
             if piece["file"] not in open_files:
-                open_files[piece["file"]] = safe_open(path, framework="pt")
+                opened = read_patiently(path, lambda path=path: safe_open(path, framework="pt"))
+                open_files[piece["file"]] = opened
             # Of a flat range only what is wanted is read; a box is read whole, to be cut in memory.
             saved = open_files[piece["file"]].get_slice(piece["name"])
             part = slice(start - first, stop - first)
             found = saved[part] if "flat_range" in piece else saved[:].view(-1)[part]
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, *NO_FILE) as error:
             raise DamagedCheckpointError(f"{path}: {piece['name']} cannot be read ({one_line(error)})") from error
         values[start - wanted[0] : stop - wanted[0]].copy_(found)
     return values

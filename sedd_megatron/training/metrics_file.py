@@ -93,8 +93,9 @@ class MetricsFile:
             _end_last_line(target)
             if self._continued_at is not None and is_alone:
                 _set_lost_aside(target, self._continued_at)
-            self._continued_at = None
         self._descriptor = os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        # Once, and where there was no file as well: what is found there after a fault of the disk is this run's own.
+        self._continued_at = None
 
     def _is_in_place(self) -> bool:
         """Whether the open file is still the one of that name: another may have taken its place."""

@@ -89,7 +89,8 @@ def choose_start(options: PretrainOptions, tokenizer: Tokenizer, lock: "RunLock 
     Raises:
         UserError: another run saves there or did, there is no checkpoint, or none that is whole.
     """
-    from sedd_megatron.training.run_folder import checkpoint_folders, find_checkpoint, goes_back, remove_leftovers
+    from sedd_megatron.training.going_back import goes_back
+    from sedd_megatron.training.run_folder import checkpoint_folders, find_checkpoint, remove_leftovers
     from sedd_megatron.training.same_run import check_same_run, describe_run, tokenizer_records
 
     save, load = (None if path is None else Path(path) for path in (options.checkpoint.save, options.checkpoint.load))

@@ -2,8 +2,7 @@
 
     DIR/latest_checkpointed_iteration.txt      the newest, as in Megatron-LM: written for others, compared, not obeyed
     DIR/iter_0000500/                          a checkpoint
-    DIR/went_back.txt                          to which iteration a run went back, and under which launcher
-    DIR/iter_0000600.set-aside/                one that a run which went back behind it has put away
+    DIR/iter_0000600.set-aside/                one that was put away (going_back.py)
     DIR/.iter_0000700.partial.TOKEN/           one while a start writes it; .replaced, .removed while that is done to it
 
 Only names as iter_0000500 are read as checkpoints.
@@ -25,7 +24,6 @@ from sedd_megatron.training.checkpoint_checks import DamagedCheckpointError
 from sedd_megatron.training.checkpoint_format import MANIFEST, read_manifest, sync_file, verify_records, write_synced
 
 LATEST = "latest_checkpointed_iteration.txt"
-WENT_BACK = "went_back.txt"
 NAME = re.compile(r"iter_([0-9]{7,})")
 HIDDEN_NAME = re.compile(r"\.(iter_[0-9]{7,})\.(partial|replaced|removed)(?:\.[0-9a-f]+)?")
 # A folder that vanishes while it is read was replaced or deleted by its run: the next look finds what there is then.
@@ -110,7 +108,7 @@ def _newest(root: Path, flag: str, exact: bool) -> FoundCheckpoint:
                 raise
         else:
             if folders[0].is_dir():
-                line = _tracker_line(root, found.folder, found.iteration)
+                line = tracker_line(root, found.folder, found.iteration)
                 return replace(found, lines=(*found.lines, *line))
         time.sleep(SECONDS_BETWEEN_LOOKS)
     raise _vanishing(root)
@@ -153,65 +151,31 @@ def load_first_whole(
     raise _vanishing(found.folder.parent)
 
 
-def named_iteration(root: Path, load: Path) -> Path | None:
-    """The folder of `root` that --load names, by itself or through links; None if it names none."""
-    if load.resolve().parent == root.resolve():
-        return root / load.resolve().name
-    # A checkpoint may itself be a link, to another disk.
-    is_own_link = NAME.fullmatch(load.name) and load.parent.resolve() == root.resolve()
-    return root / load.name if is_own_link else None
-
-
-def goes_back(root: Path, load: Path | None) -> Path | None:
-    """The folder of `root` to go back to because --load names it; None where that has been done.
-
-    A launcher that gives a command again by itself does not mean to undo what has been trained since. Only on the first
-    rank, which holds the lock.
-    """
-    folder = None if load is None else named_iteration(root, load)
-    if folder is None:
-        return None
-    mark = root / WENT_BACK
-    is_restart = any(os.environ.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    if is_restart and mark.is_file() and mark.read_text(encoding="utf-8", errors="replace") == _went_back(folder):
-        return None
-    if mark.exists():
-        mark.unlink()
-        sync_file(root)
-    return folder
-
-
-def mark_gone_back(folder: Path) -> None:
-    """Write down that a run goes on from this folder and that what was later is set aside."""
-    write_synced(folder.parent / WENT_BACK, _went_back(folder))
-    sync_file(folder.parent)
-
-
-def _went_back(folder: Path) -> str:
-    # The job's where there is one: a job that Slurm starts again has another torchrun.
-    launch = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return f"{folder.name} {launch}\n"
-
-
-def set_aside_later(root: Path, iteration: int) -> list[str]:
-    """Rename the checkpoints of later iterations so that nothing takes them for a part of this run, and have the
-    tracker file name this one; what people are told of it.
-    """
-    lines = []
-    for folder in checkpoint_folders(root):
-        if iteration_of(folder) <= iteration:
-            continue
-        lines.append(f"set aside {folder} as {_set_aside(folder).name}: the run goes on from iteration {iteration}")
-    if _tracker_line(root, root / checkpoint_name(iteration), iteration):
-        write_tracker(root, iteration)
-    return lines
-
-
 def write_tracker(root: Path, iteration: int) -> None:
     """Have the tracker file name this iteration, in one step."""
     write_synced(root / f".{LATEST}", f"{iteration}\n")
     (root / f".{LATEST}").replace(root / LATEST)
     sync_file(root)
+
+
+def tracker_line(root: Path, folder: Path, iteration: int) -> list[str]:
+    """What people are told where the tracker file does not name the newest checkpoint; empty if it does."""
+    marker = root / LATEST
+    try:
+        with marker.open("rb") as file:
+            content = file.read(40).strip()
+        says = f"says {content.decode('utf-8', 'backslashreplace')!r}"
+        agrees = content.isdigit() and int(content) == iteration
+    except OSError as error:
+        says, agrees = f"cannot be read ({error.strerror})", False
+    return [] if agrees else [f"{marker} {says}, and the newest whole checkpoint is {folder.name}, which is taken"]
+
+
+def set_aside(folder: Path) -> Path:
+    """Give a checkpoint's folder a name that is not read as one; returns its new place."""
+    names = (f"{folder.name}.set-aside{suffix}" for suffix in ("", *(f"-{number}" for number in range(2, 10_000))))
+    aside = next(path for name in names if not os.path.lexists(path := folder.with_name(name)))
+    return folder.rename(aside)
 
 
 def remove_leftovers(root: Path) -> list[str]:
@@ -228,7 +192,7 @@ def remove_leftovers(root: Path) -> list[str]:
         final = root / match[1]
         if match[2] == "replaced" and not _is_intact(final):
             if final.exists():
-                _set_aside(final)
+                set_aside(final)
             path.rename(final)
             lines.append(f"put {final} back: a run died while it replaced it")
         else:
@@ -260,7 +224,11 @@ def remove_old(
     if keep_last is None:
         return []
     lines, kept = [], 0
-    for folder in checkpoint_folders(root):
+    try:
+        folders = checkpoint_folders(root)
+    except OSError as error:
+        return [f"cannot look for what to delete in {root} (--keep-last {keep_last}): {one_line(error)}"]
+    for folder in folders:
         is_milestone = keep_every is not None and iteration_of(folder) % keep_every == 0
         if iteration_of(folder) > iteration or (kept >= keep_last and is_milestone):
             continue
@@ -317,31 +285,13 @@ def _fallback_line(damage: str, folder: Path) -> str:
     return f"{damage.split(';')[0]}; falls back to {folder.name}"
 
 
-def _tracker_line(root: Path, folder: Path, iteration: int) -> list[str]:
-    marker = root / LATEST
-    try:
-        with marker.open("rb") as file:
-            content = file.read(40).strip()
-        says = f"says {content.decode('utf-8', 'backslashreplace')!r}"
-        agrees = content.isdigit() and int(content) == iteration
-    except OSError as error:
-        says, agrees = f"cannot be read ({error.strerror})", False
-    return [] if agrees else [f"{marker} {says}, and the newest whole checkpoint is {folder.name}, which is taken"]
-
-
 def _vanishing(root: Path) -> UserError:
     return UserError(f"{root}: its checkpoints vanish while they are read; load one by its name, or wait for its run")
-
-
-def _set_aside(folder: Path) -> Path:
-    names = (f"{folder.name}.set-aside{suffix}" for suffix in ("", *(f"-{number}" for number in range(2, 10_000))))
-    aside = next(path for name in names if not (path := folder.with_name(name)).exists())
-    return folder.rename(aside)
 
 
 def _is_intact(folder: Path) -> bool:
     try:
         read_manifest(folder)
-    except UserError:
+    except DamagedCheckpointError:
         return False
     return True

@@ -6,7 +6,8 @@ is taken over once its owner is known to be dead:
 
 - On the same machine: no process of that number is there, or it is one that began at another time, or nobody has yet
   asked for the exit status of it.
-- On another machine, or in a container with process numbers of its own, a process cannot be looked for. A thread of the
+- On another machine, or in a container with process numbers of its own, a process cannot be looked for; nor can another
+  user's be on a machine that hides them (hidepid), where it looks as one that is not there. A thread of the
   owner touches the file every BEAT_SECONDS; a start that finds the lock watches it for WATCH_SECONDS, whatever the
   clocks say, and takes it over if it was not touched. An owner that could not touch it for so long (a file system that
   hung, a stopped process) is taken for dead; so it looks before each checkpoint whether the lock is still its own.
@@ -29,6 +30,7 @@ import psutil
 
 from sedd_megatron.errors import UserError, one_line, say
 from sedd_megatron.training.checkpoint_format import write_synced
+from sedd_megatron.training.processes import started_at, this_machine
 
 FILE = "training.lock"
 BEAT_SECONDS, WATCH_SECONDS, SECONDS_TO_WRITE = 10.0, 60.0, 2.0
@@ -51,7 +53,9 @@ class Owner:
     def of_this_process(cls) -> "Owner":
         """This process, since now."""
         pid, now = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
-        return cls(socket.gethostname(), _machine(), pid, _started(psutil.Process(pid)), now, secrets.token_hex(8))
+        return cls(
+            socket.gethostname(), this_machine(), pid, started_at(psutil.Process(pid)), now, secrets.token_hex(8)
+        )
 
     @classmethod
     def unknown(cls, inode: int) -> "Owner":
@@ -134,9 +138,11 @@ class RunLock:
                 return []
             except FileExistsError:
                 owner = _read(path)
+            if owner == self.owner:
+                return []  # a network file system may make a link and lose the answer, and is asked again
             if owner is None:
                 continue  # given back in between
-            if self._is_alive(owner, path):
+            if self._is_alive(owner, path, own):
                 raise UserError(
                     f"--save {self.path.parent}: another run saves there, {owner}; wait for it or end that process "
                     "(it may train on without its launcher), or save to another folder"
@@ -150,17 +156,20 @@ class RunLock:
             finally:
                 right.unlink(missing_ok=True)
 
-    def _is_alive(self, owner: Owner, path: Path) -> bool:
+    def _is_alive(self, owner: Owner, path: Path, own: Path) -> bool:
         if owner.machine != self.owner.machine:
-            say(f"{path} is held by {owner}: watching it for {self.watch_seconds:.0f} s")
-            return self._is_touched(path)
+            return self._is_touched(owner, path)
         try:
             process = psutil.Process(owner.process)
-            return process.status() != psutil.STATUS_ZOMBIE and abs(_started(process) - owner.started) < 0.5
+            return process.status() != psutil.STATUS_ZOMBIE and abs(started_at(process) - owner.started) < 0.5
         except psutil.NoSuchProcess:
-            return False
+            # Another user's may be hidden.
+            return not _have_one_user(path, own) and self._is_touched(owner, path)
+        except psutil.AccessDenied:
+            return True
 
-    def _is_touched(self, path: Path) -> bool:
+    def _is_touched(self, owner: Owner, path: Path) -> bool:
+        say(f"{path} is held by {owner}: watching it for {self.watch_seconds:.0f} s")
         before, deadline = _touched_at(path), time.monotonic() + self.watch_seconds
         while time.monotonic() < deadline:
             time.sleep(self.beat_seconds / 10)
@@ -220,6 +229,14 @@ def _is_torn(content: bytes) -> bool:
     return content[: len(start)] == start[: len(content)]
 
 
+def _have_one_user(path: Path, own: Path) -> bool:
+    # By two files of the folder: a network file system may give files to another user than the process'.
+    try:
+        return path.stat().st_uid == own.stat().st_uid
+    except FileNotFoundError:
+        return True  # given back in between
+
+
 def _touched_at(path: Path) -> int | None:
     # Opened, since a network file system may answer a mere question from memory.
     try:
@@ -227,16 +244,3 @@ def _touched_at(path: Path) -> int | None:
             return os.fstat(file.fileno()).st_mtime_ns
     except FileNotFoundError:
         return None
-
-
-def _started(process: psutil.Process) -> float:
-    # Of the two by themselves each moves when the clock is set.
-    return round(process.create_time() - psutil.boot_time(), 2)
-
-
-def _machine() -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()

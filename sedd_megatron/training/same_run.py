@@ -17,7 +17,7 @@ from sedd_megatron.data.digests import DIGESTED, file_record, written_digests
 from sedd_megatron.data.null_tokenizer import NullTokenizer
 from sedd_megatron.data.tokenizer_folder import DESCRIPTION
 from sedd_megatron.data.tokenizers import Tokenizer, load_tokenizer
-from sedd_megatron.errors import UserError
+from sedd_megatron.errors import UserError, one_line
 from sedd_megatron.options import flag_of
 from sedd_megatron.training.run_folder import FoundCheckpoint
 
@@ -51,9 +51,19 @@ def describe_run(options: PretrainOptions, num_tokens: int) -> dict[str, Any]:
 
 
 def tokenizer_records(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Size and sha256 of each file that the tokenizer's description folder has, by name, as in a checkpoint's state."""
-    with tempfile.TemporaryDirectory() as folder:
-        return save_tokenizer(tokenizer, Path(folder) / "tokenizer")
+    """Size and sha256 of each file that the tokenizer's description folder has, by name, as in a checkpoint's state.
+
+    Raises:
+        UserError: there is no room for it among the temporary files.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return save_tokenizer(tokenizer, Path(folder) / "tokenizer")
+    except OSError as error:
+        raise UserError(
+            f"cannot write the tokenizer to a temporary folder: {one_line(error)}; make room there, or name another "
+            "folder by TMPDIR"
+        ) from error
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:

@@ -17,7 +17,6 @@ class RunSaver:
         self._writer = writer
         self._options = options
         self._failures = 0
-        self._under_way: int | None = None
         self._saved_at = saved_at
 
     @property
@@ -33,13 +32,11 @@ class RunSaver:
         """
         self.finish()
         try:
-            self._writer.save(run)
+            self._writer.start(run)
+            if not self._options.async_save:
+                self._finish()
         except CheckpointNotWrittenError as error:
             self._count_failure(error)
-            return
-        self._under_way = run.iteration
-        if not self._options.async_save:
-            self.finish()
 
     def finish(self) -> None:
         """Wait for the checkpoint under way.
@@ -69,8 +66,8 @@ class RunSaver:
         if self._saved_at == run.iteration:
             return
         try:
-            self._writer.save(run)
-            self._writer.finish()
+            self._writer.start(run)
+            self._finish()
         except CheckpointNotWrittenError as error:
             raise UserError(
                 f"{error}; iteration {run.iteration} is not saved, the checkpoints before are whole: make room and "
@@ -78,10 +75,9 @@ class RunSaver:
             ) from error
 
     def _finish(self) -> None:
-        under_way, self._under_way = self._under_way, None
-        self._writer.finish()
-        if under_way is not None:
-            self._saved_at, self._failures = under_way, 0
+        iteration = self._writer.finish()
+        if iteration is not None:
+            self._saved_at, self._failures = iteration, 0
 
     def _count_failure(self, error: CheckpointNotWrittenError) -> None:
         self._failures += 1

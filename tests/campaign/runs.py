@@ -18,7 +18,8 @@ STEPS, SAVE_INTERVAL, GLOBAL_BATCH = 12, 3, 4
 MODEL = (
     "--num-layers 2 --hidden-size 16 --num-attention-heads 2 --cond-dim 8 --seq-length 16 "
     f"--make-vocab-size-divisible-by 8 --micro-batch-size 2 --global-batch-size {GLOBAL_BATCH} --lr 1e-3 "
-    "--lr-warmup-iters 4 --adam-eps 1e-4 --ema-decay 0.9 --split 80,20,0 --device cpu --distributed-timeout-minutes 1 "
+    "--lr-warmup-iters 4 --adam-eps 1e-4 --ema-decay 0.9 --split 80,20,0 --device cpu "
+    "--distributed-timeout-minutes 1.5 "
     f"--save-interval {SAVE_INTERVAL} --eval-interval 4 --eval-iters 1 --log-interval 1"
 ).split()
 LAYOUTS: dict[str, tuple[int, list[str]]] = {

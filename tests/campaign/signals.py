@@ -82,7 +82,7 @@ def _signal_torchrun(attempt: Attempt) -> None:
 
 
 def stop_a_rank(attempt: Attempt) -> None:
-    """SIGSTOP: the others end with a line when --distributed-timeout-minutes 1 are over."""
+    """SIGSTOP: the others end with a line when --distributed-timeout-minutes 1.5 are over."""
     random, save, base = attempt.random, attempt.folder / "run", attempt.base
     layout = random.choice([name for name, (ranks, _) in runs.LAYOUTS.items() if ranks == 2])
     command = runs.train(save, base.data, layout)
@@ -93,7 +93,7 @@ def stop_a_rank(attempt: Attempt) -> None:
     (other,) = [rank for rank in job.ranks if rank is not stopped]
     stopped.signal(signal.SIGSTOP)
     try:
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 130
         while other.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
         ended_itself = other.poll() is not None
@@ -101,7 +101,7 @@ def stop_a_rank(attempt: Attempt) -> None:
         job.signal(signal.SIGKILL)
         job.wait()
     if other.returncode != 0:
-        expect(ended_itself, "the other rank still waits after 100 seconds")
+        expect(ended_itself, "the other rank still waits after 130 seconds")
         expect_no_traceback(Done([other.returncode], other.said))
         expect("error: " in other.said, f"the other rank ended without a line: {other.said[-500:]}")
     expect_done(run(command, attempt.folder, ranks=2))

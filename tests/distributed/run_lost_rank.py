@@ -1,4 +1,8 @@
-"""A run in which rank 1 stands still or dies in its third step; a job is the command line and the signal by name."""
+"""A run in which rank 1 stands still or dies in its third step; a job is the command line, the signal by name, and the
+minutes of the time-out, which a test wants shorter than a person may have them.
+"""
+
+from dataclasses import replace
 
 from sedd_megatron.arguments import parse_pretrain_options
 from sedd_megatron.errors import run_command
@@ -7,11 +11,13 @@ from tests.distributed.launch import own_jobs
 from tests.distributed.signalled_step import signal_in_third_step
 
 
-def train(arguments: list[str], name: str) -> int:
+def train(arguments: list[str], name: str, minutes: float) -> int:
+    options = parse_pretrain_options(arguments)
+    parallel = replace(options.parallel, distributed_timeout_minutes=minutes)
     with signal_in_third_step(name):
-        return pretrain(parse_pretrain_options(arguments))
+        return pretrain(replace(options, parallel=parallel))
 
 
 if __name__ == "__main__":
-    ((arguments, name),) = own_jobs()
-    run_command(lambda: train(arguments, name))
+    ((arguments, name, minutes),) = own_jobs()
+    run_command(lambda: train(arguments, name, minutes))

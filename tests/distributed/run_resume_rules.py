@@ -29,7 +29,8 @@ from sedd_megatron.errors import UserError
 from sedd_megatron.training import same_run
 from sedd_megatron.training.checkpoint_format import read_manifest
 from sedd_megatron.training.pretrain import pretrain
-from sedd_megatron.training.run_lock import Owner, _started
+from sedd_megatron.training.processes import started_at
+from sedd_megatron.training.run_lock import Owner
 from sedd_megatron.training.same_run import save_tokenizer
 from tests.distributed.compare import metrics, whole_tensors
 from tests.distributed.launch import own_jobs
@@ -216,7 +217,7 @@ def a_run_goes_back_and_around_damage(run: Commands) -> None:
     third = run.root / "back" / "iter_0000003"
     third.symlink_to(third.rename(run.root / "disk" / "iter_0000003"))
     # Given again by a launcher, after a start that was killed before it had gone back.
-    with mock.patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT="1"):
+    with mock.patch.dict(os.environ, TORCHELASTIC_RUN_ID="none"):
         lines = run.train(5, "--load", "@/back/iter_0000003", "--save", "@/back")
     aside = sorted(path.name for path in (run.root / "back").glob("*.set-aside"))
     assert aside == [f"iter_000000{n}.set-aside" for n in (4, 5, 6)]
@@ -228,10 +229,17 @@ def a_run_goes_back_and_around_damage(run: Commands) -> None:
                for key, tensor in whole_tensors(run.root / "back" / "iter_0000005").items())  # fmt: skip
 
     # And after one that had, which does not mean to go back again.
-    with mock.patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT="1"):
+    with mock.patch.dict(os.environ, TORCHELASTIC_RUN_ID="none"):
         lines = run.train(6, "--load", "@/back/iter_0000003", "--save", "@/back")
     assert lines[1].startswith(f"resumes from {run.root}/back/iter_0000005")
     assert run.losses("back")[-1] == run.losses("unbroken")[5]
+
+    # To one that was set aside, of another lineage than what has its name now; with nothing left to do.
+    lines = run.train(5, "--load", "@/back/iter_0000005.set-aside", "--save", "@/back")
+    assert f"{run.root}/back/iter_0000005.set-aside is iter_0000005 from here on" in lines
+    aside = sorted(path.name for path in (run.root / "back").glob("*.set-aside*"))
+    assert aside == [f"iter_000000{name}" for name in ("4.set-aside", "5.set-aside-2", "6.set-aside", "6.set-aside-2")]
+    assert run.train(5, "--save", "@/back")[0].startswith(f"resumes from {run.root}/back/iter_0000005")
 
     shutil.copytree(run.root / "unbroken", run.root / "damaged")
     flip_a_bit(run.root / "damaged" / "iter_0000006" / "shards-00000.safetensors")
@@ -256,6 +264,10 @@ def leftovers_retention_and_numbers_that_are_not_finite(run: Commands) -> None:
     assert lines[0] == f"removed {left}: a run that died left it unfinished"
     kept = sorted(path.name for path in (run.root / "left").glob("*iter*"))
     assert kept == ["iter_0000003", "iter_0000005", "iter_0000006", "latest_checkpointed_iteration.txt"]
+    # A tracker file that cannot be written is no reason to keep what was to be deleted.
+    (run.root / "no tracker" / "latest_checkpointed_iteration.txt").mkdir(parents=True)
+    run.train(5, "--save", "@/no tracker", "--save-interval", "1", "--keep-last", "1")
+    assert [path.name for path in (run.root / "no tracker").glob("iter_*")] == ["iter_0000005"]
     assert "--keep-every 3 keeps more than --keep-last does" in run.refusal("--save", "@/left", "--keep-every", "3")
 
     assert run.refusal("--save", "@/left", "--lr", "3e38", "--lr-warmup-iters", "0", train_iters=7) == (
@@ -331,7 +343,7 @@ def a_lock_tells_of_a_live_run_and_not_of_a_dead_one(run: Commands) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     owner = Owner.of_this_process()
-    live = replace(owner, process=os.getppid(), started=_started(psutil.Process(os.getppid())))
+    live = replace(owner, process=os.getppid(), started=started_at(psutil.Process(os.getppid())))
     path = run.root / "x" / "training.lock"
     path.write_text(json.dumps(asdict(live)))
     before = sorted(run.root.glob("x/*"))

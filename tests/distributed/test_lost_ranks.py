@@ -15,8 +15,8 @@ from tests.distributed.layouts import DIST_OPT, MODEL
 
 # The time-out, how long the other rank is waited for once one has ended, and what that one says.
 FAULTS = {
-    "SIGSTOP": ("0.2", 0, "Timed out waiting 12000ms for recv operation to complete"),
-    "SIGKILL": ("10", 20, r".*(Connection reset by peer|Connection closed by peer \[[\d.:]+\]:\d+)"),
+    "SIGSTOP": (0.2, 0, "Timed out waiting 12000ms for recv operation to complete"),
+    "SIGKILL": (10, 20, r".*(Connection reset by peer|Connection closed by peer \[[\d.:]+\]:\d+)"),
 }
 
 
@@ -25,9 +25,8 @@ def test_a_rank_ends_with_one_line_when_another_is_lost(name, tmp_path, byte_cor
     minutes, patience, reason = FAULTS[name]
     # A loader process has copies of its rank's connections.
     arguments = [*MODEL, *DIST_OPT, "--data-path", str(byte_corpus), "--save", str(tmp_path), "--save-interval", "2",
-                 "--train-iters", "9", "--eval-interval", "0", "--num-workers", "1",
-                 "--distributed-timeout-minutes", minutes]  # fmt: skip
-    codes, (said, _) = start("run_lost_rank.py", 2, [(arguments, name)], patience=patience)
+                 "--train-iters", "9", "--eval-interval", "0", "--num-workers", "1"]  # fmt: skip
+    codes, (said, _) = start("run_lost_rank.py", 2, [(arguments, name, minutes)], patience=patience)
     assert codes == [2, -signal.SIGKILL], said
     (line,) = [line for line in said.splitlines() if "error" in line.lower()]
     pattern = rf"error: rank 0 waited in \w+ for a rank that is gone or stands still: {reason}; look for the reason on"

@@ -102,10 +102,11 @@ def test_a_line_that_is_no_record_stays_with_a_warning(tmp_path, capsys):
     assert "metrics.jsonl: 3 lines are no records and stay as they are" in capsys.readouterr().err
 
 
-def test_a_disk_that_fills_up_and_is_freed_loses_and_tears_nothing(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("continued_at", [None, 0], ids=["adds", "begins a run"])
+def test_a_disk_that_fills_up_and_is_freed_loses_and_tears_nothing(tmp_path, capsys, monkeypatch, continued_at):
     monkeypatch.setattr(metrics_file, "SECONDS_BETWEEN_TRIES", 0.0)
     path, (_, hard) = tmp_path / "metrics.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
-    file = MetricsFile(path, None)
+    file = MetricsFile(path, continued_at)
     file.write({"iteration": 1, "loss": 1.5})
     # The kernel takes the first bytes of the next line and refuses the rest, as a full disk does.
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(lines(1)) + 10, hard))
@@ -120,6 +121,7 @@ def test_a_disk_that_fills_up_and_is_freed_loses_and_tears_nothing(tmp_path, cap
     file.write({"iteration": 5, "loss": 5.5})
     file.close()
     assert path.read_text() == lines(1, 2, 3, 4, 5)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
     assert capsys.readouterr().err == (
         f"warning: {path}: File too large; training goes on and its records wait\n{path}: is written again\n"
     )

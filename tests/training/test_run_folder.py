@@ -1,6 +1,9 @@
 """What lies in a run's folder: which checkpoint counts, what is kept, and that nothing wrong is loaded or saved."""
 
+import errno
+import os
 import shutil
+import stat
 import threading
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from sedd_megatron.parallel.groups import groups_of_this_process
 
 cpu_backend.install()
 
+from sedd_megatron.training import checkpoint_format  # noqa: E402
 from sedd_megatron.training.checkpoint import save_checkpoint  # noqa: E402
 from sedd_megatron.training.checkpoint_checks import DamagedCheckpointError  # noqa: E402
 from sedd_megatron.training.checkpoint_format import MANIFEST, Shard, read_manifest, verify_files  # noqa: E402
@@ -23,12 +27,9 @@ from sedd_megatron.training.run_folder import (  # noqa: E402
     LATEST,
     FoundCheckpoint,
     find_checkpoint,
-    goes_back,
     load_first_whole,
-    mark_gone_back,
     remove_leftovers,
     remove_old,
-    set_aside_later,
 )
 from tests.training.resigned import resign, resign_files  # noqa: E402
 
@@ -214,66 +215,6 @@ def test_large_finite_numbers_are_saved(tmp_path):
     verify_files(tmp_path / "iter_0000001", read_manifest(tmp_path / "iter_0000001"))
 
 
-def test_later_checkpoints_are_set_aside_and_kept(tmp_path):
-    save(tmp_path, 2, 4, 6, 8)
-    lines = set_aside_later(tmp_path, 4)
-    assert names(tmp_path) == ["iter_0000002", "iter_0000004", "iter_0000006.set-aside", "iter_0000008.set-aside",
-                               LATEST]  # fmt: skip
-    assert sorted(lines) == [f"set aside {tmp_path}/iter_000000{n} as iter_000000{n}.set-aside: the run goes on from "
-                             "iteration 4" for n in (6, 8)]  # fmt: skip
-    assert loaded(tmp_path) == (4, [])
-    save(tmp_path, 6)
-    set_aside_later(tmp_path, 4)
-    assert "iter_0000006.set-aside-2" in names(tmp_path)
-    assert read_manifest(tmp_path / "iter_0000006.set-aside-2")["state"]["iteration"] == 6
-    assert set_aside_later(tmp_path, 4) == []
-
-
-def test_a_run_goes_back_once_each_time_a_person_says_so(tmp_path, monkeypatch):
-    save(tmp_path / "x", 2, 4)
-    folder = tmp_path / "x" / "iter_0000002"
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
-
-    def start(restarts: int) -> Path | None:
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
-        return goes_back(tmp_path / "x", folder)
-
-    # Killed before anything was set aside, and given again.
-    assert [start(0), start(1), start(2)] == [folder] * 3
-    mark_gone_back(folder)
-    assert [start(3), start(4)] == [None, None]
-    assert goes_back(tmp_path / "x", tmp_path / "x" / "iter_0000004") == tmp_path / "x" / "iter_0000004"
-    assert start(5) == folder
-    mark_gone_back(folder)
-    # Another launch, whose first start died before it came to this.
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
-    assert start(1) == folder
-    mark_gone_back(folder)
-    assert [start(0), start(1)] == [folder] * 2
-    # Slurm starts a job again, with another torchrun in it.
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    mark_gone_back(folder)
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "third")
-    assert start(0) is None
-
-
-def test_a_checkpoint_on_another_disk_is_gone_back_to(tmp_path):
-    save(tmp_path / "x", 2, 4)
-    folder = tmp_path / "x" / "iter_0000002"
-    (tmp_path / "disk").mkdir()
-    folder.symlink_to(folder.rename(tmp_path / "disk" / "iter_0000002"))
-    (tmp_path / "link").symlink_to(tmp_path / "x")
-    (tmp_path / "best").symlink_to(tmp_path / "x" / "iter_0000004")
-    assert goes_back(tmp_path / "x", folder) == folder
-    assert goes_back(tmp_path / "link", folder) == tmp_path / "link" / "iter_0000002"
-    assert goes_back(tmp_path / "x", tmp_path / "best") == tmp_path / "x" / "iter_0000004"
-    assert goes_back(tmp_path / "x", tmp_path / "disk" / "iter_0000002") is None
-    assert goes_back(tmp_path / "x", tmp_path / "x") is None
-    assert goes_back(tmp_path / "x", None) is None
-
-
 def test_what_dead_runs_left_is_removed_and_the_only_copy_put_back(tmp_path):
     save(tmp_path, 1, 2, 3, 4)
     shutil.copytree(tmp_path / "iter_0000001", tmp_path / ".iter_0000001.replaced")
@@ -364,3 +305,93 @@ def test_a_deletion_that_fails_is_told_and_no_more(tmp_path, monkeypatch):
     lines = remove_old(tmp_path, 3, 1, None, lambda body: True)
     assert len(lines) == 2
     assert all("cannot delete" in line and "training goes on" in line for line in lines)
+
+
+def test_a_tracker_that_cannot_be_written_keeps_no_checkpoint_from_being_there(tmp_path, capsys):
+    (tmp_path / LATEST).mkdir()
+    save(tmp_path, 1)
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"warning: {tmp_path}/iter_0000001 is whole, and [Errno 21] Is a directory")
+    assert loaded(tmp_path)[0] == 1
+
+
+def test_one_that_cannot_be_replaced_is_put_back_at_once(tmp_path, monkeypatch):
+    save(tmp_path, 1, value=1.0)
+    rename = Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(UserError, match=r"cannot write .*iter_0000001: .*Input/output error"):
+        save(tmp_path, 1, value=2.0)
+    assert names(tmp_path) == ["iter_0000001", LATEST]
+    assert loaded(tmp_path) == (1, [])
+
+
+def test_a_folder_that_cannot_be_listed_keeps_all(tmp_path, monkeypatch):
+    def fail(path: Path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "iterdir", fail)
+    (line,) = remove_old(tmp_path, 3, 1, None, lambda body: True)
+    assert line.startswith(f"cannot look for what to delete in {tmp_path} (--keep-last 1)")
+
+
+@pytest.mark.parametrize("fault", [errno.ESTALE, errno.EIO, errno.EACCES])
+@pytest.mark.parametrize("name", [MANIFEST, "description.json", "shards-00000.safetensors"])
+def test_a_file_that_the_disk_does_not_give_is_no_damage(tmp_path, name, fault, monkeypatch):
+    save(tmp_path, 1, 2)
+    monkeypatch.setattr(checkpoint_format, "SECONDS_BETWEEN_READINGS", 0.0)
+    opened, refusals = Path.open, [3]
+
+    def refuse(path: Path, *arguments, **keywords):
+        if path.name == name and path.parent.name != "iter_0000001" and refusals[0] > 0:
+            refusals[0] -= 1
+            raise OSError(fault, os.strerror(fault), str(path))
+        return opened(path, *arguments, **keywords)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert loaded(tmp_path) == (2, [])
+    assert refusals == [0]
+    refusals[0] = 4
+    with pytest.raises(UserError, match=rf"{name}: cannot be read \(.*{os.strerror(fault)}.*\); start again") as error:
+        loaded(tmp_path)
+    assert not isinstance(error.value, DamagedCheckpointError)
+    assert kept(tmp_path) == [1, 2]
+
+
+def test_what_a_dead_run_replaced_waits_where_the_new_one_cannot_be_read(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    shutil.copytree(tmp_path / "iter_0000001", tmp_path / ".iter_0000001.replaced")
+    monkeypatch.setattr(checkpoint_format, "SECONDS_BETWEEN_READINGS", 0.0)
+
+    def refuse(path: Path, *arguments, **keywords):
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match="Stale file handle"):
+        remove_leftovers(tmp_path)
+    assert names(tmp_path) == [".iter_0000001.replaced", "iter_0000001", LATEST]
+
+
+def test_a_file_system_that_cannot_sync_folders_takes_checkpoints(tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def refuse_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    save(tmp_path, 1)
+    assert loaded(tmp_path) == (1, [])
+
+    def refuse_all(descriptor: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse_all)
+    with pytest.raises(UserError, match="Invalid argument"):
+        save(tmp_path, 2)

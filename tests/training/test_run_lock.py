@@ -11,14 +11,23 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
+import psutil
 import pytest
 
+from sedd_megatron.arguments import LEAST_MINUTES_TO_SAVE
 from sedd_megatron.errors import UserError
 from sedd_megatron.parallel import cpu_backend
 
 cpu_backend.install()
 
-from sedd_megatron.training.run_lock import FILE, Owner, RunLock, _link  # noqa: E402
+from sedd_megatron.training.run_lock import (  # noqa: E402
+    FILE,
+    SECONDS_TO_WRITE,
+    WATCH_SECONDS,
+    Owner,
+    RunLock,
+    _link,
+)
 
 QUICK = {"beat_seconds": 0.05, "watch_seconds": 0.5}
 
@@ -34,9 +43,9 @@ def other_process():
 def owner_of(pid: int) -> Owner:
     from psutil import Process
 
-    from sedd_megatron.training.run_lock import _started
+    from sedd_megatron.training.processes import started_at
 
-    return replace(Owner.of_this_process(), process=pid, started=_started(Process(pid)), token="0123")
+    return replace(Owner.of_this_process(), process=pid, started=started_at(Process(pid)), token="0123")
 
 
 def leave(folder, owner: Owner) -> None:
@@ -131,6 +140,70 @@ def test_a_lock_that_somebody_removed_is_made_again(tmp_path, capsys):
         RunLock(tmp_path).acquire()
     lock.release()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_link_whose_answer_was_lost_is_this_runs_own(tmp_path, monkeypatch):
+    link = os.link
+
+    def without_answer(source, target):
+        link(source, target)
+        raise FileExistsError(errno.EEXIST, "File exists")
+
+    monkeypatch.setattr(os, "link", without_answer)
+    lock = RunLock(tmp_path, **QUICK)
+    assert lock.acquire() == []
+    lock.check()
+    lock.release()
+    leave(tmp_path, replace(lock.owner, process=2**22 - 3, token="0"))
+    again = RunLock(tmp_path, **QUICK)
+    assert len(again.acquire()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    again.release()
+
+
+@pytest.mark.parametrize("is_alive", [True, False])
+def test_a_process_of_another_user_that_is_hidden_is_watched(tmp_path, is_alive):
+    """As hidepid=2 has it: no process of that number is to be seen."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may give a file to another user")
+    hidden = replace(owner_of(os.getpid()), process=2**22 - 3)
+    leave(tmp_path, hidden)
+    os.chown(tmp_path / FILE, 12345, -1)
+    ended = threading.Event()
+
+    def beat():
+        while not ended.wait(0.05):
+            os.utime(tmp_path / FILE)
+
+    thread = threading.Thread(target=beat)
+    lock = RunLock(tmp_path, **QUICK)
+    if not is_alive:
+        assert lock.acquire() == [f"took over {tmp_path / FILE}, whose run is dead: {hidden}"]
+        lock.release()
+        return
+    thread.start()
+    try:
+        with pytest.raises(UserError, match="another run saves there"):
+            lock.acquire()
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_a_process_that_may_not_be_looked_at_is_alive(tmp_path, other_process, monkeypatch):
+    """As hidepid=1 has it."""
+    leave(tmp_path, owner_of(other_process.pid))
+
+    def denied(process):
+        raise psutil.AccessDenied(process.pid)
+
+    monkeypatch.setattr(psutil.Process, "status", denied)
+    with pytest.raises(UserError, match="another run saves there"):
+        RunLock(tmp_path).acquire()
+
+
+def test_no_collective_ends_while_a_lock_is_watched():
+    assert WATCH_SECONDS + SECONDS_TO_WRITE < 0.8 * 60 * LEAST_MINUTES_TO_SAVE
 
 
 def test_no_run_touches_the_lock_of_another(tmp_path):
