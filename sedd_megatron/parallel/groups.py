@@ -7,7 +7,9 @@ import contextlib
 import os
 import re
 import sys
+import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
+
+SECONDS_BETWEEN_LOOKS = 0.05  # of a rank that waits for the first one
 
 
 @dataclass(frozen=True)
@@ -292,24 +296,41 @@ def _join_ranks(device: torch.device, world_size: int, timeout: timedelta) -> No
         # No rendezvous for one process: a second command on the same machine must not meet it on a port.
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-    elif _is_restart_on_one_machine():
-        # torchrun keeps its store when it starts the ranks again, and with it the addresses of those that are dead.
-        address, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
-        store = torch.distributed.TCPStore(address, port, is_master=False, timeout=timeout)
-        store = torch.distributed.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        rank = int(os.environ["RANK"])
+        store = _store_of_this_start(rank, world_size, timeout)
         torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     else:
         torch.distributed.init_process_group(backend, timeout=timeout)
 
 
-def _is_restart_on_one_machine() -> bool:
-    """Whether torchrun (--max-restarts) has started the ranks again, all of them on this machine.
+def _store_of_this_start(rank: int, world_size: int, timeout: timedelta) -> torch.distributed.Store:
+    """A part of torchrun's store that no rank of another start has written to.
 
-    On several the agents do not count restarts alike, and each start has a new store.
+    torchrun (--max-restarts) keeps its store when it starts the ranks again, and with it the addresses of those that
+    are dead; what it says of restarts is no name for the start, since each machine counts its own. So the first rank
+    makes up a name, and acknowledges each rank that calls it by that name. A rank that has met the name of an earlier
+    start is not acknowledged, since nobody knew its own name then, and looks again.
     """
-    given = os.environ.get
-    is_restart = given("TORCHELASTIC_USE_AGENT_STORE") == "True" and given("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    return is_restart and given("LOCAL_WORLD_SIZE") == given("WORLD_SIZE")
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = torch.distributed.TCPStore(address, port, is_master=False, timeout=timeout)
+    meeting, own = torch.distributed.PrefixStore("sedd_megatron", store), uuid.uuid4().hex
+    if rank == 0:
+        name = own
+        meeting.set("start", name)
+        for other in range(1, world_size):
+            caller = meeting.get(f"{name}/{other}").decode()
+            meeting.set(f"{name}/{caller}", "")
+        return torch.distributed.PrefixStore(name, meeting)
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        name = meeting.get("start").decode()
+        meeting.set(f"{name}/{rank}", own)
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+        if meeting.check([f"{name}/{own}"]):
+            return torch.distributed.PrefixStore(name, meeting)
+        if time.monotonic() > deadline:
+            raise torch.distributed.DistStoreError(f"the first rank has not answered for {timeout}")
 
 
 def seed_megatron_generators(seed: int) -> None:
