@@ -20,7 +20,7 @@ setup(
         "packaging",
         "psutil",  # imported by Megatron-Core as well, which does not declare it
         "pyyaml",
-        "safetensors>=0.4",
+        "safetensors>=0.8",  # older ones write files with Python's lock held: nothing else of a run goes on
         "sentencepiece>=0.2",
         "tokenizers>=0.21",
         "tqdm",

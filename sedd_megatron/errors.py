@@ -6,11 +6,13 @@ import os
 import signal
 import sys
 import textwrap
+import time
 import unicodedata
 from collections.abc import Callable, Iterator
 
 # What asks a process to end; training saves first.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+SECONDS_FOR_THE_FIRST_RANK = 5.0  # to end and say why
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -96,8 +98,8 @@ def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's main function and exit with what it returns; a UserError becomes one line on stderr and exit
     code 2, Ctrl-C exit code 130.
 
-    Every rank exits with 2; only the first rank of each node prints, so that the line is not repeated by its
-    neighbours.
+    Every rank ends with 2, or by torchrun once another has; only the first rank of each node prints, so that the line
+    is not repeated by its neighbours. Where that one does not have the error, another one prints.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # Killed, torchrun takes no rank with it, and they would train on beside those of the next start. No one else's
@@ -109,7 +111,10 @@ def run_command(main: Callable[[], int | None]) -> None:
         with output_errors():
             _flush()
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, LostRankError):
+        is_said = os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, LostRankError)
+        if is_said:
+            say(f"error: {error}", to_stderr=True)
+        if _waits_for_the_first_rank() and not is_said:
             say(f"error: {error}", to_stderr=True)
         _exit_at_once(2)
     except KeyboardInterrupt:
@@ -120,6 +125,19 @@ def run_command(main: Callable[[], int | None]) -> None:
         # Whoever read the output has enough, as head does.
         os._exit(128 + signal.SIGPIPE)
     sys.exit(code)
+
+
+def _waits_for_the_first_rank() -> bool:
+    """Under torchrun, let the first rank of the node have the last word: torchrun ends all ranks as soon as one has
+    ended. Returns whether this rank has waited for it in vain.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank == 0 or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    # One second apart, so that only one of those that waited says the line.
+    with contextlib.suppress(KeyboardInterrupt):
+        time.sleep(SECONDS_FOR_THE_FIRST_RANK + local_rank)
+    return True
 
 
 def _flush() -> None:

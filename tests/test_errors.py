@@ -2,9 +2,12 @@
 
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
-from tests.commands import ENVIRONMENT
+import pytest
+
+from tests.commands import ENVIRONMENT, run, torchrun
 
 BUFFERED = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONUNBUFFERED"}
 
@@ -36,3 +39,29 @@ def test_a_run_without_anywhere_to_speak_ends_well():
 def test_a_process_dies_with_a_parent_that_is_gone_already():
     assert ended("die_with_parent(os.getppid())") == (0, "")
     assert ended("die_with_parent(os.getppid() + 1)") == (-9, "")
+
+
+# What each rank does under torchrun, which ends all ranks a moment after one has ended.
+SLOW_TO_END = """
+try:
+    raise UserError("a mistake")
+finally:
+    time.sleep(0 if rank else 2)
+"""
+ONE_WITHOUT_THE_ERROR = """
+if rank == 0:
+    time.sleep(60)
+raise UserError("a mistake")
+"""
+
+
+@pytest.mark.parametrize("body", [SLOW_TO_END, ONE_WITHOUT_THE_ERROR], ids=["slow to end", "one without it"])
+def test_torchrun_shows_the_line_once_whichever_rank_has_it_first(body, tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import os, time\nfrom sedd_megatron.errors import UserError, run_command\nrank = int(os.environ['RANK'])\n"
+        f"def main():\n{textwrap.indent(body, '    ')}\nrun_command(main)\n"
+    )
+    done = run([*torchrun(3), str(script)])
+    assert done.returncode == 1
+    assert done.stderr.splitlines().count("error: a mistake") == 1, done.stderr

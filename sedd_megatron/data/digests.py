@@ -122,5 +122,5 @@ def check_in_background(prefixes: Sequence[str]) -> DigestCheck:
     with_digests = [prefix for prefix in dict.fromkeys(prefixes) if has_digests(prefix)]
     for prefix in dict.fromkeys(prefixes):
         if prefix not in with_digests:
-            print(f"{prefix}: has no digests, and is used as it is", file=sys.stderr)
+            say(f"{prefix}: has no digests, and is used as it is", to_stderr=True)
     return DigestCheck(with_digests)

@@ -256,7 +256,8 @@ class HuggingFaceTokenizer:
     def save(self, directory: Path) -> None:
         """Write the description into a new folder."""
         write_description(directory, self.tokenizer_type, eod_token=self.eod_token)
-        self._tokenizer.save(str(directory / HUGGING_FACE))
+        # The bytes of the library's own save, which raises a bare Exception where the disk is full.
+        (directory / HUGGING_FACE).write_bytes(self._tokenizer.to_str(pretty=True).encode("utf-8"))
 
 
 def _num_ids(tokenizer: hf_tokenizers.Tokenizer) -> int:

@@ -17,6 +17,8 @@ from sedd_megatron.data.corpus import open_tokens
 from sedd_megatron.diffusion.draws import Stream, philox_generator
 from sedd_megatron.errors import UserError
 
+TOKENS_AT_ONCE = 1 << 24
+
 
 class WindowDataset(torch.utils.data.Dataset, ABC):
     """Windows of seq_length tokens, addressed by their position n in the training order, without end.
@@ -104,7 +106,7 @@ class Windows(NamedTuple):
 
 
 def open_windows(
-    corpora: Sequence[WeightedCorpus], *, seq_length: int, split: str, num_tokens: int, seed: int
+    corpora: Sequence[WeightedCorpus], *, seq_length: int, split: str, num_tokens: int | None, seed: int
 ) -> Windows:
     """Open PREFIX.bin/.idx of each corpus, check every token, and split its windows.
 
@@ -113,14 +115,13 @@ def open_windows(
     Args:
         corpora: one, or a blend; arguments.weighted_corpora reads them from --data-path.
         split: three weights like 969,30,1.
-        num_tokens: of the tokenizer; reads the files once, at about a gigabyte per second.
+        num_tokens: of the tokenizer; reads the files once, at about a gigabyte per second. None leaves the tokens to
+            check_tokens, for ranks to share.
 
     Raises:
         UserError: missing or damaged files, tokens outside the vocabulary, fewer tokens than a window, a bad split.
     """
-    opened = [
-        _open_corpus(prefix, seq_length, split, num_tokens, seed, number) for number, (_, prefix) in enumerate(corpora)
-    ]
+    opened = [_open_corpus(prefix, seq_length, split, seed, number) for number, (_, prefix) in enumerate(corpora)]
     parts = []
     for datasets in zip(*opened, strict=True):
         there = [i for i, dataset in enumerate(datasets) if len(dataset) > 0]
@@ -129,12 +130,14 @@ def open_windows(
         else:
             assignment = Assignment.of([corpora[i].weight for i in there])
             parts.append(BlendedWindows(tuple(datasets[i] for i in there), assignment))
-    return Windows(*parts)
+    windows = Windows(*parts)
+    if num_tokens is not None:
+        check_tokens(windows, num_tokens)
+    return windows
 
 
-def _open_corpus(prefix: str, seq_length: int, split: str, num_tokens: int, seed: int, number: int) -> Windows:
+def _open_corpus(prefix: str, seq_length: int, split: str, seed: int, number: int) -> Windows:
     tokens = open_tokens(prefix)
-    _check_tokens(tokens, num_tokens, prefix)
     num_windows = len(tokens) // seq_length
     if num_windows == 0:
         raise UserError(
@@ -169,17 +172,28 @@ def split_ranges(split: str, num_windows: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
-def _check_tokens(tokens: np.ndarray, num_tokens: int, data_path: str) -> None:
-    chunk = 1 << 24
-    parts = [tokens[start : start + chunk] for start in range(0, len(tokens), chunk)]
-    # Both of one part before the next, so that the file is read once.
-    lows, highs = zip(*((int(part.min()), int(part.max())) for part in parts), strict=True)
-    low, high = min(lows), max(highs)
-    if low < 0 or high >= num_tokens:
-        raise UserError(
-            f"{data_path}.bin: has tokens {low} to {high}, the tokenizer's vocabulary has tokens 0 to "
-            f"{num_tokens - 1}; prepare the data with this tokenizer"
-        )
+def check_tokens(windows: Windows, num_tokens: int, part: int = 0, num_parts: int = 1) -> None:
+    """Read every `num_parts`-th block of the corpora, from the block `part` on.
+
+    Raises:
+        UserError: it has tokens outside the vocabulary.
+    """
+    train, first = windows.train, part
+    # A corpus without a training window was refused.
+    for corpus in train.corpora if isinstance(train, BlendedWindows) else (train,):
+        tokens = corpus.tokens
+        starts = range(0, len(tokens), TOKENS_AT_ONCE)
+        blocks = [tokens[start : start + TOKENS_AT_ONCE] for start in starts[first::num_parts]]
+        # The next corpus goes on where this one ends: many small ones are shared as well.
+        first = (first - len(starts)) % num_parts
+        # Both of one block before the next, so that the file is read once.
+        extremes = [(int(block.min()), int(block.max())) for block in blocks]
+        low, high = min((low for low, _ in extremes), default=0), max((high for _, high in extremes), default=0)
+        if low < 0 or high >= num_tokens:
+            raise UserError(
+                f"{tokens.filename}: has tokens {low} to {high}, the tokenizer's vocabulary has tokens 0 to "
+                f"{num_tokens - 1}; prepare the data with this tokenizer"
+            )
 
 
 def _reopen(filename: str, dtype: np.dtype, *fields: Any) -> CorpusWindows:

@@ -7,7 +7,9 @@ import contextlib
 import os
 import re
 import sys
+import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
+
+SECONDS_BETWEEN_LOOKS = 0.05  # of a rank that waits for the first one
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,16 @@ def check_torch_for_gpu(version: str) -> None:
         )
 
 
+def started_ranks() -> int:
+    """Number of ranks that torchrun, or whoever it was, has started; known before any group is made."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def ranks_share_a_machine() -> bool:
+    """Whether every rank is known to be on this machine, where all see the same files; before any group is made."""
+    return started_ranks() in (1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def is_first_rank() -> bool:
     """Whether this process is the first of all, which speaks and writes for them; known before any group is made."""
     return os.environ.get("RANK", "0") == "0"
@@ -141,7 +155,7 @@ def parallel_groups(
         UserError: before any group is made, if the layout does not fit the ranks or the device is not there.
         LostRankError: another rank is gone, or has not answered for `--distributed-timeout-minutes`.
     """
-    world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = world_size or started_ranks()
     data_parallel_size_of(options, world_size)
     device = choose_device(options.device)
     if device.type == "cpu":
@@ -155,23 +169,24 @@ def parallel_groups(
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     install_gradient_accumulation()
-    _join_ranks(device, world_size, timedelta(minutes=options.distributed_timeout_minutes))
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=options.tensor_model_parallel_size,
-        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=num_model_chunks if num_model_chunks > 1 else None,
-        context_parallel_size=options.context_parallel_size,
-        distributed_timeout_minutes=options.distributed_timeout_minutes,
-        # For Megatron's own checkpoints of the distributed optimizer; ours gather nothing.
-        create_gloo_process_groups=False,
-    )
     try:
+        _join_ranks(device, world_size, timedelta(minutes=options.distributed_timeout_minutes))
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=options.tensor_model_parallel_size,
+            pipeline_model_parallel_size=options.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=num_model_chunks if num_model_chunks > 1 else None,
+            context_parallel_size=options.context_parallel_size,
+            distributed_timeout_minutes=options.distributed_timeout_minutes,
+            # For Megatron's own checkpoints of the distributed optimizer; ours gather nothing.
+            create_gloo_process_groups=False,
+        )
         yield ParallelGroups(ProcessGroupCollection.use_mpu_process_groups(), device)
     except RuntimeError as error:
         raise _lost_rank(error) or error from error
     finally:
         parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
         if device.type == "cuda":
             _forget_fp8_state()
 
@@ -180,15 +195,16 @@ def _lost_rank(error: RuntimeError) -> LostRankError | None:
     """What a collective's error means to a person; None for any other error. NCCL's time-outs end a process by
     themselves.
     """
-    # Gloo has no class of its own: "[.../gloo/transport/tcp/pair.cc:538] Connection closed by peer [10.0.0.2]:4711".
-    from_gloo = re.match(r"\[\S*\bgloo/\S+\] (.*?)(\. This is|$)", str(error), re.DOTALL)
+    # Gloo has no class of its own: "[.../gloo/transport/tcp/pair.cc:538] Connection closed by peer [10.0.0.2]:4711", or
+    # "Gloo connectFullMesh failed with [...". No message of others names its source so.
+    from_gloo = re.search(r"\[\S*\bgloo/\S+\] (.*?)(\. This is|$)", str(error), re.DOTALL)
     if from_gloo is None and not isinstance(error, torch.distributed.DistError):
         return None
     said = one_line(RuntimeError(from_gloo[1]) if from_gloo else error)
     frames = traceback.extract_tb(error.__traceback__)
     where = [frame.name for frame in frames if "megatron" in frame.filename][-1]
     return LostRankError(
-        f"rank {torch.distributed.get_rank()} waited in {where} for a rank that is gone or stands still: {said}; look "
+        f"rank {os.environ.get('RANK', '0')} waited in {where} for a rank that is gone or stands still: {said}; look "
         "for the reason on that rank, and start again"
     )
 
@@ -269,21 +285,24 @@ def raise_on_every_rank(error: UserError | None, group: torch.distributed.Proces
 
 
 @contextlib.contextmanager
-def errors_of_all_replicas(groups: ParallelGroups) -> Iterator[None]:
-    """Raise on every rank what a replica raises inside: the others would wait for it, and the first rank says nothing.
+def errors_of_all_ranks(group: torch.distributed.ProcessGroup | None = None) -> Iterator[None]:
+    """Raise on every rank of the group, or of all, what one raises inside: the others would wait for it, and the first
+    rank says nothing.
 
     Raises:
-        UserError: that of the first replica with one.
+        UserError: that of the first rank with one.
     """
     own = None
     try:
         yield
     except UserError as error:
         own = error
-    if groups.data_size > 1:
-        raise_on_every_rank(own, groups.collection.dp)
-    elif own is not None:
-        raise own
+    raise_on_every_rank(own, group)
+
+
+def errors_of_all_replicas(groups: ParallelGroups) -> contextlib.AbstractContextManager[None]:
+    """As errors_of_all_ranks, where each rank of a replica raises what the others of it do."""
+    return errors_of_all_ranks(groups.collection.dp) if groups.data_size > 1 else contextlib.nullcontext()
 
 
 def _join_ranks(device: torch.device, world_size: int, timeout: timedelta) -> None:
@@ -292,24 +311,41 @@ def _join_ranks(device: torch.device, world_size: int, timeout: timedelta) -> No
         # No rendezvous for one process: a second command on the same machine must not meet it on a port.
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-    elif _is_restart_on_one_machine():
-        # torchrun keeps its store when it starts the ranks again, and with it the addresses of those that are dead.
-        address, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
-        store = torch.distributed.TCPStore(address, port, is_master=False, timeout=timeout)
-        store = torch.distributed.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        rank = int(os.environ["RANK"])
+        store = _store_of_this_start(rank, world_size, timeout)
         torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     else:
         torch.distributed.init_process_group(backend, timeout=timeout)
 
 
-def _is_restart_on_one_machine() -> bool:
-    """Whether torchrun (--max-restarts) has started the ranks again, all of them on this machine.
+def _store_of_this_start(rank: int, world_size: int, timeout: timedelta) -> torch.distributed.Store:
+    """A part of torchrun's store that no rank of another start has written to.
 
-    On several the agents do not count restarts alike, and each start has a new store.
+    torchrun (--max-restarts) keeps its store when it starts the ranks again, and with it the addresses of those that
+    are dead; what it says of restarts is no name for the start, since each machine counts its own. So the first rank
+    makes up a name, and acknowledges each rank that calls it by that name. A rank that has met the name of an earlier
+    start is not acknowledged, since nobody knew its own name then, and looks again.
     """
-    given = os.environ.get
-    is_restart = given("TORCHELASTIC_USE_AGENT_STORE") == "True" and given("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    return is_restart and given("LOCAL_WORLD_SIZE") == given("WORLD_SIZE")
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = torch.distributed.TCPStore(address, port, is_master=False, timeout=timeout)
+    meeting, own = torch.distributed.PrefixStore("sedd_megatron", store), uuid.uuid4().hex
+    if rank == 0:
+        name = own
+        meeting.set("start", name)
+        for other in range(1, world_size):
+            caller = meeting.get(f"{name}/{other}").decode()
+            meeting.set(f"{name}/{caller}", "")
+        return torch.distributed.PrefixStore(name, meeting)
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        name = meeting.get("start").decode()
+        meeting.set(f"{name}/{rank}", own)
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+        if meeting.check([f"{name}/{own}"]):
+            return torch.distributed.PrefixStore(name, meeting)
+        if time.monotonic() > deadline:
+            raise torch.distributed.DistStoreError(f"the first rank has not answered for {timeout}")
 
 
 def seed_megatron_generators(seed: int) -> None:

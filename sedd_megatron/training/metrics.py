@@ -20,15 +20,26 @@ def open_tensorboard(directory: str | None, iteration: int = 0) -> Any:
     """
     if directory is None:
         return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(f"--tensorboard-dir {directory} needs TensorBoard; pip install 'sedd_megatron[log]'") from error
+    check_tensorboard(directory)
+    from torch.utils.tensorboard import SummaryWriter
+
     try:
         return SummaryWriter(directory, purge_step=iteration + 1)
     except OSError as error:
         _give_up_tensorboard(error)
         return None
+
+
+def check_tensorboard(directory: str) -> None:
+    """Check that `directory` can be written in TensorBoard's format.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"--tensorboard-dir {directory} needs TensorBoard; pip install 'sedd_megatron[log]'") from error
 
 
 def _give_up_tensorboard(error: OSError) -> None:

@@ -2,64 +2,113 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
 
 from sedd_megatron.arguments import weighted_corpora
 from sedd_megatron.config import PretrainOptions
 from sedd_megatron.data.blend import common_tokenizer
-from sedd_megatron.data.preparation import preparation_of
+from sedd_megatron.data.preparation import Preparation, preparation_of
 from sedd_megatron.data.tokenizer_folder import DESCRIPTION
 from sedd_megatron.data.tokenizers import Tokenizer, build_tokenizer
-from sedd_megatron.data.windows import open_windows
+from sedd_megatron.data.windows import Windows, check_tokens, open_windows
 from sedd_megatron.errors import UserError, one_line, say
 from sedd_megatron.parallel import cpu_backend
-from sedd_megatron.parallel.groups import choose_device, is_first_rank, on_first_rank, parallel_groups
+from sedd_megatron.parallel.groups import (
+    ParallelGroups,
+    choose_device,
+    errors_of_all_ranks,
+    is_first_rank,
+    on_first_rank,
+    parallel_groups,
+    raise_on_every_rank,
+    ranks_share_a_machine,
+    started_ranks,
+)
 
 if TYPE_CHECKING:
     from sedd_megatron.training.run_folder import FoundCheckpoint
     from sedd_megatron.training.run_lock import RunLock
 
 
+class Inputs(NamedTuple):
+    """What a run is given on the disk."""
+
+    tokenizer: Tokenizer
+    windows: Windows
+    preparation: Preparation
+
+
 def pretrain(options: PretrainOptions) -> int:
     """Train, or verify the layout, as `options` say; returns the exit code, 1 for a layout that failed.
 
+    Mistakes in flags, in the layout and in the ranks' devices end a rank by itself, before anything is taken. What lies
+    on the disk and what is installed may differ between machines: a rank that finds a mistake there tells the others
+    once they have joined, but for those of one machine, which all see it and end by themselves. Tokens are read after
+    that, each rank a part of them.
+
     Raises:
-        UserError: a mistake that a person can mend; on every rank, and before process groups or GPU memory are taken
-            wherever the mistake can be seen before.
+        UserError: a mistake that a person can mend; on every rank.
     """
     device = choose_device(options.parallel.device)
     if device.type == "cpu":
         # Before the first import of a Megatron module: some of them look at torch.cuda when they are imported.
         cpu_backend.install()
-    from sedd_megatron.model.layer_spec import check_transformer_engine
-    from sedd_megatron.training.loop import train
-    from sedd_megatron.training.run_lock import RunLock
     from sedd_megatron.training.verify_layout import verify_layout
 
-    check_transformer_engine(options.precision, device)
-    tokenizer = data_tokenizer(options)
-    windows = open_windows(
-        weighted_corpora(options.data),
-        seq_length=options.model.seq_length,
-        split=options.data.split,
-        num_tokens=tokenizer.num_tokens,
-        seed=options.training.seed,
-    )
-    preparation = preparation_of([prefix for _, prefix in weighted_corpora(options.data)])
-    if options.verify.verify_layout:
-        return 0 if verify_layout(options, windows, tokenizer) else 1
-    _check_log_folders(options)
+    inputs, own_error = None, None
+    try:
+        inputs = _open_inputs(options, device)
+    except UserError as error:
+        if ranks_share_a_machine():
+            raise
+        own_error = error
+    if inputs is not None and options.verify.verify_layout:
+        return 0 if verify_layout(options, inputs.windows, inputs.tokenizer) else 1
     num_chunks = options.parallel.num_model_chunks(options.model.num_layers)
     with parallel_groups(options.parallel, num_chunks) as groups:
-        lock = RunLock(Path(options.checkpoint.save)) if options.checkpoint.save and is_first_rank() else None
-        try:
-            # One rank looks for all: what lies on the disk may change from one look to the next.
-            found = on_first_rank(lambda: choose_start(options, tokenizer, lock))
-            train(options, windows, tokenizer, found, groups, preparation, lock)
-        finally:
-            if lock is not None:
-                lock.release()
+        raise_on_every_rank(own_error)
+        _train(options, inputs, groups)
     return 0
+
+
+def _open_inputs(options: PretrainOptions, device: torch.device) -> Inputs:
+    from sedd_megatron.model.layer_spec import check_transformer_engine
+
+    check_transformer_engine(options.precision, device)
+    tokenizer, corpora = data_tokenizer(options), weighted_corpora(options.data)
+    is_verified = options.verify.verify_layout
+    # A verification begins on each rank alone; in training all ranks share the reading.
+    is_read_here = is_verified or started_ranks() == 1
+    windows = open_windows(
+        corpora,
+        seq_length=options.model.seq_length,
+        split=options.data.split,
+        num_tokens=tokenizer.num_tokens if is_read_here else None,
+        seed=options.training.seed,
+    )
+    if not is_verified:
+        _check_logs(options)
+    return Inputs(tokenizer, windows, preparation_of([prefix for _, prefix in corpora]))
+
+
+def _train(options: PretrainOptions, inputs: Inputs, groups: ParallelGroups) -> None:
+    from sedd_megatron.training.loop import train
+    from sedd_megatron.training.run_lock import RunLock
+
+    tokenizer, windows, preparation = inputs
+    if started_ranks() > 1:
+        with errors_of_all_ranks():
+            check_tokens(windows, tokenizer.num_tokens, torch.distributed.get_rank(), started_ranks())
+    lock = RunLock(Path(options.checkpoint.save)) if options.checkpoint.save and is_first_rank() else None
+    try:
+        # One rank looks for all: what lies on the disk may change from one look to the next.
+        found = on_first_rank(lambda: choose_start(options, tokenizer, lock))
+        train(options, windows, tokenizer, found, groups, preparation, lock)
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def data_tokenizer(options: PretrainOptions) -> Tokenizer:
@@ -128,7 +177,11 @@ def choose_start(options: PretrainOptions, tokenizer: Tokenizer, lock: "RunLock 
     return found
 
 
-def _check_log_folders(options: PretrainOptions) -> None:
+def _check_logs(options: PretrainOptions) -> None:
+    from sedd_megatron.training.metrics import check_tensorboard
+
+    if options.logging.tensorboard_dir is not None:
+        check_tensorboard(options.logging.tensorboard_dir)
     for flag, folder in (
         ("--save", options.checkpoint.save),
         ("--log-dir", options.logging.log_dir),

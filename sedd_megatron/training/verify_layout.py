@@ -11,7 +11,7 @@ from torch import Tensor
 from sedd_megatron.config import ParallelOptions, PretrainOptions
 from sedd_megatron.data.tokenizers import Tokenizer
 from sedd_megatron.data.windows import Windows
-from sedd_megatron.parallel.groups import ParallelGroups, parallel_groups
+from sedd_megatron.parallel.groups import ParallelGroups, parallel_groups, raise_on_every_rank
 from sedd_megatron.training.build import TrainingRun, build_run
 from sedd_megatron.training.checkpoint_format import Shard, host_copy
 from sedd_megatron.training.loop import find_fp8_scales, train_step, training_iterators
@@ -27,6 +27,9 @@ def verify_layout(options: PretrainOptions, windows: Windows, tokenizer: Tokeniz
     memory of the whole model on each rank. Warm-up is off. Adam's epsilon is raised to 1e-4: its first
     updates are signs, and an entry whose gradient is rounding noise would move by a whole step either way.
 
+    Raises:
+        UserError: of a rank that has joined without training, as pretrain has it.
+
     Returns:
         Whether every difference is within the tolerance and all replicas agree bit for bit.
     """
@@ -40,6 +43,8 @@ def verify_layout(options: PretrainOptions, windows: Windows, tokenizer: Tokeniz
         expected_weights = _whole_weights(run)
         del run
     with parallel_groups(options.parallel, options.parallel.num_model_chunks(options.model.num_layers)) as groups:
+        # A rank that could not begin has come here at once, with its reason.
+        raise_on_every_rank(None)
         run, steps = _train(options, windows, tokenizer, groups)
         differences = {
             "loss": _largest("loss", steps, expected_steps),

@@ -1,5 +1,6 @@
 """Every bit of a corpus counts: digests find each flip, an index is held against itself, and training ends."""
 
+import contextlib
 import sys
 import threading
 import time
@@ -64,6 +65,15 @@ def test_what_there_is_no_digest_for_is_said(prefix, capsys):
         check(prefix)
     assert check_in_background([prefix]).fault() is None
     assert capsys.readouterr().err == f"{prefix}: has no digests, and is used as it is\n"
+
+
+def test_a_full_disk_under_the_log_keeps_no_run_from_its_data(prefix, monkeypatch):
+    digests_path(prefix).unlink()
+    # Closing it fails as well: it has what it could not write.
+    with contextlib.suppress(OSError), open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        begun = check_in_background([prefix])
+    assert begun.fault() is None
 
 
 def test_check_is_by_itself_and_names_its_flag(prefix):

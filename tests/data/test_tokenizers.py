@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import resource
 import shutil
 from pathlib import Path
 
@@ -148,6 +149,25 @@ def sentencepiece_without_bytes(unknown_id: int) -> SentencePieceTokenizer:
         hard_vocab_limit=False, byte_fallback=False, unk_id=unknown_id, bos_id=-1, eos_id=1 - unknown_id,
     )  # fmt: skip
     return SentencePieceTokenizer(model.getvalue())
+
+
+def test_a_saved_tokenizer_json_has_the_library_s_bytes(hugging_face_folder, tmp_path):
+    HuggingFaceTokenizer.from_name(str(hugging_face_folder)).save(tmp_path / "ours")
+    saved = tmp_path / "ours" / "tokenizer.json"
+    hf.Tokenizer.from_file(str(saved)).save(str(tmp_path / "theirs.json"))
+    assert saved.read_bytes() == (tmp_path / "theirs.json").read_bytes()
+
+
+def test_a_full_disk_is_an_error_of_the_disk(hugging_face_folder, tmp_path):
+    tokenizer = HuggingFaceTokenizer.from_name(str(hugging_face_folder))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Room for the description, and for the beginning of what the library makes.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            tokenizer.save(tmp_path / "saved")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def hugging_face_with(model) -> HuggingFaceTokenizer:

@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+import shutil
 import subprocess
 import sys
 from fractions import Fraction
@@ -11,12 +12,13 @@ import pytest
 import torch
 
 from sedd_megatron.config import WeightedCorpus
+from sedd_megatron.data import windows as module
 from sedd_megatron.data.collator import NoisingCollator
 from sedd_megatron.data.corpus import write_corpus
 from sedd_megatron.data.loader import training_batches, validation_batches
 from sedd_megatron.data.micro_batch import MicroBatchCollator
 from sedd_megatron.data.tokenizers import ByteTokenizer
-from sedd_megatron.data.windows import CorpusWindows, open_windows, split_ranges
+from sedd_megatron.data.windows import CorpusWindows, check_tokens, open_windows, split_ranges
 from sedd_megatron.diffusion import AbsorbingGraph, LogLinearSchedule, UniformGraph
 from sedd_megatron.diffusion.draws import Stream, philox_generator
 from sedd_megatron.errors import UserError
@@ -175,6 +177,31 @@ def test_validation_is_the_same_every_time_and_bounded(data_path):
 def test_errors_name_the_value_and_the_way_out(data_path, change, text):
     with pytest.raises(UserError, match=text):
         windows(data_path, **change)
+
+
+def finds_strange_tokens(blended, path: str, rank: int) -> bool:
+    try:
+        check_tokens(blended, 256, rank, 3)
+    except UserError as error:
+        return str(error).startswith(f"{path}.bin: has tokens ")
+    return False
+
+
+def test_each_block_of_tokens_is_read_by_one_of_the_ranks(data_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "TOKENS_AT_ONCE", 16 * LENGTH)
+    copies = [str(tmp_path / name) for name in ("a", "b")]
+    for copy, suffix in itertools.product(copies, (".bin", ".idx")):
+        shutil.copy(data_path + suffix, copy + suffix)
+    corpora = [WeightedCorpus(Fraction(1, 2), copy) for copy in copies]
+    blended = open_windows(corpora, seq_length=LENGTH, split="80,15,5", num_tokens=None, seed=3)
+    readers = []
+    for copy in copies:
+        tokens = np.memmap(copy + ".bin", dtype=np.uint16, mode="r+")
+        for place in range(0, len(tokens), 16 * LENGTH):
+            sound, tokens[place] = tokens[place], 300
+            readers.append([rank for rank in range(3) if finds_strange_tokens(blended, copy, rank)])
+            tokens[place] = sound
+    assert readers == [[block % 3] for block in range(14)]
 
 
 @pytest.mark.parametrize("graph", [AbsorbingGraph(256), UniformGraph(256)], ids=["absorb", "uniform"])
