@@ -106,6 +106,10 @@ def run_command(main: Callable[[], int | None]) -> None:
         # processes: what nohup started has to outlive its shell. torchrun starts its ranks from its main thread; one
         # that died before this line is missed at the rendezvous, whose store it kept.
         die_with_parent(os.getppid())
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            # A log that takes no UTF-8 ends no run over a folder's name.
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main()
         with output_errors():

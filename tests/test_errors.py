@@ -36,6 +36,13 @@ def test_a_run_without_anywhere_to_speak_ends_well():
         )
 
 
+def test_a_log_that_takes_no_utf_8_has_escapes():
+    code = "run_command(lambda: say('saved \\xfc') or print('Ω'))"
+    done = subprocess.run([sys.executable, "-c", f"from sedd_megatron.errors import *\n{code}"], capture_output=True,
+                          env=BUFFERED | {"PYTHONIOENCODING": "ascii"}, timeout=60)  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"saved \\xfc\n\\u03a9\n", b"")
+
+
 def test_a_process_dies_with_a_parent_that_is_gone_already():
     assert ended("die_with_parent(os.getppid())") == (0, "")
     assert ended("die_with_parent(os.getppid() + 1)") == (-9, "")
