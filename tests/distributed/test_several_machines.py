@@ -76,7 +76,7 @@ def wait_for_iteration(machines: Machines, log: Path, iteration: int) -> None:
 def test_ranks_of_two_machines_join_again_at_each_restart(tmp_path, byte_corpus):
     save = tmp_path / "run"
     command = [*MODEL, *DIST_OPT, "--data-path", str(byte_corpus), "--save", str(save), "--save-interval", "2",
-               "--train-iters", "100000", "--eval-interval", "0", "--distributed-timeout-minutes", "0.5"]  # fmt: skip
+               "--train-iters", "100000", "--eval-interval", "0", "--distributed-timeout-minutes", "1.5"]  # fmt: skip
     with Machines(tmp_path, [command, command], restarts=2) as machines:
         for machine in (1, 0):
             reached = len((save / "metrics.jsonl").read_text().splitlines()) if save.is_dir() else 0
