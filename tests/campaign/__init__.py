@@ -1,6 +1,6 @@
 """Attacks the commands as a person meets them, and counts what holds: a scorecard.
 
-    python -m tests.campaign                       half an hour to an hour on two CPU cores
+    python -m tests.campaign                       twenty minutes to an hour on two CPU cores
     python -m tests.campaign --short               two minutes
     python -m tests.campaign --rows R1 R4 --seed 5 --output scorecard.md
 
