@@ -223,7 +223,7 @@ def check_and_open(options: PrepareOptions) -> tuple[PrepareOptions, DocumentSou
 def _open_input(options: PrepareOptions) -> FileSource | TokenSource:
     folder = Path(options.output_prefix).parent
     if options.input_dtype is not None:
-        return TokenSource(input_files(options.input, input_format="text", spool_folder=folder), options.input_dtype)
+        return TokenSource(input_files(options.input, spool_folder=folder, are_texts=False), options.input_dtype)
     files = input_files(options.input, input_format=options.input_format, spool_folder=folder)
     plain = [file.path for file in files if not file.is_json_lines]
     keys = " ".join(options.json_keys)

@@ -221,10 +221,16 @@ def test_what_only_begins_like_a_packed_file_is_a_text(tmp_path):
     assert texts_in(written(tmp_path, "b.txt", "")) == [""]
 
 
-@pytest.mark.parametrize("content", ["été".encode("utf-16"), "été".encode("latin-1")])
-def test_other_encodings_are_one_line(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("été".encode("utf-16"), "has a NUL character at byte 3, as UTF-16 "),
+        ("été".encode("latin-1"), "not UTF-8 at byte "),
+    ],
+)
+def test_other_encodings_are_one_line(tmp_path, content, why):
     path = written(tmp_path, "a.txt", content)
-    assert refusal_of(path).startswith(f"--input {path}: not UTF-8 at byte ")
+    assert refusal_of(path).startswith(f"--input {path}: {why}")
 
 
 def test_nulls_are_counted_and_left_out(tmp_path):
