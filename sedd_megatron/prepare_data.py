@@ -4,11 +4,12 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from sedd_megatron.data.corpus import append_chunks, corpus_path, open_tokens, publish_corpus
+from sedd_megatron.data.corpus import append_chunks, corpus_path, finish_corpus, open_tokens
 from sedd_megatron.data.digests import digests_path, file_record, find_fault, has_digests
 from sedd_megatron.data.documents import TEXT8_CHARACTERS, DocumentSource, FileSource, Text8Source
 from sedd_megatron.data.encoding import encoded_chunks, token_dtype
@@ -17,6 +18,7 @@ from sedd_megatron.data.input_files import INPUT_FORMATS, input_files
 from sedd_megatron.data.parts import Extent, PartialCorpus, kept_tokenizer, parts_folder
 from sedd_megatron.data.preparation import Preparation
 from sedd_megatron.data.progress import Progress
+from sedd_megatron.data.publication import check_outputs, publish
 from sedd_megatron.data.token_files import INPUT_DTYPES, TokenSource
 from sedd_megatron.data.tokenizer_folder import DESCRIPTION, TOKENIZER_FILES
 from sedd_megatron.data.tokenizers import (
@@ -27,6 +29,7 @@ from sedd_megatron.data.tokenizers import (
     build_tokenizer,
     load_tokenizer,
 )
+from sedd_megatron.data.wording import counted
 from sedd_megatron.errors import UserError, print_output, run_command
 from sedd_megatron.options import option, parse_options
 
@@ -112,20 +115,23 @@ def prepare(options: PrepareOptions) -> None:
             raise UserError(f"--allow-special-tokens: {options.tokenizer_type} has none; leave the flag out")
         written = [write_parts(options, source, tokenizer, folder, key) for key in options.json_keys]
         for key, (extent, _) in zip(options.json_keys, written, strict=True):
-            _check_unknown(options, tokenizer, extent, key)
-        for key in options.json_keys:
-            _tell_of_replacement(corpus_path(prefix, key))
+            _check_tokens(options, tokenizer, extent, key)
+        # All that can fail of all corpora, before the first of them is published.
+        finals = [corpus_path(prefix, key) for key in options.json_keys]
+        partials = [folder / final.name for final in finals]
+        counted_corpora = [finish_corpus(partial, tokenizer, _preparation(options)) for partial in partials]
+        for final in finals:
+            _tell_of_replacement(final)
+        publish(list(zip(partials, finals, strict=True)))
         lines = []
-        for key, (extent, rate) in zip(options.json_keys, written, strict=True):
-            final = corpus_path(prefix, key)
-            stats = publish_corpus(folder / final.name, tokenizer, final, _preparation(options))
+        for final, stats, (extent, rate) in zip(finals, counted_corpora, written, strict=True):
             unknown = ""
             if tokenizer.unknown_id is not None:
                 unknown = f"{extent.num_unknown:,} of them unknown ({extent.num_unknown / stats.num_tokens:.2%}), "
             lines.append(
-                f"{stats.num_documents:,} documents, {stats.num_tokens:,} tokens of {tokenizer.num_tokens:,}, {unknown}"
-                f"unigram entropy {stats.unigram_entropy_nats:.3f} nats per token, {rate}\n--data-path {final}"
-                + (" --split 90,5,5" if options.preset == "text8" else "")
+                f"{counted(stats.num_documents, 'document')}, {counted(stats.num_tokens, 'token')} of "
+                f"{tokenizer.num_tokens:,}, {unknown}unigram entropy {stats.unigram_entropy_nats:.3f} nats per token, "
+                f"{rate}\n--data-path {final}" + (" --split 90,5,5" if options.preset == "text8" else "")
             )
     # Once all of them are there: output that cannot be written costs none.
     print_output("\n".join(lines))
@@ -149,7 +155,7 @@ def check(options: PrepareOptions) -> None:
     if fault is not None:
         raise UserError(fault)
     num_tokens = len(open_tokens(options.check, flag="--check"))
-    print_output(f"{options.check}: its {num_tokens:,} tokens, index and tokenizer are what was written")
+    print_output(f"{options.check}: its {counted(num_tokens, 'token')}, index and tokenizer are what was written")
 
 
 def _preparation(options: PrepareOptions) -> Preparation:
@@ -163,7 +169,9 @@ def _tell_of_replacement(final: Path) -> None:
         print_output(f"replaces the {tokens.stat().st_size:,} bytes of {tokens}")
 
 
-def _check_unknown(options: PrepareOptions, tokenizer: Tokenizer, extent: Extent, key: str) -> None:
+def _check_tokens(options: PrepareOptions, tokenizer: Tokenizer, extent: Extent, key: str) -> None:
+    if extent.num_documents == 0 and len(options.json_keys) > 1:
+        raise UserError(f"--json-keys: the input has no text at key {key!r}; leave that key out, or mend the input")
     share = extent.num_unknown / max(extent.num_tokens, 1)
     if share > options.max_unknown_share:
         raise UserError(
@@ -181,7 +189,9 @@ def write_parts(
     dtype = token_dtype(tokenizer.num_tokens)
     begin = PartialCorpus.finished_extent(partial, dtype)
     if begin.num_texts:
-        print_output(f"going on after {begin.num_documents:,} documents of an earlier run (--no-resume starts anew)")
+        print_output(
+            f"going on after {counted(begin.num_documents, 'document')} of an earlier run (--no-resume starts anew)"
+        )
     if isinstance(source, TokenSource):
         chunks = source.chunks(tokenizer, begin.num_tokens)
     else:
@@ -193,7 +203,7 @@ def write_parts(
     finally:
         progress.close()
     if source.num_nulls:
-        print_output(f"left out {source.num_nulls:,} documents with null at key {key!r}")
+        print_output(f"left out {counted(source.num_nulls, 'document')} with null at key {key!r}")
     return end, progress.rates(end)
 
 
@@ -209,8 +219,10 @@ def check_and_open(options: PrepareOptions) -> tuple[PrepareOptions, DocumentSou
     if is_text8 and options.tokenizer_type is None:
         options = replace(options, tokenizer_type=CharTokenizer.tokenizer_type)
     _check_flags(options, is_text8)
+    _check_outputs(options)
     if options.input is not None:
         source = _open_input(options)
+        _check_outputs(options, [file.path for file in source.files if file.spool is None])
     else:
         preset = PRESETS.get(options.preset or "")
         name = options.dataset or preset.name
@@ -218,6 +230,11 @@ def check_and_open(options: PrepareOptions) -> tuple[PrepareOptions, DocumentSou
         split = options.dataset_split or (preset.split if preset else "train")
         source = open_dataset(name, config, split, options.streaming)
     return options, Text8Source(source) if is_text8 else source
+
+
+def _check_outputs(options: PrepareOptions, inputs: Sequence[Path] = ()) -> None:
+    finals = [corpus_path(Path(options.output_prefix), key) for key in options.json_keys]
+    check_outputs(finals, [*inputs, *filter(None, (options.tokenizer_model, options.vocab_file, options.merge_file))])
 
 
 def _open_input(options: PrepareOptions) -> FileSource | TokenSource:

@@ -15,13 +15,12 @@ from sedd_megatron.data.digests import write_digests
 from sedd_megatron.data.encoding import EncodedChunk, encoded_chunks, token_dtype
 from sedd_megatron.data.parts import Extent, PartialCorpus
 from sedd_megatron.data.preparation import Preparation, stats_path
-from sedd_megatron.data.tokenizer_folder import replace_folder
+from sedd_megatron.data.publication import INDEX_MAGIC, publish
 from sedd_megatron.data.tokenizers import Tokenizer
 from sedd_megatron.errors import UserError
 
 # Megatron's .idx file: magic, version 1, dtype code, number of sequences, number of documents + 1 (indexed_dataset.py).
 INDEX_HEADER = struct.Struct("<9sQBQQ")
-INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_BLOCK = 1 << 22
 INDEX_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 
@@ -58,7 +57,9 @@ def write_corpus(
         partial = Path(folder) / final.name
         preparation = Preparation(append_eod)
         append_chunks(encoded_chunks(texts, tokenizer, preparation), token_dtype(tokenizer.num_tokens), partial)
-        return publish_corpus(partial, tokenizer, final, preparation)
+        stats = finish_corpus(partial, tokenizer, preparation)
+        publish([(partial, final)])
+        return stats
 
 
 def append_chunks(
@@ -94,11 +95,8 @@ def append_chunks(
     return corpus.extent
 
 
-def publish_corpus(partial: Path, tokenizer: Tokenizer, final: Path, preparation: Preparation) -> CorpusStats:
-    """Turn the finished parts of PARTIAL, made so, into the corpus FINAL; PARTIAL is in a folder beside it.
-
-    Everything is renamed, the .idx last: a prefix either is a whole corpus or is not there. A corpus of that name
-    stays until then.
+def finish_corpus(partial: Path, tokenizer: Tokenizer, preparation: Preparation) -> CorpusStats:
+    """Write all that belongs to a corpus beside the finished parts of PARTIAL, ready to be published.
 
     Raises:
         UserError: there are no tokens.
@@ -117,7 +115,6 @@ def publish_corpus(partial: Path, tokenizer: Tokenizer, final: Path, preparation
     shutil.rmtree(f"{partial}_tokenizer", ignore_errors=True)
     tokenizer.save(Path(f"{partial}_tokenizer"))
     write_digests(str(partial))
-    _publish(partial, final)
     return stats
 
 
@@ -216,11 +213,3 @@ def _token_counts(tokens: np.ndarray, num_tokens: int) -> np.ndarray:
     for start in range(0, len(tokens), chunk):
         counts += np.bincount(tokens[start : start + chunk], minlength=num_tokens)
     return counts
-
-
-def _publish(partial: Path, final: Path) -> None:
-    # Without its index a corpus does not exist: take the old one away before anything beside it changes.
-    Path(f"{final}.idx").unlink(missing_ok=True)
-    replace_folder(Path(f"{partial}_tokenizer"), Path(f"{final}_tokenizer"))
-    for suffix in ("_stats.json", "_digests.json", ".bin", ".idx"):
-        os.replace(f"{partial}{suffix}", f"{final}{suffix}")
