@@ -251,7 +251,7 @@ def test_data_path_is_required():
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        (["--data-path", "nowhere"], "error: nowhere_tokenizer/description.json: no tokenizer there"),
+        (["--data-path", "nowhere"], "error: --data-path nowhere: no file nowhere.idx"),
         (["--data-path", "nowhere", "--tokenizer-type", "ByteTokenizer"], "error: --data-path nowhere: no file"),
         (["--data-path", "x", "--bogus"], "error: unknown flag --bogus"),
         (

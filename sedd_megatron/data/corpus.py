@@ -1,5 +1,6 @@
 """From documents to Megatron's indexed token files, and back to their bare numbers."""
 
+import difflib
 import json
 import os
 import shutil
@@ -17,11 +18,13 @@ from sedd_megatron.data.parts import Extent, PartialCorpus
 from sedd_megatron.data.preparation import Preparation, stats_path
 from sedd_megatron.data.publication import INDEX_MAGIC, publish
 from sedd_megatron.data.tokenizers import Tokenizer
+from sedd_megatron.data.wording import read_errors
 from sedd_megatron.errors import UserError
 
 # Megatron's .idx file: magic, version 1, dtype code, number of sequences, number of documents + 1 (indexed_dataset.py).
 INDEX_HEADER = struct.Struct("<9sQBQQ")
 INDEX_BLOCK = 1 << 22
+MOST_NAMED = 3
 INDEX_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 
 
@@ -130,13 +133,10 @@ def open_tokens(data_path: str, flag: str = "--data-path") -> np.memmap:
     Raises:
         UserError: a file is missing, foreign or damaged; named.
     """
+    find_corpus(data_path, flag)
     index, tokens = Path(f"{data_path}.idx"), Path(f"{data_path}.bin")
-    for path in (index, tokens):
-        if not os.path.isfile(path):  # unlike Path.is_file, of any name
-            raise UserError(
-                f"{flag} {data_path}: no file {path}; give the prefix that sedd_megatron.prepare_data printed"
-            )
-    dtype, num_tokens = _read_index(index)
+    with read_errors(index):
+        dtype, num_tokens = _read_index(index)
     if tokens.stat().st_size != num_tokens * dtype.itemsize:
         raise UserError(
             f"{tokens}: has {tokens.stat().st_size} bytes, its index says {num_tokens * dtype.itemsize}; it is cut "
@@ -144,7 +144,37 @@ def open_tokens(data_path: str, flag: str = "--data-path") -> np.memmap:
         )
     if num_tokens == 0:
         raise UserError(f"{tokens}: holds no tokens; prepare the data again from files with text")
-    return np.memmap(tokens, dtype=dtype, mode="r")
+    with read_errors(tokens):
+        return np.memmap(tokens, dtype=dtype, mode="r")
+
+
+def find_corpus(data_path: str, flag: str = "--data-path") -> None:
+    """Raise unless both files of a corpus are there.
+
+    Raises:
+        UserError: naming the one that is missing, and what else lies there.
+    """
+    for suffix in (".idx", ".bin"):
+        if os.path.isfile(f"{data_path}{suffix}"):  # unlike Path.is_file, of any name
+            continue
+        bare = data_path.removesuffix(".bin").removesuffix(".idx")
+        if bare != data_path and os.path.isfile(f"{bare}.idx"):
+            raise UserError(f"{flag} {data_path}: is a file of a corpus; leave {data_path.removeprefix(bare)} out")
+        others = ", ".join(_similar_prefixes(data_path))
+        way_out = f"that folder has {others}" if others else "give the prefix that sedd_megatron.prepare_data printed"
+        raise UserError(f"{flag} {data_path}: no file {data_path}{suffix}; {way_out}")
+
+
+def _similar_prefixes(data_path: str) -> list[str]:
+    """Up to three corpora of that folder whose names are nearest."""
+    folder, name = os.path.split(data_path)
+    try:
+        names = [found.removesuffix(".idx") for found in os.listdir(folder or ".") if found.endswith(".idx")]
+    except OSError:
+        return []
+    begun = sorted(found for found in names if name and found.startswith(name) and found != name)
+    near = [found for found in difflib.get_close_matches(name, names, MOST_NAMED) if found != name]
+    return [os.path.join(folder, found) for found in dict.fromkeys([*begun, *near])][:MOST_NAMED]
 
 
 def _read_index(index: Path) -> tuple[np.dtype, int]:

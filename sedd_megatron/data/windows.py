@@ -14,6 +14,7 @@ from torch import Tensor
 from sedd_megatron.config import WeightedCorpus
 from sedd_megatron.data.blend import Assignment
 from sedd_megatron.data.corpus import open_tokens
+from sedd_megatron.data.digests import has_digests
 from sedd_megatron.diffusion.draws import Stream, philox_generator
 from sedd_megatron.errors import UserError
 
@@ -176,9 +177,12 @@ def _check_tokens(tokens: np.ndarray, num_tokens: int, data_path: str) -> None:
     lows, highs = zip(*((int(part.min()), int(part.max())) for part in parts), strict=True)
     low, high = min(lows), max(highs)
     if low < 0 or high >= num_tokens:
+        whether = (
+            f", or see by prepare_data --check {data_path} whether it is damaged" if has_digests(data_path) else ""
+        )
         raise UserError(
             f"{data_path}.bin: has tokens {low} to {high}, the tokenizer's vocabulary has tokens 0 to "
-            f"{num_tokens - 1}; prepare the data with this tokenizer"
+            f"{num_tokens - 1}; prepare the data with this tokenizer{whether}"
         )
 
 

