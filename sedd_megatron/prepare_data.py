@@ -15,6 +15,7 @@ from sedd_megatron.data.documents import TEXT8_CHARACTERS, DocumentSource, FileS
 from sedd_megatron.data.encoding import encoded_chunks, token_dtype
 from sedd_megatron.data.hub_datasets import PRESETS, open_dataset
 from sedd_megatron.data.input_files import INPUT_FORMATS, input_files
+from sedd_megatron.data.library_tokenizers import GPT2BPETokenizer, HuggingFaceTokenizer
 from sedd_megatron.data.parts import Extent, PartialCorpus, kept_tokenizer, parts_folder
 from sedd_megatron.data.preparation import Preparation
 from sedd_megatron.data.progress import Progress
@@ -34,6 +35,7 @@ from sedd_megatron.errors import UserError, print_output, run_command
 from sedd_megatron.options import option, parse_options
 
 MAX_WORKERS = 4096
+DEFAULT_VOCAB_SIZE = 8192
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class PrepareOptions:
     vocab_file: str | None = option(None, "GPT-2's vocabulary (encoder.json)")
     merge_file: str | None = option(None, "GPT-2's merges (vocab.bpe)")
     train_tokenizer: bool = option(False, "train the SentencePiece model on the input")
-    vocab_size: int = option(8192, "its number of tokens")
+    vocab_size: int | None = option(None, f"its number of tokens; {DEFAULT_VOCAB_SIZE} if not given")
     append_eod: bool = option(False, "end each document with the tokenizer's end-of-document token")
     allow_special_tokens: bool = option(
         False, "names of the tokenizer's special tokens in a text, as </s>, become these tokens; else they are text"
@@ -280,10 +282,31 @@ def _check_flags(options: PrepareOptions, is_text8: bool) -> None:
         (not options.train_tokenizer or options.tokenizer_type == SentencePieceTokenizer.tokenizer_type,
          f"--train-tokenizer: {options.tokenizer_type} is not trained; use it with SentencePieceTokenizer, or leave "
          "it out"),
+        *_tokenizer_rules(options, is_text8),
     ]  # fmt: skip
     for holds, message in rules:
         if not holds:
             raise UserError(message)
+
+
+def _tokenizer_rules(options: PrepareOptions, is_text8: bool) -> list[tuple[bool, str]]:
+    """No flag is given that another one, or the type, leaves without a meaning."""
+    kind, model = options.tokenizer_type, options.tokenizer_model
+    is_of_corpus = model is not None and os.path.isfile(Path(model) / DESCRIPTION)
+    takes_model = kind in (SentencePieceTokenizer.tokenizer_type, HuggingFaceTokenizer.tokenizer_type)
+    takes_files = kind == GPT2BPETokenizer.tokenizer_type and not is_of_corpus
+    return [
+        (model is None or not options.train_tokenizer,
+         f"--tokenizer-model {model}: --train-tokenizer makes a model; leave one of them out"),
+        (model is None or not is_text8, f"--tokenizer-model {model}: text8 has 27 characters; leave the flag out"),
+        (model is None or takes_model or is_of_corpus,
+         f"--tokenizer-model {model}: {kind} takes the ..._tokenizer folder of a corpus alone; give one, or leave it "
+         "out"),
+        (takes_files or (options.vocab_file is None and options.merge_file is None),
+         "--vocab-file and --merge-file belong to GPT2BPETokenizer without a --tokenizer-model; leave them out"),
+        (options.vocab_size is None or options.train_tokenizer,
+         f"--vocab-size {options.vocab_size}: belongs to --train-tokenizer; give that, or leave it out"),
+    ]  # fmt: skip
 
 
 def make_tokenizer(options: PrepareOptions, source: DocumentSource | TokenSource) -> Tokenizer:
@@ -307,7 +330,7 @@ def make_tokenizer(options: PrepareOptions, source: DocumentSource | TokenSource
         return build_tokenizer(options.tokenizer_type, model, options.vocab_file, options.merge_file)
     texts = (text for key in options.json_keys for text in source.texts(key))
     if options.train_tokenizer:
-        return SentencePieceTokenizer.train(texts, options.vocab_size)
+        return SentencePieceTokenizer.train(texts, _vocab_size(options))
     if options.tokenizer_type == CharTokenizer.tokenizer_type:
         return CharTokenizer.from_texts(texts)
     return build_tokenizer(options.tokenizer_type, model, options.vocab_file, options.merge_file)
@@ -322,11 +345,15 @@ def digest_of(options: PrepareOptions, source: DocumentSource | TokenSource) -> 
     decisive = {
         "source": source.identity(),
         "options": [options.json_keys, options.tokenizer_type, options.preset, options.train_tokenizer,
-                    options.vocab_size, options.append_eod, options.allow_special_tokens],
+                    _vocab_size(options), options.append_eod, options.allow_special_tokens],
         "tokenizer files": files,
         "versions": [_version(package) for package in ("sedd_megatron", "sentencepiece", "tokenizers")],
     }  # fmt: skip
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
+
+
+def _vocab_size(options: PrepareOptions) -> int:
+    return DEFAULT_VOCAB_SIZE if options.vocab_size is None else options.vocab_size
 
 
 def _version(package: str) -> str | None:
