@@ -23,6 +23,7 @@ from sedd_megatron.config import (
 )
 from sedd_megatron.errors import UserError
 from sedd_megatron.options import flag_of, parse_options
+from sedd_megatron.wording import counted
 
 # Transformer Engine's matrix products (pytorch/utils.py, assert_dim_for_fp8_exec) and 128 x 128 blocks
 # (pytorch/tensor/float8_blockwise_tensor.py): what the inner sizes and the number of rows must be multiples of.
@@ -92,8 +93,9 @@ def data_parallel_size_of(parallel: ParallelOptions, world_size: int) -> int:
     model_ranks = math.prod(sizes.values())
     _require(
         world_size % model_ranks == 0,
-        f"{' times '.join(f'{name} {size}' for name, size in sizes.items())} must divide the {world_size} ranks "
-        f"started; start a multiple of {model_ranks} (torchrun --nproc-per-node) or lower one of them",
+        f"{' times '.join(f'{name} {size}' for name, size in sizes.items())} must divide the "
+        f"{counted(world_size, 'rank')} started; start a multiple of {model_ranks} (torchrun --nproc-per-node) or "
+        "lower one of them",
     )
     return world_size // model_ranks
 

@@ -30,9 +30,9 @@ from sedd_megatron.data.tokenizers import (
     build_tokenizer,
     load_tokenizer,
 )
-from sedd_megatron.data.wording import counted
 from sedd_megatron.errors import UserError, print_output, run_command
 from sedd_megatron.options import option, parse_options
+from sedd_megatron.wording import counted
 
 MAX_WORKERS = 4096
 DEFAULT_VOCAB_SIZE = 8192
@@ -173,13 +173,15 @@ def _tell_of_replacement(final: Path) -> None:
 
 def _check_tokens(options: PrepareOptions, tokenizer: Tokenizer, extent: Extent, key: str) -> None:
     if extent.num_documents == 0 and len(options.json_keys) > 1:
-        raise UserError(f"--json-keys: the input has no text at key {key!r}; leave that key out, or mend the input")
+        raise UserError(
+            f"--json-keys: the input has no text at key {key!r}; mend it, or leave that key out and give --no-resume"
+        )
     share = extent.num_unknown / max(extent.num_tokens, 1)
     if share > options.max_unknown_share:
         raise UserError(
-            f"--max-unknown-share {options.max_unknown_share}: of the {extent.num_tokens:,} tokens at key {key!r} "
-            f"{share:.2%} are unknown to this {tokenizer.tokenizer_type}; give one that fits the text and --no-resume, "
-            "or raise the share"
+            f"--max-unknown-share {options.max_unknown_share}: of the {counted(extent.num_tokens, 'token')} at key "
+            f"{key!r} {share:.2%} are unknown to this {tokenizer.tokenizer_type}; give one that fits the text and "
+            "--no-resume, or raise the share"
         )
 
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from sedd_megatron.data.tokenizer_folder import DESCRIPTION
 from sedd_megatron.data.tokenizers import Tokenizer, load_tokenizer
-from sedd_megatron.data.wording import read_errors
 from sedd_megatron.errors import UserError
+from sedd_megatron.wording import read_errors
 
 LONGEST_PERIOD = 1 << 16
 

@@ -18,8 +18,8 @@ from sedd_megatron.data.parts import Extent, PartialCorpus
 from sedd_megatron.data.preparation import Preparation, stats_path
 from sedd_megatron.data.publication import INDEX_MAGIC, publish
 from sedd_megatron.data.tokenizers import Tokenizer
-from sedd_megatron.data.wording import read_errors
 from sedd_megatron.errors import UserError
+from sedd_megatron.wording import read_errors
 
 # Megatron's .idx file: magic, version 1, dtype code, number of sequences, number of documents + 1 (indexed_dataset.py).
 INDEX_HEADER = struct.Struct("<9sQBQQ")

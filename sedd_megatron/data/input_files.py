@@ -21,8 +21,8 @@ from typing import IO, Any
 from sedd_megatron.data.digests import sha256_of
 from sedd_megatron.data.packed_files import LONGEST_SIGN, PACKED_SUFFIXES, TEXT_BEGINNING, unpacker, why_no_text
 from sedd_megatron.data.tokenizer_folder import DESCRIPTION, holds_tokenizer
-from sedd_megatron.data.wording import counted
 from sedd_megatron.errors import UserError, one_line, say
+from sedd_megatron.wording import counted
 
 INPUT_FORMATS = ("text", "jsonl")
 STANDARD_INPUT = "-"

@@ -8,8 +8,8 @@ from tqdm import tqdm
 from sedd_megatron.data.documents import DocumentSource
 from sedd_megatron.data.parts import Extent
 from sedd_megatron.data.token_files import TokenSource
-from sedd_megatron.data.wording import counted
 from sedd_megatron.errors import say
+from sedd_megatron.wording import counted
 
 
 class Progress:

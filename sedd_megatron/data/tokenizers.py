@@ -18,8 +18,8 @@ import sentencepiece
 from sedd_megatron.data.library_tokenizers import GPT2BPETokenizer, HuggingFaceTokenizer
 from sedd_megatron.data.null_tokenizer import NullTokenizer
 from sedd_megatron.data.tokenizer_folder import DESCRIPTION, MERGES, MODEL, VOCABULARY, write_description
-from sedd_megatron.data.wording import read_errors
 from sedd_megatron.errors import UserError
+from sedd_megatron.wording import read_errors
 
 TRAINING_LINE_CHARACTERS = 8192
 # SentencePiece's sign for it.

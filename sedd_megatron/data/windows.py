@@ -17,6 +17,7 @@ from sedd_megatron.data.corpus import open_tokens
 from sedd_megatron.data.digests import has_digests
 from sedd_megatron.diffusion.draws import Stream, philox_generator
 from sedd_megatron.errors import UserError
+from sedd_megatron.wording import counted
 
 
 class WindowDataset(torch.utils.data.Dataset, ABC):
@@ -139,8 +140,8 @@ def _open_corpus(prefix: str, seq_length: int, split: str, num_tokens: int, seed
     num_windows = len(tokens) // seq_length
     if num_windows == 0:
         raise UserError(
-            f"--data-path {prefix}: {len(tokens)} tokens are fewer than one window of --seq-length {seq_length}; "
-            "prepare more text or lower it"
+            f"--data-path {prefix}: has {counted(len(tokens), 'token')}, less than one window of --seq-length "
+            f"{seq_length}; prepare more text or lower it"
         )
     parts = []
     for (first, last), shuffle in zip(split_ranges(split, num_windows), (True, False, False), strict=True):

@@ -14,9 +14,9 @@ from sedd_megatron.data.digests import check_in_background, digests_path, find_f
 from sedd_megatron.data.preparation import Preparation, preparation_of, stats_path
 from sedd_megatron.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
 from sedd_megatron.data.windows import open_windows
-from sedd_megatron.data.wording import counted
 from sedd_megatron.errors import UserError
 from sedd_megatron.parallel import cpu_backend
+from sedd_megatron.wording import counted
 from tests.distributed.launch import child_environment
 from tests.distributed.layouts import MODEL
 

@@ -180,6 +180,8 @@ def test_no_key_is_published_if_one_has_no_text(tmp_path):
     (tmp_path / "in.txt").write_text('{"a": "old", "b": "old"}\n')
     run(tmp_path, "--json-keys", "a", "b")
     (tmp_path / "in.txt").write_text('{"a": "new", "b": ""}\n{"a": "new", "b": null}\n')
-    with pytest.raises(UserError, match=r"^--json-keys: the input has no text at key 'b'; leave that key out, or mend"):
+    with pytest.raises(
+        UserError, match=r"^--json-keys: the input has no text at key 'b'; mend it, or leave that key out"
+    ):
         run(tmp_path, "--json-keys", "a", "b")
     assert text_of(tmp_path / "p_a_document") == text_of(tmp_path / "p_b_document") == "old"

@@ -1,4 +1,4 @@
-"""How the readers of data speak: numbers with their nouns, and the system's errors in one line."""
+"""What is said in many places: numbers with their nouns, and the system's errors in one line."""
 
 import contextlib
 from collections.abc import Iterator
