@@ -140,7 +140,7 @@ def _open_corpus(prefix: str, seq_length: int, split: str, num_tokens: int, seed
     num_windows = len(tokens) // seq_length
     if num_windows == 0:
         raise UserError(
-            f"--data-path {prefix}: has {counted(len(tokens), 'token')}, less than one window of --seq-length "
+            f"--data-path {prefix}: has {counted(len(tokens), 'token')}, fewer than one window of --seq-length "
             f"{seq_length}; prepare more text or lower it"
         )
     parts = []
