@@ -268,8 +268,9 @@ def check_fp8_sizes(options: PretrainOptions) -> None:
     rows = options.training.micro_batch_size * model.seq_length // ranks
     _require(
         rows % rows_multiple == 0,
-        f"--micro-batch-size {options.training.micro_batch_size} times --seq-length {model.seq_length} over {ranks} "
-        f"ranks of the sequence is {rows} rows, not a multiple of {rows_multiple} as --fp8-recipe {recipe} needs",
+        f"--micro-batch-size {options.training.micro_batch_size} times --seq-length {model.seq_length} over "
+        f"{counted(ranks, 'rank')} of the sequence is {rows} rows, not a multiple of {rows_multiple} as "
+        f"--fp8-recipe {recipe} needs",
     )
 
 

@@ -175,7 +175,7 @@ FP8 = ["--bf16", "--fp8-format", "hybrid"]
         (
             [*FP8, "--micro-batch-size", "1", "--seq-length", "36", "--global-batch-size", "8"],
             1,
-            "--micro-batch-size 1 times --seq-length 36 over 1 ranks of the sequence is 36 rows, not a multiple of 8",
+            "--micro-batch-size 1 times --seq-length 36 over 1 rank of the sequence is 36 rows, not a multiple of 8",
         ),
         (["--verify-layout-tolerance", "0"], 1, "--verify-layout-tolerance 0.0 must be above 0"),
     ],
