@@ -23,6 +23,7 @@ from sedd_megatron.config import (
 )
 from sedd_megatron.errors import UserError
 from sedd_megatron.options import flag_of, parse_options
+from sedd_megatron.wording import counted
 
 # Transformer Engine's matrix products (pytorch/utils.py, assert_dim_for_fp8_exec) and 128 x 128 blocks
 # (pytorch/tensor/float8_blockwise_tensor.py): what the inner sizes and the number of rows must be multiples of.
@@ -100,8 +101,9 @@ def data_parallel_size_of(parallel: ParallelOptions, world_size: int) -> int:
     model_ranks = math.prod(sizes.values())
     _require(
         world_size % model_ranks == 0,
-        f"{' times '.join(f'{name} {size}' for name, size in sizes.items())} must divide the {world_size} ranks "
-        f"started; start a multiple of {model_ranks} (torchrun --nproc-per-node) or lower one of them",
+        f"{' times '.join(f'{name} {size}' for name, size in sizes.items())} must divide the "
+        f"{counted(world_size, 'rank')} started; start a multiple of {model_ranks} (torchrun --nproc-per-node) or "
+        "lower one of them",
     )
     return world_size // model_ranks
 
@@ -274,8 +276,9 @@ def check_fp8_sizes(options: PretrainOptions) -> None:
     rows = options.training.micro_batch_size * model.seq_length // ranks
     _require(
         rows % rows_multiple == 0,
-        f"--micro-batch-size {options.training.micro_batch_size} times --seq-length {model.seq_length} over {ranks} "
-        f"ranks of the sequence is {rows} rows, not a multiple of {rows_multiple} as --fp8-recipe {recipe} needs",
+        f"--micro-batch-size {options.training.micro_batch_size} times --seq-length {model.seq_length} over "
+        f"{counted(ranks, 'rank')} of the sequence is {rows} rows, not a multiple of {rows_multiple} as "
+        f"--fp8-recipe {recipe} needs",
     )
 
 

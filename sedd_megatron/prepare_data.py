@@ -4,19 +4,22 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from sedd_megatron.data.corpus import append_chunks, corpus_path, open_tokens, publish_corpus
+from sedd_megatron.data.corpus import append_chunks, corpus_path, finish_corpus, open_tokens
 from sedd_megatron.data.digests import digests_path, file_record, find_fault, has_digests
 from sedd_megatron.data.documents import TEXT8_CHARACTERS, DocumentSource, FileSource, Text8Source
 from sedd_megatron.data.encoding import encoded_chunks, token_dtype
 from sedd_megatron.data.hub_datasets import PRESETS, open_dataset
 from sedd_megatron.data.input_files import INPUT_FORMATS, input_files
+from sedd_megatron.data.library_tokenizers import GPT2BPETokenizer, HuggingFaceTokenizer
 from sedd_megatron.data.parts import Extent, PartialCorpus, kept_tokenizer, parts_folder
 from sedd_megatron.data.preparation import Preparation
 from sedd_megatron.data.progress import Progress
+from sedd_megatron.data.publication import check_outputs, publish
 from sedd_megatron.data.token_files import INPUT_DTYPES, TokenSource
 from sedd_megatron.data.tokenizer_folder import DESCRIPTION, TOKENIZER_FILES
 from sedd_megatron.data.tokenizers import (
@@ -29,8 +32,10 @@ from sedd_megatron.data.tokenizers import (
 )
 from sedd_megatron.errors import UserError, print_output, run_command
 from sedd_megatron.options import option, parse_options
+from sedd_megatron.wording import counted
 
 MAX_WORKERS = 4096
+DEFAULT_VOCAB_SIZE = 8192
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class PrepareOptions:
     vocab_file: str | None = option(None, "GPT-2's vocabulary (encoder.json)")
     merge_file: str | None = option(None, "GPT-2's merges (vocab.bpe)")
     train_tokenizer: bool = option(False, "train the SentencePiece model on the input")
-    vocab_size: int = option(8192, "its number of tokens")
+    vocab_size: int | None = option(None, f"its number of tokens; {DEFAULT_VOCAB_SIZE} if not given")
     append_eod: bool = option(False, "end each document with the tokenizer's end-of-document token")
     allow_special_tokens: bool = option(
         False, "names of the tokenizer's special tokens in a text, as </s>, become these tokens; else they are text"
@@ -112,20 +117,23 @@ def prepare(options: PrepareOptions) -> None:
             raise UserError(f"--allow-special-tokens: {options.tokenizer_type} has none; leave the flag out")
         written = [write_parts(options, source, tokenizer, folder, key) for key in options.json_keys]
         for key, (extent, _) in zip(options.json_keys, written, strict=True):
-            _check_unknown(options, tokenizer, extent, key)
-        for key in options.json_keys:
-            _tell_of_replacement(corpus_path(prefix, key))
+            _check_tokens(options, tokenizer, extent, key)
+        # All that can fail of all corpora, before the first of them is published.
+        finals = [corpus_path(prefix, key) for key in options.json_keys]
+        partials = [folder / final.name for final in finals]
+        counted_corpora = [finish_corpus(partial, tokenizer, _preparation(options)) for partial in partials]
+        for final in finals:
+            _tell_of_replacement(final)
+        publish(list(zip(partials, finals, strict=True)))
         lines = []
-        for key, (extent, rate) in zip(options.json_keys, written, strict=True):
-            final = corpus_path(prefix, key)
-            stats = publish_corpus(folder / final.name, tokenizer, final, _preparation(options))
+        for final, stats, (extent, rate) in zip(finals, counted_corpora, written, strict=True):
             unknown = ""
             if tokenizer.unknown_id is not None:
                 unknown = f"{extent.num_unknown:,} of them unknown ({extent.num_unknown / stats.num_tokens:.2%}), "
             lines.append(
-                f"{stats.num_documents:,} documents, {stats.num_tokens:,} tokens of {tokenizer.num_tokens:,}, {unknown}"
-                f"unigram entropy {stats.unigram_entropy_nats:.3f} nats per token, {rate}\n--data-path {final}"
-                + (" --split 90,5,5" if options.preset == "text8" else "")
+                f"{counted(stats.num_documents, 'document')}, {counted(stats.num_tokens, 'token')} of "
+                f"{tokenizer.num_tokens:,}, {unknown}unigram entropy {stats.unigram_entropy_nats:.3f} nats per token, "
+                f"{rate}\n--data-path {final}" + (" --split 90,5,5" if options.preset == "text8" else "")
             )
     # Once all of them are there: output that cannot be written costs none.
     print_output("\n".join(lines))
@@ -149,7 +157,7 @@ def check(options: PrepareOptions) -> None:
     if fault is not None:
         raise UserError(fault)
     num_tokens = len(open_tokens(options.check, flag="--check"))
-    print_output(f"{options.check}: its {num_tokens:,} tokens, index and tokenizer are what was written")
+    print_output(f"{options.check}: its {counted(num_tokens, 'token')}, index and tokenizer are what was written")
 
 
 def _preparation(options: PrepareOptions) -> Preparation:
@@ -163,13 +171,17 @@ def _tell_of_replacement(final: Path) -> None:
         print_output(f"replaces the {tokens.stat().st_size:,} bytes of {tokens}")
 
 
-def _check_unknown(options: PrepareOptions, tokenizer: Tokenizer, extent: Extent, key: str) -> None:
+def _check_tokens(options: PrepareOptions, tokenizer: Tokenizer, extent: Extent, key: str) -> None:
+    if extent.num_documents == 0 and len(options.json_keys) > 1:
+        raise UserError(
+            f"--json-keys: the input has no text at key {key!r}; mend it, or leave that key out and give --no-resume"
+        )
     share = extent.num_unknown / max(extent.num_tokens, 1)
     if share > options.max_unknown_share:
         raise UserError(
-            f"--max-unknown-share {options.max_unknown_share}: of the {extent.num_tokens:,} tokens at key {key!r} "
-            f"{share:.2%} are unknown to this {tokenizer.tokenizer_type}; give one that fits the text and --no-resume, "
-            "or raise the share"
+            f"--max-unknown-share {options.max_unknown_share}: of the {counted(extent.num_tokens, 'token')} at key "
+            f"{key!r} {share:.2%} are unknown to this {tokenizer.tokenizer_type}; give one that fits the text and "
+            "--no-resume, or raise the share"
         )
 
 
@@ -181,7 +193,9 @@ def write_parts(
     dtype = token_dtype(tokenizer.num_tokens)
     begin = PartialCorpus.finished_extent(partial, dtype)
     if begin.num_texts:
-        print_output(f"going on after {begin.num_documents:,} documents of an earlier run (--no-resume starts anew)")
+        print_output(
+            f"going on after {counted(begin.num_documents, 'document')} of an earlier run (--no-resume starts anew)"
+        )
     if isinstance(source, TokenSource):
         chunks = source.chunks(tokenizer, begin.num_tokens)
     else:
@@ -193,7 +207,7 @@ def write_parts(
     finally:
         progress.close()
     if source.num_nulls:
-        print_output(f"left out {source.num_nulls:,} documents with null at key {key!r}")
+        print_output(f"left out {counted(source.num_nulls, 'document')} with null at key {key!r}")
     return end, progress.rates(end)
 
 
@@ -209,8 +223,10 @@ def check_and_open(options: PrepareOptions) -> tuple[PrepareOptions, DocumentSou
     if is_text8 and options.tokenizer_type is None:
         options = replace(options, tokenizer_type=CharTokenizer.tokenizer_type)
     _check_flags(options, is_text8)
+    _check_outputs(options)
     if options.input is not None:
         source = _open_input(options)
+        _check_outputs(options, [file.path for file in source.files if file.spool is None])
     else:
         preset = PRESETS.get(options.preset or "")
         name = options.dataset or preset.name
@@ -220,10 +236,15 @@ def check_and_open(options: PrepareOptions) -> tuple[PrepareOptions, DocumentSou
     return options, Text8Source(source) if is_text8 else source
 
 
+def _check_outputs(options: PrepareOptions, inputs: Sequence[Path] = ()) -> None:
+    finals = [corpus_path(Path(options.output_prefix), key) for key in options.json_keys]
+    check_outputs(finals, [*inputs, *filter(None, (options.tokenizer_model, options.vocab_file, options.merge_file))])
+
+
 def _open_input(options: PrepareOptions) -> FileSource | TokenSource:
     folder = Path(options.output_prefix).parent
     if options.input_dtype is not None:
-        return TokenSource(input_files(options.input, input_format="text", spool_folder=folder), options.input_dtype)
+        return TokenSource(input_files(options.input, spool_folder=folder, are_texts=False), options.input_dtype)
     files = input_files(options.input, input_format=options.input_format, spool_folder=folder)
     plain = [file.path for file in files if not file.is_json_lines]
     keys = " ".join(options.json_keys)
@@ -263,10 +284,31 @@ def _check_flags(options: PrepareOptions, is_text8: bool) -> None:
         (not options.train_tokenizer or options.tokenizer_type == SentencePieceTokenizer.tokenizer_type,
          f"--train-tokenizer: {options.tokenizer_type} is not trained; use it with SentencePieceTokenizer, or leave "
          "it out"),
+        *_tokenizer_rules(options, is_text8),
     ]  # fmt: skip
     for holds, message in rules:
         if not holds:
             raise UserError(message)
+
+
+def _tokenizer_rules(options: PrepareOptions, is_text8: bool) -> list[tuple[bool, str]]:
+    """No flag is given that another one, or the type, leaves without a meaning."""
+    kind, model = options.tokenizer_type, options.tokenizer_model
+    is_of_corpus = model is not None and os.path.isfile(Path(model) / DESCRIPTION)
+    takes_model = kind in (SentencePieceTokenizer.tokenizer_type, HuggingFaceTokenizer.tokenizer_type)
+    takes_files = kind == GPT2BPETokenizer.tokenizer_type and not is_of_corpus
+    return [
+        (model is None or not options.train_tokenizer,
+         f"--tokenizer-model {model}: --train-tokenizer makes a model; leave one of them out"),
+        (model is None or not is_text8, f"--tokenizer-model {model}: text8 has 27 characters; leave the flag out"),
+        (model is None or takes_model or is_of_corpus,
+         f"--tokenizer-model {model}: {kind} takes the ..._tokenizer folder of a corpus alone; give one, or leave it "
+         "out"),
+        (takes_files or (options.vocab_file is None and options.merge_file is None),
+         "--vocab-file and --merge-file belong to GPT2BPETokenizer without a --tokenizer-model; leave them out"),
+        (options.vocab_size is None or options.train_tokenizer,
+         f"--vocab-size {options.vocab_size}: belongs to --train-tokenizer; give that, or leave it out"),
+    ]  # fmt: skip
 
 
 def make_tokenizer(options: PrepareOptions, source: DocumentSource | TokenSource) -> Tokenizer:
@@ -290,7 +332,7 @@ def make_tokenizer(options: PrepareOptions, source: DocumentSource | TokenSource
         return build_tokenizer(options.tokenizer_type, model, options.vocab_file, options.merge_file)
     texts = (text for key in options.json_keys for text in source.texts(key))
     if options.train_tokenizer:
-        return SentencePieceTokenizer.train(texts, options.vocab_size)
+        return SentencePieceTokenizer.train(texts, _vocab_size(options))
     if options.tokenizer_type == CharTokenizer.tokenizer_type:
         return CharTokenizer.from_texts(texts)
     return build_tokenizer(options.tokenizer_type, model, options.vocab_file, options.merge_file)
@@ -305,11 +347,15 @@ def digest_of(options: PrepareOptions, source: DocumentSource | TokenSource) -> 
     decisive = {
         "source": source.identity(),
         "options": [options.json_keys, options.tokenizer_type, options.preset, options.train_tokenizer,
-                    options.vocab_size, options.append_eod, options.allow_special_tokens],
+                    _vocab_size(options), options.append_eod, options.allow_special_tokens],
         "tokenizer files": files,
         "versions": [_version(package) for package in ("sedd_megatron", "sentencepiece", "tokenizers")],
     }  # fmt: skip
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
+
+
+def _vocab_size(options: PrepareOptions) -> int:
+    return DEFAULT_VOCAB_SIZE if options.vocab_size is None else options.vocab_size
 
 
 def _version(package: str) -> str | None:

@@ -180,7 +180,7 @@ FP8 = ["--bf16", "--fp8-format", "hybrid"]
         (
             [*FP8, "--micro-batch-size", "1", "--seq-length", "36", "--global-batch-size", "8"],
             1,
-            "--micro-batch-size 1 times --seq-length 36 over 1 ranks of the sequence is 36 rows, not a multiple of 8",
+            "--micro-batch-size 1 times --seq-length 36 over 1 rank of the sequence is 36 rows, not a multiple of 8",
         ),
         (["--verify-layout-tolerance", "0"], 1, "--verify-layout-tolerance 0.0 must be above 0"),
     ],
@@ -256,7 +256,7 @@ def test_data_path_is_required():
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        (["--data-path", "nowhere"], "error: nowhere_tokenizer/description.json: no tokenizer there"),
+        (["--data-path", "nowhere"], "error: --data-path nowhere: no file nowhere.idx"),
         (["--data-path", "nowhere", "--tokenizer-type", "ByteTokenizer"], "error: --data-path nowhere: no file"),
         (["--data-path", "x", "--bogus"], "error: unknown flag --bogus"),
         (

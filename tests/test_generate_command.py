@@ -258,7 +258,7 @@ def test_a_start_that_fails_leaves_an_older_output_as_it_was(trained, tmp_path, 
     # Known once the ranks are counted, after all other mistakes.
     flags = ["--load", str(trained), "--device", "cpu", "--output", str(output), "--pipeline-model-parallel-size", "2"]
     monkeypatch.setattr("sys.argv", ["generate", *flags])
-    with pytest.raises(UserError, match=r"must divide the 1 ranks started"):
+    with pytest.raises(UserError, match=r"must divide the 1 rank started"):
         main()
     assert output.read_text() == "older"
 

@@ -15,6 +15,7 @@ import numpy as np
 from sedd_megatron.data.tokenizer_folder import DESCRIPTION
 from sedd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from sedd_megatron.errors import UserError
+from sedd_megatron.wording import read_errors
 
 LONGEST_PERIOD = 1 << 16
 
@@ -67,7 +68,9 @@ def common_tokenizer(prefixes: Sequence[str]) -> Tokenizer:
     folders = [Path(f"{prefix}_tokenizer") for prefix in prefixes]
     tokenizer = load_tokenizer(folders[0])
     for prefix, folder in zip(prefixes[1:], folders[1:], strict=True):
-        if _has_the_same_files(folders[0], folder):
+        with read_errors(folder):
+            is_same = _has_the_same_files(folders[0], folder)
+        if is_same:
             continue
         # To have what is missing or damaged called so.
         load_tokenizer(folder)

@@ -1,5 +1,6 @@
 """From documents to Megatron's indexed token files, and back to their bare numbers."""
 
+import difflib
 import json
 import os
 import shutil
@@ -15,14 +16,15 @@ from sedd_megatron.data.digests import write_digests
 from sedd_megatron.data.encoding import EncodedChunk, encoded_chunks, token_dtype
 from sedd_megatron.data.parts import Extent, PartialCorpus
 from sedd_megatron.data.preparation import Preparation, stats_path
-from sedd_megatron.data.tokenizer_folder import replace_folder
+from sedd_megatron.data.publication import INDEX_MAGIC, publish
 from sedd_megatron.data.tokenizers import Tokenizer
 from sedd_megatron.errors import UserError
+from sedd_megatron.wording import read_errors
 
 # Megatron's .idx file: magic, version 1, dtype code, number of sequences, number of documents + 1 (indexed_dataset.py).
 INDEX_HEADER = struct.Struct("<9sQBQQ")
-INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_BLOCK = 1 << 22
+MOST_NAMED = 3
 INDEX_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 
 
@@ -58,7 +60,9 @@ def write_corpus(
         partial = Path(folder) / final.name
         preparation = Preparation(append_eod)
         append_chunks(encoded_chunks(texts, tokenizer, preparation), token_dtype(tokenizer.num_tokens), partial)
-        return publish_corpus(partial, tokenizer, final, preparation)
+        stats = finish_corpus(partial, tokenizer, preparation)
+        publish([(partial, final)])
+        return stats
 
 
 def append_chunks(
@@ -94,11 +98,8 @@ def append_chunks(
     return corpus.extent
 
 
-def publish_corpus(partial: Path, tokenizer: Tokenizer, final: Path, preparation: Preparation) -> CorpusStats:
-    """Turn the finished parts of PARTIAL, made so, into the corpus FINAL; PARTIAL is in a folder beside it.
-
-    Everything is renamed, the .idx last: a prefix either is a whole corpus or is not there. A corpus of that name
-    stays until then.
+def finish_corpus(partial: Path, tokenizer: Tokenizer, preparation: Preparation) -> CorpusStats:
+    """Write all that belongs to a corpus beside the finished parts of PARTIAL, ready to be published.
 
     Raises:
         UserError: there are no tokens.
@@ -117,7 +118,6 @@ def publish_corpus(partial: Path, tokenizer: Tokenizer, final: Path, preparation
     shutil.rmtree(f"{partial}_tokenizer", ignore_errors=True)
     tokenizer.save(Path(f"{partial}_tokenizer"))
     write_digests(str(partial))
-    _publish(partial, final)
     return stats
 
 
@@ -133,13 +133,10 @@ def open_tokens(data_path: str, flag: str = "--data-path") -> np.memmap:
     Raises:
         UserError: a file is missing, foreign or damaged; named.
     """
+    find_corpus(data_path, flag)
     index, tokens = Path(f"{data_path}.idx"), Path(f"{data_path}.bin")
-    for path in (index, tokens):
-        if not os.path.isfile(path):  # unlike Path.is_file, of any name
-            raise UserError(
-                f"{flag} {data_path}: no file {path}; give the prefix that sedd_megatron.prepare_data printed"
-            )
-    dtype, num_tokens = _read_index(index)
+    with read_errors(index):
+        dtype, num_tokens = _read_index(index)
     if tokens.stat().st_size != num_tokens * dtype.itemsize:
         raise UserError(
             f"{tokens}: has {tokens.stat().st_size} bytes, its index says {num_tokens * dtype.itemsize}; it is cut "
@@ -147,7 +144,37 @@ def open_tokens(data_path: str, flag: str = "--data-path") -> np.memmap:
         )
     if num_tokens == 0:
         raise UserError(f"{tokens}: holds no tokens; prepare the data again from files with text")
-    return np.memmap(tokens, dtype=dtype, mode="r")
+    with read_errors(tokens):
+        return np.memmap(tokens, dtype=dtype, mode="r")
+
+
+def find_corpus(data_path: str, flag: str = "--data-path") -> None:
+    """Raise unless both files of a corpus are there.
+
+    Raises:
+        UserError: naming the one that is missing, and what else lies there.
+    """
+    for suffix in (".idx", ".bin"):
+        if os.path.isfile(f"{data_path}{suffix}"):  # unlike Path.is_file, of any name
+            continue
+        bare = data_path.removesuffix(".bin").removesuffix(".idx")
+        if bare != data_path and os.path.isfile(f"{bare}.idx"):
+            raise UserError(f"{flag} {data_path}: is a file of a corpus; leave {data_path.removeprefix(bare)} out")
+        others = ", ".join(_similar_prefixes(data_path))
+        way_out = f"that folder has {others}" if others else "give the prefix that sedd_megatron.prepare_data printed"
+        raise UserError(f"{flag} {data_path}: no file {data_path}{suffix}; {way_out}")
+
+
+def _similar_prefixes(data_path: str) -> list[str]:
+    """Up to three corpora of that folder whose names are nearest."""
+    folder, name = os.path.split(data_path)
+    try:
+        names = [found.removesuffix(".idx") for found in os.listdir(folder or ".") if found.endswith(".idx")]
+    except OSError:
+        return []
+    begun = sorted(found for found in names if name and found.startswith(name) and found != name)
+    near = [found for found in difflib.get_close_matches(name, names, MOST_NAMED) if found != name]
+    return [os.path.join(folder, found) for found in dict.fromkeys([*begun, *near])][:MOST_NAMED]
 
 
 def _read_index(index: Path) -> tuple[np.dtype, int]:
@@ -216,11 +243,3 @@ def _token_counts(tokens: np.ndarray, num_tokens: int) -> np.ndarray:
     for start in range(0, len(tokens), chunk):
         counts += np.bincount(tokens[start : start + chunk], minlength=num_tokens)
     return counts
-
-
-def _publish(partial: Path, final: Path) -> None:
-    # Without its index a corpus does not exist: take the old one away before anything beside it changes.
-    Path(f"{final}.idx").unlink(missing_ok=True)
-    replace_folder(Path(f"{partial}_tokenizer"), Path(f"{final}_tokenizer"))
-    for suffix in ("_stats.json", "_digests.json", ".bin", ".idx"):
-        os.replace(f"{partial}{suffix}", f"{final}{suffix}")

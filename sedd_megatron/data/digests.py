@@ -17,6 +17,7 @@ from typing import IO
 from sedd_megatron.errors import say
 
 DIGESTED = (".bin", ".idx")
+STATISTICS = "_stats.json"
 # What takes no longer is known before the first step, or before the last checkpoint.
 SECONDS_TO_WAIT, SECONDS_TO_WAIT_AT_LAST = 1.0, 5.0
 LOWEST_PRIORITY = 19
@@ -50,7 +51,7 @@ def has_digests(prefix: str) -> bool:
 def write_digests(prefix: str) -> None:
     """Write down what PREFIX.bin, PREFIX.idx, PREFIX_stats.json and the files of PREFIX_tokenizer are now."""
     tokenizer = (f"_tokenizer/{path.name}" for path in sorted(Path(f"{prefix}_tokenizer").iterdir()))
-    digests = {suffix: file_record(Path(f"{prefix}{suffix}")) for suffix in (*DIGESTED, "_stats.json", *tokenizer)}
+    digests = {suffix: file_record(Path(f"{prefix}{suffix}")) for suffix in (*DIGESTED, STATISTICS, *tokenizer)}
     digests_path(prefix).write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
 
 
@@ -78,6 +79,10 @@ def find_fault(prefix: str) -> str | None:
         try:
             found = file_record(path)["sha256"]
         except OSError as error:
+            if name == STATISTICS and isinstance(error, FileNotFoundError):
+                # As preparation.py says to do where it is damaged; tokens and tokenizer are what they were.
+                say(f"{path}: is not there, and nothing is known of how the data was prepared", to_stderr=True)
+                continue
             return f"{path}: cannot be read ({error.strerror}); mend that, or prepare the data again"
         if found != digest:
             return (

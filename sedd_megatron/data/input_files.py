@@ -6,32 +6,29 @@ over several lines or is a list, or more than half of them are objects, lists, s
 sequence (RFC 7464), it is refused, for nobody means to train on braces: --input-format says what it is.
 """
 
-import bz2
 import codecs
-import gzip
 import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from sedd_megatron.data.digests import sha256_of
+from sedd_megatron.data.packed_files import LONGEST_SIGN, PACKED_SUFFIXES, TEXT_BEGINNING, unpacker, why_no_text
 from sedd_megatron.data.tokenizer_folder import DESCRIPTION, holds_tokenizer
 from sedd_megatron.errors import UserError, one_line, say
+from sedd_megatron.wording import counted
 
 INPUT_FORMATS = ("text", "jsonl")
 STANDARD_INPUT = "-"
 SOURCE_SUFFIXES = (".md", ".py")
 TEXT_SUFFIXES = (".txt", ".text", *SOURCE_SUFFIXES)
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
-PACKED_SUFFIXES = (".gz", ".bz2", ".zst")
-LONGEST_SIGN = 10  # bytes at the beginning of a file that tell its packing
-TAR_SIGN, TAR_SIGN_AT = b"ustar", 257
 FIRST_LINES, FIRST_BYTES = 1000, 1 << 24
 SHOWN_NAMES = 3
 RECORD_SEPARATOR = b"\x1e"  # of RFC 7464, before each value
@@ -88,7 +85,7 @@ class InputFile:
         with self.open_packed() as file:
             start = file.read(LONGEST_SIGN)
             file.seek(0)
-            unpack = _unpacker(start, self.where)
+            unpack = unpacker(start, self.where)
             try:
                 if unpack is None:
                     yield file, file
@@ -112,7 +109,11 @@ class InputFile:
 
 
 def input_files(
-    names: Sequence[str], flag: str = "--input", input_format: str | None = None, spool_folder: Path | None = None
+    names: Sequence[str],
+    flag: str = "--input",
+    input_format: str | None = None,
+    spool_folder: Path | None = None,
+    are_texts: bool = True,
 ) -> list[InputFile]:
     """The files that a flag names; a folder stands for the text files in it, in the order of their names.
 
@@ -122,10 +123,11 @@ def input_files(
     Args:
         input_format: what all of them are, one of INPUT_FORMATS; None to tell by their content.
         spool_folder: where standard input, named -, is kept while this process lives; None takes none.
+        are_texts: False for files of anything, which nothing is asked of.
 
     Raises:
         UserError: a path that is not there, a folder without text files, a file that is named twice, by itself or by
-            its folder, or one that may be of either format.
+            its folder, one that may be of either format, or one that is no text, as an archive.
     """
     if spool_folder is not None and names.count(STANDARD_INPUT) > 1:
         raise UserError(f"{flag} {STANDARD_INPUT}: standard input is read once; name it once")
@@ -147,7 +149,7 @@ def input_files(
                     f"{file.where}: is named twice, by {other[1]} and by {name}, and would be read twice; name it once"
                 )
         files += found
-    return [_of_its_kind(file, input_format) for file in files]
+    return [_of_its_kind(file, input_format) for file in files] if are_texts else files
 
 
 def lines_of(content: IO[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -171,6 +173,9 @@ def json_value(text: str) -> Any:
 
 
 def _of_its_kind(file: InputFile, input_format: str | None) -> InputFile:
+    fault = why_no_text(_beginning(file))
+    if fault is not None:
+        raise UserError(f"{file.where}: {fault}")
     if input_format is None:
         is_json_lines = file.suffix in JSON_LINES_SUFFIXES or _has_json_lines(file)
     else:
@@ -178,11 +183,12 @@ def _of_its_kind(file: InputFile, input_format: str | None) -> InputFile:
     return InputFile(file.path, file.flag, is_json_lines, file.spool)
 
 
-def _has_json_lines(file: InputFile) -> bool:
+def _beginning(file: InputFile) -> bytes:
     with file.open() as (content, _):
-        # An archive of texts is UTF-8 too.
-        if content.read(TAR_SIGN_AT + len(TAR_SIGN))[TAR_SIGN_AT:] == TAR_SIGN:
-            raise UserError(f"{file.where}: is a tar archive; unpack it, and name its files or their folder")
+        return content.read(TEXT_BEGINNING)
+
+
+def _has_json_lines(file: InputFile) -> bool:
     num_lines = num_braced = num_objects = num_values = num_bytes = 0
     first = b""
     with file.open() as (content, _):
@@ -242,10 +248,12 @@ def _begins_with_json(file: InputFile) -> bool:
 
 
 def _folder_files(folder: Path, flag: str, input_format: str | None) -> list[InputFile]:
-    kept, set_apart, others, undecodable = [], [], [], []
+    paths, links = _files_under(folder, flag)
+    kept, set_apart, others, undecodable, no_texts = [], [], [], [], []
     # As one lies beside each corpus; the parts of a corpus that is not finished are hidden.
-    tokenizers = set(filter(holds_tokenizer, (path.parent for path in folder.rglob(DESCRIPTION)))) - {folder}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    described = {path.parent for path in paths if path.name == DESCRIPTION} - {folder}
+    tokenizers = set(filter(holds_tokenizer, described))
+    for path in paths:
         file = InputFile(path, flag)
         is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if is_hidden or not tokenizers.isdisjoint(path.parents):
@@ -254,19 +262,48 @@ def _folder_files(folder: Path, flag: str, input_format: str | None) -> list[Inp
             others.append(path)
         elif not _is_utf8(file):
             undecodable.append(path)
+        elif why_no_text(_beginning(file)) is not None:
+            no_texts.append(path)
         else:
             kept.append(file)
     if not kept:
         suffixes = ", ".join((*TEXT_SUFFIXES, *JSON_LINES_SUFFIXES))
         raise UserError(f"{flag} {folder}: no UTF-8 file in it ends with {suffixes}; name the files one by one")
-    for paths, kind in ((set_apart, "hidden files or files of tokenizers"), (others, "files of other kinds")):
-        if paths:
-            shown = ", ".join(str(path.relative_to(folder)) for path in paths[:SHOWN_NAMES])
-            more = ", ..." if len(paths) > SHOWN_NAMES else ""
-            say(f"warning: {flag} {folder}: left out {len(paths)} {kind}: {shown}{more}", to_stderr=True)
-    if undecodable:
-        say(f"warning: left out {len(undecodable)} files that are not UTF-8, first {undecodable[0]}", to_stderr=True)
+    for left_out, noun, kind in (
+        (set_apart, "hidden file", "or files of tokenizers"),
+        (others, "file", "of other kinds"),
+        (links, "link", "to folders or to what is not there"),
+    ):
+        if left_out:
+            shown = ", ".join(str(path.relative_to(folder)) for path in left_out[:SHOWN_NAMES])
+            more = ", ..." if len(left_out) > SHOWN_NAMES else ""
+            what = f"{counted(len(left_out), noun)} {kind}"
+            say(f"warning: {flag} {folder}: left out {what}: {shown}{more}", to_stderr=True)
+    for left_out, kind in ((undecodable, "that {} not UTF-8"), (no_texts, "of archives or with NUL characters")):
+        if left_out:
+            what = f"{counted(len(left_out), 'file')} {kind.format('is' if len(left_out) == 1 else 'are')}"
+            say(f"warning: left out {what}, first {left_out[0]}", to_stderr=True)
     return kept
+
+
+def _files_under(folder: Path, flag: str) -> tuple[list[Path], list[Path]]:
+    """All files under a folder in the order of their paths, and the links that are not followed."""
+    files, links = [], []
+
+    def refuse(error: OSError) -> None:
+        raise UserError(
+            f"{flag} {folder}: {error.filename} cannot be read ({error.strerror}); mend that, or name the files one by "
+            "one"
+        ) from error
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        links += [Path(parent, name) for name in folders if os.path.islink(os.path.join(parent, name))]
+        for path in (Path(parent, name) for name in names):
+            if path.is_file():
+                files.append(path)
+            elif path.is_symlink():
+                links.append(path)
+    return sorted(files), sorted(links)
 
 
 def _is_of_texts(file: InputFile, input_format: str | None) -> bool:
@@ -298,30 +335,3 @@ def _spooled(folder: Path) -> IO[bytes]:
     shutil.copyfileobj(sys.stdin.buffer, spool, 1 << 20)
     spool.flush()
     return spool
-
-
-def _unpacker(start: bytes, where: str) -> Callable[[IO[bytes]], IO[bytes]] | None:
-    """What unpacks a file that begins like this; None if it is not packed."""
-    if start.startswith(b"\x1f\x8b"):
-        return gzip.open
-    # With the sign of a block or of the end: BZh alone may begin a text.
-    if start.startswith(b"BZh") and start[4:] in (b"1AY&SY", b"\x17\x72\x45\x38\x50\x90"):
-        return bz2.open
-    # A frame of zstd, or one that it skips.
-    if start.startswith(b"\x28\xb5\x2f\xfd") or (start[1:4] == b"\x2a\x4d\x18" and start[0] & 0xF0 == 0x50):
-        return _zstd(where).open
-    return None
-
-
-def _zstd(where: str) -> Any:
-    try:
-        # Not the package zstandard: it takes a file that is cut short for a whole one.
-        if sys.version_info >= (3, 14):
-            from compression import zstd
-        else:
-            from backports import zstd
-    except ImportError as error:
-        raise UserError(
-            f"{where}: is packed by zstd, which needs the package backports.zstd: pip install 'sedd_megatron[data]'"
-        ) from error
-    return zstd

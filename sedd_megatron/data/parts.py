@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ import numpy as np
 from sedd_megatron.data.encoding import EncodedChunk
 from sedd_megatron.data.tokenizer_folder import DESCRIPTION
 from sedd_megatron.data.tokenizers import Tokenizer, load_tokenizer
-from sedd_megatron.errors import UserError
+from sedd_megatron.errors import UserError, say
 
 COMMAND = "command.json"
 LOCK = "lock"
@@ -85,14 +85,16 @@ class PartialCorpus:
     @staticmethod
     def finished_extent(partial: Path, dtype: type[np.integer]) -> Extent:
         """How far the finished parts go; nowhere if their files were published, or cut by someone."""
-        state = Path(f"{partial}.json")
-        if not state.is_file():
-            return Extent()
-        extent = Extent(**json.loads(state.read_text(encoding="utf-8")))
+        extent = _written_extent(Path(f"{partial}.json")) or Extent()
         paths = (Path(f"{partial}.bin"), Path(f"{partial}.lengths"))
         there = [path.stat().st_size if path.is_file() else 0 for path in paths]
         is_whole = all(size >= needed for size, needed in zip(there, _sizes(extent, dtype), strict=True))
-        return extent if is_whole else Extent()
+        if not is_whole or extent == Extent():
+            return Extent()
+        lengths = (
+            np.memmap(paths[1], np.int32, "r", shape=(extent.num_documents,)) if extent.num_documents else np.empty(0)
+        )
+        return extent if int(lengths.sum(dtype=np.int64)) == extent.num_tokens else Extent()
 
 
 @contextlib.contextmanager
@@ -137,7 +139,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _begin(folder: Path, digest: str, resume: bool) -> None:
     command = folder / COMMAND
-    is_same = command.is_file() and command.read_text(encoding="utf-8") == digest
+    is_same = command.is_file() and command.read_bytes() == digest.encode()
     if resume and not is_same and has_finished_parts(folder):
         raise UserError(
             f"{folder}: has finished parts of another command or of inputs that have changed since; give --no-resume "
@@ -146,11 +148,34 @@ def _begin(folder: Path, digest: str, resume: bool) -> None:
     if not (resume and is_same):
         _empty(folder)
         write_whole(command, digest)
+    for state in _states(folder):
+        if _written_extent(state) is None:
+            say(f"{state}: damaged, so that its parts are made again", to_stderr=True)
 
 
 def has_finished_parts(folder: Path) -> bool:
-    """Whether a kill now would leave something to go on from."""
-    return any(path.name != COMMAND for path in folder.glob("*.json"))
+    """Whether there is something to go on from: of parts that were published, there is not."""
+    # Of the narrowest tokens; which they are, only their tokenizer says.
+    return any(PartialCorpus.finished_extent(state.with_suffix(""), np.uint16) != Extent() for state in _states(folder))
+
+
+def _states(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.json") if path.name != COMMAND and path.is_file())
+
+
+def _written_extent(state: Path) -> Extent | None:
+    """What NAME.json says; nothing without one, and None if it is damaged."""
+    if not state.is_file():
+        return Extent()
+    try:
+        written = json.loads(state.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    names = {field.name for field in fields(Extent)}
+    # By its type: True is a number as well.
+    if not isinstance(written, dict) or written.keys() != names or any(type(n) is not int for n in written.values()):
+        return None
+    return Extent(**written) if min(written.values()) >= 0 else None
 
 
 def kept_tokenizer(folder: Path, make: Callable[[], Tokenizer]) -> Tokenizer:

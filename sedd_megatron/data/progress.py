@@ -9,6 +9,7 @@ from sedd_megatron.data.documents import DocumentSource
 from sedd_megatron.data.parts import Extent
 from sedd_megatron.data.token_files import TokenSource
 from sedd_megatron.errors import say
+from sedd_megatron.wording import counted
 
 
 class Progress:
@@ -27,7 +28,9 @@ class Progress:
 
     def __call__(self, extent: Extent) -> None:
         """Show it, on a terminal at once and elsewhere every few seconds."""
-        text = f"{extent.num_documents:,} documents, {extent.num_tokens:,} tokens, {self.rates(extent)}"
+        text = (
+            f"{counted(extent.num_documents, 'document')}, {counted(extent.num_tokens, 'token')}, {self.rates(extent)}"
+        )
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(self._source.position - self._bar.n)

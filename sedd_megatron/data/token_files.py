@@ -7,6 +7,7 @@ import numpy as np
 
 from sedd_megatron.data.encoding import EncodedChunk, count_unknown, cut_ends, lengths_of, token_dtype
 from sedd_megatron.data.input_files import InputFile
+from sedd_megatron.data.packed_files import LONGEST_SIGN, PACKED_SUFFIXES, unpacker
 from sedd_megatron.data.tokenizers import Tokenizer
 from sedd_megatron.errors import UserError
 
@@ -14,6 +15,11 @@ INPUT_DTYPES = ("uint16", "uint32", "int32", "int64")
 TOKENS_AT_ONCE = 1 << 22
 # Of a document, all of which is kept until it ends; windows do not ask where documents end.
 LONGEST_DOCUMENT = 1 << 24
+NUMPY_SIGN = b"\x93NUMPY"
+# Enough tokens that zeros in turn are no chance, and what is looked at.
+FEWEST_SEEN, MOST_SEEN = 32, 1 << 16
+# Upper halves of 32-bit tokens: of a vocabulary of up to 262,144, whose lower halves are larger now and then.
+SMALL_HALF, LARGE_HALF = 3, 1000
 
 
 class TokenSource:
@@ -33,6 +39,7 @@ class TokenSource:
                     f"{file.where}: has {file.size} bytes, no multiple of the {self.dtype.itemsize} of --input-dtype "
                     f"{dtype}; give the width of its tokens, or a whole file"
                 )
+            _check_beginning(file, dtype)
 
     def identity(self) -> Any:
         """Of the files and their width."""
@@ -75,6 +82,45 @@ class TokenSource:
                     )
                 yield tokens.astype(token_dtype(tokenizer.num_tokens))
                 first += len(tokens)
+
+
+def _check_beginning(file: InputFile, dtype: str) -> None:
+    """Raise if a file has a header, is packed and called so, or shows that its tokens are wider.
+
+    By its beginning alone no file is packed: tokens may begin with any bytes.
+    """
+    with file.open_packed() as content:
+        beginning = content.read(MOST_SEEN * np.dtype(dtype).itemsize)
+    if beginning.startswith(NUMPY_SIGN):
+        raise UserError(
+            f"{file.where}: is a NumPy file, with a header before its tokens; write them bare, as "
+            "numpy.load(FILE).tofile(OTHER) does, and give their type"
+        )
+    is_called_packed = file.path.suffix.lower() in PACKED_SUFFIXES
+    if is_called_packed and unpacker(beginning[:LONGEST_SIGN], file.where) is not None:
+        raise UserError(f"{file.where}: is packed, and bare tokens are taken as they are; unpack it")
+    wider = _wider_dtype(beginning, np.dtype(dtype))
+    if wider is not None:
+        raise UserError(
+            f"{file.where}: of its tokens as {dtype} all are 0 or small but for those that begin a {wider}; give "
+            f"--input-dtype {wider}"
+        )
+
+
+def _wider_dtype(beginning: bytes, dtype: np.dtype) -> str | None:
+    """The type whose numbers these are, if read as `dtype` they leave its upper parts between them."""
+    tokens = np.frombuffer(beginning, dtype.newbyteorder("<"))
+    for wider in ("int64", "uint32"):
+        times = np.dtype(wider).itemsize // dtype.itemsize
+        if times < 2 or len(tokens) < max(FEWEST_SEEN, 2 * times):
+            continue
+        numbers = tokens[: len(tokens) // times * times].reshape(-1, times)
+        low, high, rest = numbers[:, 0], numbers[:, 1], numbers[:, 2:]
+        is_half_of_large = dtype.itemsize == 2 and high.max() <= SMALL_HALF and low.max() >= LARGE_HALF
+        if rest.any() or not low.any() or (high.any() and not is_half_of_large):
+            continue
+        return wider
+    return None
 
 
 def _document_ends(tokens: np.ndarray, eod_id: int | None) -> np.ndarray:

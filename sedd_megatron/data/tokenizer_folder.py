@@ -1,7 +1,6 @@
 """A tokenizer's description as a folder: description.json with its type, and the model files it needs."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,3 @@ def holds_tokenizer(directory: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(description, dict) and "tokenizer_type" in description
-
-
-def replace_folder(new: Path, final: Path) -> None:
-    """Put a finished folder in the place of another; for a moment there is neither, so hide it from readers first."""
-    shutil.rmtree(final, ignore_errors=True)
-    new.rename(final)

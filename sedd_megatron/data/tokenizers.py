@@ -6,6 +6,7 @@ A description is description.json with the tokenizer's type, and the model files
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from sedd_megatron.data.library_tokenizers import GPT2BPETokenizer, HuggingFaceT
 from sedd_megatron.data.null_tokenizer import NullTokenizer
 from sedd_megatron.data.tokenizer_folder import DESCRIPTION, MERGES, MODEL, VOCABULARY, write_description
 from sedd_megatron.errors import UserError
+from sedd_megatron.wording import read_errors
 
 TRAINING_LINE_CHARACTERS = 8192
 # SentencePiece's sign for it.
@@ -167,11 +169,7 @@ class SentencePieceTokenizer:
         except (RuntimeError, OSError, ValueError) as error:
             if failures:  # which the library makes an error of its own
                 raise failures[0] from None
-            reason = " ".join(str(error).split())[-200:]
-            raise UserError(
-                f"--vocab-size {vocab_size} does not suit this input ({reason}); take between about 400 and a few "
-                "thousand per megabyte of text"
-            ) from error
+            raise UserError(f"--vocab-size {vocab_size}: {_training_fault(str(error))}") from error
         return cls(model.getvalue())
 
     def encode(self, text: str) -> list[int]:
@@ -253,6 +251,12 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         raise UserError(
             f"{path}: no tokenizer there; prepare the data with sedd_megatron.prepare_data, or give --tokenizer-type"
         )
+    with read_errors(path):
+        return _described_tokenizer(directory)
+
+
+def _described_tokenizer(directory: Path) -> Tokenizer:
+    path = directory / DESCRIPTION
     try:
         description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         tokenizer_type = description["tokenizer_type"]
@@ -284,6 +288,21 @@ def _training_lines(texts: Iterable[str], failures: list[BaseException]) -> Iter
     except BaseException as error:
         failures.append(error)
         raise
+
+
+def _training_fault(message: str) -> str:
+    """What SentencePiece's trainer says, without where in its C++ it says so."""
+    most = re.search(r"too high .*value <= (\d+)", message)
+    if most is not None:
+        return f"is more than this input has pieces for; give at most {most[1]}, or more text"
+    fewest = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
+    if fewest is not None:
+        return f"is less than bytes and characters of this input need; give at least {fewest[1]}"
+    if "sentences_.empty()" in message:
+        return "the input has no text to learn from; give files or a dataset with at least one line"
+    reason = re.sub(r"^\w+: \S+\(\d+\) (\[.*\] ?)?", "", " ".join(message.split()))
+    said = f" ({reason})" if reason else ""
+    return f"does not suit this input{said}; take between about 400 and a few thousand per megabyte of text"
 
 
 def _required_file(tokenizer_type: str, flag: str, value: str | None) -> Path:

@@ -14,8 +14,10 @@ from torch import Tensor
 from sedd_megatron.config import WeightedCorpus
 from sedd_megatron.data.blend import Assignment
 from sedd_megatron.data.corpus import open_tokens
+from sedd_megatron.data.digests import has_digests
 from sedd_megatron.diffusion.draws import Stream, philox_generator
 from sedd_megatron.errors import UserError
+from sedd_megatron.wording import counted
 
 TOKENS_AT_ONCE = 1 << 24
 
@@ -141,8 +143,8 @@ def _open_corpus(prefix: str, seq_length: int, split: str, seed: int, number: in
     num_windows = len(tokens) // seq_length
     if num_windows == 0:
         raise UserError(
-            f"--data-path {prefix}: {len(tokens)} tokens are fewer than one window of --seq-length {seq_length}; "
-            "prepare more text or lower it"
+            f"--data-path {prefix}: has {counted(len(tokens), 'token')}, fewer than one window of --seq-length "
+            f"{seq_length}; prepare more text or lower it"
         )
     parts = []
     for (first, last), shuffle in zip(split_ranges(split, num_windows), (True, False, False), strict=True):
@@ -190,9 +192,11 @@ def check_tokens(windows: Windows, num_tokens: int, part: int = 0, num_parts: in
         extremes = [(int(block.min()), int(block.max())) for block in blocks]
         low, high = min((low for low, _ in extremes), default=0), max((high for _, high in extremes), default=0)
         if low < 0 or high >= num_tokens:
+            prefix = str(tokens.filename).removesuffix(".bin")
+            whether = f", or see by prepare_data --check {prefix} whether it is damaged" if has_digests(prefix) else ""
             raise UserError(
                 f"{tokens.filename}: has tokens {low} to {high}, the tokenizer's vocabulary has tokens 0 to "
-                f"{num_tokens - 1}; prepare the data with this tokenizer"
+                f"{num_tokens - 1}; prepare the data with this tokenizer{whether}"
             )
 
 

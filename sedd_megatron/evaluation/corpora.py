@@ -17,7 +17,8 @@ Splits are those of arXiv 2310.16834 (table 1) and, for the corpora that it does
 every document is detokenized alone and followed by an end-of-document token; so is a blank line of WikiText.
 """
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,12 +114,32 @@ def _read(name: str, corpus: Corpus, data_dir: Path) -> Iterator[str]:
         whole = data_dir / f"{stem}{suffix}"
         paths = [whole] if whole.is_file() else sorted(data_dir.glob(f"{stem}-*{suffix}"))
         if paths:
+            _check_parts(name, paths)
             read = {".parquet": _parquet_rows, ".jsonl": _json_rows, ".txt": _text_rows}[suffix]
             return (text for path in paths for text in read(path, corpus))
     raise UserError(
         f"corpus {name}: {data_dir} has no {_file_names(name, corpus)}; put its {corpus.split} split there under "
         "one of these names, or name no folder where there is a network"
     )
+
+
+def _check_parts(name: str, paths: Sequence[Path]) -> None:
+    """Raise unless all parts are there that their names count, as -00000-of-00003."""
+    found = [re.search(r"-(\d+)-of-(\d+)$", path.stem) for path in paths]
+    counts = [match and match[2] for match in found]
+    if not any(counts):
+        return
+    odd = next((path for path, count in zip(paths, counts, strict=True) if count != counts[0]), None)
+    if odd is not None:
+        raise UserError(f"corpus {name}: {odd} is of another set of parts than {paths[0].name}; keep one of them there")
+    numbers, count = {int(match[1]) for match in found}, int(found[-1][2])
+    if len(numbers) < count:
+        first = 0 if 0 in numbers or count not in numbers else 1
+        missing = next(number for number in range(first, first + count) if number not in numbers)
+        raise UserError(
+            f"corpus {name}: {paths[0].parent} has {len(numbers)} of the {count} parts of {paths[-1].name}, and not "
+            f"number {missing:0{len(found[-1][1])}}; put all of them there"
+        )
 
 
 def _text_rows(path: Path, corpus: Corpus) -> Iterator[str]:

@@ -9,6 +9,7 @@ import torch
 from sedd_megatron.arguments import weighted_corpora
 from sedd_megatron.config import PretrainOptions
 from sedd_megatron.data.blend import common_tokenizer
+from sedd_megatron.data.corpus import find_corpus
 from sedd_megatron.data.preparation import Preparation, preparation_of
 from sedd_megatron.data.tokenizer_folder import DESCRIPTION
 from sedd_megatron.data.tokenizers import Tokenizer, build_tokenizer
@@ -118,6 +119,8 @@ def data_tokenizer(options: PretrainOptions) -> Tokenizer:
         UserError: there is none, or both; the flags would give the data's tokens another meaning.
     """
     data, prefixes = options.data, [prefix for _, prefix in weighted_corpora(options.data)]
+    for prefix in prefixes:
+        find_corpus(prefix)
     if data.tokenizer_type is None:
         return common_tokenizer(prefixes)
     for prefix in prefixes:

@@ -221,10 +221,16 @@ def test_what_only_begins_like_a_packed_file_is_a_text(tmp_path):
     assert texts_in(written(tmp_path, "b.txt", "")) == [""]
 
 
-@pytest.mark.parametrize("content", ["été".encode("utf-16"), "été".encode("latin-1")])
-def test_other_encodings_are_one_line(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("été".encode("utf-16"), "has a NUL character at byte 3, as UTF-16 "),
+        ("été".encode("latin-1"), "not UTF-8 at byte "),
+    ],
+)
+def test_other_encodings_are_one_line(tmp_path, content, why):
     path = written(tmp_path, "a.txt", content)
-    assert refusal_of(path).startswith(f"--input {path}: not UTF-8 at byte ")
+    assert refusal_of(path).startswith(f"--input {path}: {why}")
 
 
 def test_nulls_are_counted_and_left_out(tmp_path):
@@ -286,7 +292,7 @@ def test_standard_input_is_read_as_often_as_it_is_needed(tmp_path, monkeypatch, 
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(pack(content))))
     flags = ("--input", "-", "--tokenizer-type", "CharTokenizer")
     assert prepared(tmp_path, *flags) == ["ab", "c"]
-    assert "left out 1 documents with null at key 'text'\n" in capsys.readouterr().out
+    assert "left out 1 document with null at key 'text'\n" in capsys.readouterr().out
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     with pytest.raises(UserError, match=r"^--input -: standard input is read once; name it once$"):
@@ -355,7 +361,7 @@ def test_unknown_tokens_are_counted_and_too_many_refused(tmp_path, words, capsys
     assert not list(tmp_path.glob("p_*"))
     assert tokens_of(tmp_path, *flags, "--max-unknown-share", "0.02").count(0) == 2
     shown = capsys.readouterr().out
-    assert "going on after 1 documents" in shown
+    assert "going on after 1 document" in shown
     assert "100 tokens of 4, 2 of them unknown (2.00%), unigram entropy" in shown
     for share in ("-0.1", "1.5"):
         with pytest.raises(UserError, match=f"^--max-unknown-share {share} must be from 0 to 1$"):

@@ -1,5 +1,6 @@
 """Bare tokens become a corpus of the same tokens, cut into documents where they end, and foreign ones are named."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -135,3 +136,46 @@ def test_tokens_are_never_taken_for_a_packed_file(tmp_path):
         source_of(tmp_path, [0x8B1F, 8, 1], dtype="uint16").chunks(type("T", (ByteTokenizer,), {"num_tokens": 60000})())
     )
     assert [chunk.tokens.tolist() for chunk in chunks] == [[0x8B1F, 8, 1]]
+
+
+class Wide(ByteTokenizer):
+    """A tokenizer of many tokens."""
+
+    num_tokens = 200_000
+
+
+@pytest.mark.parametrize(
+    ("written", "read", "largest"),
+    [("uint32", "uint16", 200), ("uint32", "uint16", 150_000), ("int32", "uint16", 60_000), ("int64", "uint16", 60_000),
+     ("int64", "uint16", 150_000), ("int64", "uint32", 150_000), ("int64", "int32", 200)],
+)  # fmt: skip
+def test_tokens_of_another_width_are_told(tmp_path, written, read, largest):
+    generator = np.random.Generator(np.random.Philox(0))
+    generator.integers(0, largest, 4000).astype(written).tofile(tmp_path / "0.bin")
+    with pytest.raises(UserError) as error:
+        TokenSource([InputFile(tmp_path / "0.bin")], read)
+    fits = "int64" if written == "int64" else "uint32"
+    assert str(error.value) == (
+        f"--input {tmp_path}/0.bin: of its tokens as {read} all are 0 or small but for those that begin a {fits}; give "
+        f"--input-dtype {fits}"
+    )
+
+
+@pytest.mark.parametrize("dtype", token_files.INPUT_DTYPES)
+def test_tokens_of_the_right_width_are_taken(tmp_path, dtype):
+    generator = np.random.Generator(np.random.Philox(1))
+    for tokens in (generator.integers(0, 256, 5000), generator.integers(0, 60_000, 5000), generator.integers(0, 4, 500),
+                   np.zeros(5000), np.ones(5000), np.array([5, 0, 7, 0]), generator.integers(0, 2, 64)):  # fmt: skip
+        tokens.astype(dtype).tofile(tmp_path / "0.bin")
+        chunks = TokenSource([InputFile(tmp_path / "0.bin")], dtype).chunks(Wide())
+        assert [token for chunk in chunks for token in chunk.tokens.tolist()] == tokens.tolist()
+
+
+def test_headers_and_packed_files_are_no_tokens(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(100, dtype=np.uint16))
+    with pytest.raises(UserError, match=r"a.npy: is a NumPy file, with a header before its tokens; write them bare"):
+        TokenSource([InputFile(tmp_path / "a.npy")], "uint16")
+    packed = gzip.compress(np.arange(100, dtype=np.uint16).tobytes())
+    (tmp_path / "a.bin.gz").write_bytes(packed + b"\0" * (len(packed) % 2))
+    with pytest.raises(UserError, match=r"a.bin.gz: is packed, and bare tokens are taken as they are; unpack it$"):
+        TokenSource([InputFile(tmp_path / "a.bin.gz")], "uint16")

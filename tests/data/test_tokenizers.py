@@ -323,7 +323,7 @@ def test_mistakes_in_the_flags_are_named(tmp_path, gpt2_files):
 
 @pytest.mark.parametrize("vocab_size", [-1, 20, 100_000, 10**30])
 def test_vocabulary_size_that_does_not_suit_the_text_is_named(vocab_size):
-    with pytest.raises(UserError, match=rf"--vocab-size {vocab_size} does not suit this input") as error:
+    with pytest.raises(UserError, match=rf"^--vocab-size {vocab_size}: (does not suit|is more|is less)") as error:
         SentencePieceTokenizer.train(SOURCES, vocab_size)
     assert "\n" not in str(error.value)
 

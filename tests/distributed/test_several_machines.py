@@ -89,8 +89,8 @@ def test_ranks_of_two_machines_join_again_at_each_restart(tmp_path, byte_corpus)
 
 NO_DATA = ["--data-path", "/no/such/corpus"]
 MISTAKES = {
-    "no data": (NO_DATA, r"/no/such/corpus_tokenizer/description.json: no tokenizer there; .*"),
-    "no data to verify with": ([*NO_DATA, "--verify-layout"], r"/no/such/corpus_tokenizer/description.json: no .*"),
+    "no data": (NO_DATA, r"--data-path /no/such/corpus: no file .*"),
+    "no data to verify with": ([*NO_DATA, "--verify-layout"], r"--data-path /no/such/corpus: no file .*"),
     "no TensorBoard": (["--tensorboard-dir", "board"], r"--tensorboard-dir \S+ needs TensorBoard; pip install .*"),
     "no such tokens": ([], r"\S+/strange_text_document.bin: has tokens \d+ to 300, the tokenizer's vocabulary has .*"),
 }

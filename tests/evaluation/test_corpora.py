@@ -213,3 +213,30 @@ def test_without_a_network_the_command_ends_with_one_line(tmp_path, name, hub_na
     last = done.stderr.strip().split("\n")[-1]
     assert last.startswith(f"error: corpus {name}: {hub_name} cannot be fetched (")
     assert last.endswith(f"{name}-test.parquet or {name}-test.jsonl or {name}-test.txt and name that folder")
+
+
+@pytest.mark.parametrize(
+    ("names", "why"),
+    [
+        (["00000-of-00003"], "has 1 of the 3 parts of ptb-test-00000-of-00003.jsonl, and not number 00001; put"),
+        (["00001-of-00003", "00002-of-00003"], "has 2 of the 3 parts of ptb-test-00002-of-00003.jsonl, and not number"),
+        (["1-of-3", "3-of-3"], "has 2 of the 3 parts of ptb-test-3-of-3.jsonl, and not number 2; put all of"),
+        (["0-of-1", "0-of-2", "1-of-2"], "ptb-test-0-of-2.jsonl is of another set of parts than ptb-test-0-of-1.jsonl"),
+        (["0-of-2", "1-of-2", "more"], "ptb-test-more.jsonl is of another set of parts than ptb-test-0-of-2.jsonl"),
+    ],
+)  # fmt: skip
+def test_parts_that_are_missing_are_named(tmp_path, names, why):
+    for name in names:
+        (tmp_path / f"ptb-test-{name}.jsonl").write_text('{"sentence": "a"}\n')
+    with pytest.raises(UserError, match=r"^corpus ptb: ") as error:
+        documents_of("ptb", tmp_path)
+    assert why in str(error.value)
+
+
+def test_all_parts_are_read(tmp_path):
+    for first, count in ((0, 2), (1, 2)):
+        for number in range(first, first + count):
+            (tmp_path / f"ptb-test-{number}-of-{count}.jsonl").write_text(f'{{"sentence": "{number}"}}\n')
+        assert documents_of("ptb", tmp_path) == [str(number) for number in range(first, first + count)]
+        for path in tmp_path.iterdir():
+            path.unlink()
