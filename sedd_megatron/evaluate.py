@@ -17,7 +17,7 @@ from sedd_megatron.data.documents import FileSource
 from sedd_megatron.data.input_files import INPUT_FORMATS, input_files
 from sedd_megatron.diffusion.graph import find_for_graph
 from sedd_megatron.diffusion.integration import INTEGRATIONS
-from sedd_megatron.errors import UserError, print_output, run_command
+from sedd_megatron.errors import UserError, print_output, run_command, say
 from sedd_megatron.evaluation.corpora import CORPORA, documents_of
 from sedd_megatron.evaluation.intervals import METHOD, Interval
 from sedd_megatron.evaluation.published_table import PUBLISHED, published_table
@@ -25,6 +25,7 @@ from sedd_megatron.evaluation.windows import MAX_DRAWS, WINDOWINGS, Window, wind
 from sedd_megatron.options import check_rules, option, parse_options
 from sedd_megatron.output_files import check_output, write_output
 from sedd_megatron.parallel.groups import is_first_rank, parallel_groups
+from sedd_megatron.wording import counted
 
 if TYPE_CHECKING:
     from sedd_megatron.diffusion.likelihood import Bound
@@ -153,7 +154,8 @@ def _texts_of_files(options: EvaluateOptions) -> list[str]:
     values = (value for value in source.values(options.json_key) if value not in (None, ""))
     texts = list(islice(values, options.max_documents))
     if source.num_nulls and is_first_rank():
-        print(f"left out {source.num_nulls:,} documents with null at key {options.json_key!r}", file=sys.stderr)
+        what = counted(source.num_nulls, "document")
+        say(f"left out {what} with null at key {options.json_key!r}", to_stderr=True)
     return texts
 
 

@@ -93,7 +93,7 @@ def test_data_is_read_for_what_it_holds(tmp_path, capsys):
         return evaluate._texts_of_files(evaluate.EvaluateOptions(load="x", data=(str(path),), **change))
 
     assert texts() == ["one", "two"]
-    assert capsys.readouterr().err == "left out 1 documents with null at key 'text'\n"
+    assert capsys.readouterr().err == "left out 1 document with null at key 'text'\n"
     assert texts(max_documents=1) == ["one"]
     assert texts(input_format="text") == [path.read_text()]
     with pytest.raises(UserError) as error:

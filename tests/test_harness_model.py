@@ -274,7 +274,7 @@ def test_the_harness_names_a_gpu_where_nobody_has_named_a_device(tmp_path):
     assert device_of(f"load={folder}", "cpu") == "cpu"
     assert EvaluatorConfig().device == HARNESS_DEVICE
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match=r"--device cuda: 1 ranks on this node and 0 GPUs"):
+        with pytest.raises(UserError, match=r"--device cuda: 1 rank on this node and 0 GPUs"):
             device_of(f"load={folder}", "cuda:1")
 
 

@@ -23,6 +23,7 @@ from sedd_megatron.config import ParallelOptions
 from sedd_megatron.errors import LostRankError, UserError, one_line, say
 from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.parallel.main_grad import install_gradient_accumulation
+from sedd_megatron.wording import counted
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -110,7 +111,8 @@ def choose_device(device: str) -> torch.device:
         return torch.device("cuda", local_rank)
     if device == "auto":
         return torch.device("cpu")
-    raise UserError(f"--device cuda: {local_ranks} ranks on this node and {count} GPUs; start one rank per GPU")
+    ranks, gpus = counted(local_ranks, "rank"), counted(count, "GPU")
+    raise UserError(f"--device cuda: {ranks} on this node and {gpus}; start one rank per GPU")
 
 
 def check_torch_for_gpu(version: str) -> None:
