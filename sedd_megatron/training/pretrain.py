@@ -48,7 +48,7 @@ def pretrain(options: PretrainOptions) -> int:
     preparation = preparation_of([prefix for _, prefix in weighted_corpora(options.data)])
     if options.verify.verify_layout:
         return 0 if verify_layout(options, windows, tokenizer) else 1
-    _check_log_folders(options)
+    _check_folders(options)
     num_chunks = options.parallel.num_model_chunks(options.model.num_layers)
     with parallel_groups(options.parallel, num_chunks) as groups:
         lock = RunLock(Path(options.checkpoint.save)) if options.checkpoint.save and is_first_rank() else None
@@ -89,7 +89,7 @@ def choose_start(options: PretrainOptions, tokenizer: Tokenizer, lock: "RunLock 
     Raises:
         UserError: another run saves there or did, there is no checkpoint, or none that is whole.
     """
-    from sedd_megatron.training.going_back import goes_back
+    from sedd_megatron.training.going_back import broken_off, check_is_gone_on_from, goes_back
     from sedd_megatron.training.run_folder import checkpoint_folders, find_checkpoint, remove_leftovers
     from sedd_megatron.training.same_run import check_same_run, describe_run, tokenizer_records
 
@@ -100,13 +100,13 @@ def choose_start(options: PretrainOptions, tokenizer: Tokenizer, lock: "RunLock 
         try:
             lines += remove_leftovers(save)
             held = checkpoint_folders(save)
-            back = goes_back(save, load)
+            back = goes_back(save, load) or broken_off(save)
         except OSError as error:
             raise UserError(f"--save {save}: {one_line(error)}; name a folder you may write to") from error
-    if held and not options.checkpoint.resume:
+    if (held or back) and not options.checkpoint.resume:
         raise UserError(
-            f"--save {save}: holds {held[0].name}, and --no-resume does not go on from it; leave it out, or save to "
-            "another folder"
+            f"--save {save}: holds {(held or [back])[0].name}, and --no-resume does not go on from it; leave it out, or "
+            "save to another folder"
         )
     load = back or load
     if held and back is None:
@@ -119,6 +119,8 @@ def choose_start(options: PretrainOptions, tokenizer: Tokenizer, lock: "RunLock 
     else:
         found = find_checkpoint(load, "--load", exact)
         subject, way_out = f"--load {found.folder}: it", "leave --load out to start anew"
+        if back is not None:
+            check_is_gone_on_from(found, options.training.train_iters)
     if found is not None:
         own = describe_run(options, tokenizer.num_tokens) | {"tokenizer_files": tokenizer_records(tokenizer)}
         changed = check_same_run(found, own, subject, way_out)
@@ -128,7 +130,11 @@ def choose_start(options: PretrainOptions, tokenizer: Tokenizer, lock: "RunLock 
     return found
 
 
-def _check_log_folders(options: PretrainOptions) -> None:
+def _check_folders(options: PretrainOptions) -> None:
+    from sedd_megatron.training.run_folder import check_is_no_checkpoint
+
+    if options.checkpoint.save is not None:
+        check_is_no_checkpoint(Path(options.checkpoint.save))
     for flag, folder in (
         ("--save", options.checkpoint.save),
         ("--log-dir", options.logging.log_dir),

@@ -25,6 +25,9 @@ from sedd_megatron.training.checkpoint_format import MANIFEST, read_manifest, sy
 
 LATEST = "latest_checkpointed_iteration.txt"
 NAME = re.compile(r"iter_([0-9]{7,})")
+# What a person calls one by mistake, too.
+CALLED_ONE = re.compile(r"iter_([0-9]{1,18})")
+SET_ASIDE = re.compile(r"iter_([0-9]{7,})\.set-aside(?:-[0-9]+)?")
 HIDDEN_NAME = re.compile(r"\.(iter_[0-9]{7,})\.(partial|replaced|removed)(?:\.[0-9a-f]+)?")
 # A folder that vanishes while it is read was replaced or deleted by its run: the next look finds what there is then.
 LOOKS, SECONDS_BETWEEN_LOOKS = 5, 0.2
@@ -71,6 +74,13 @@ def checkpoint_folders(root: Path) -> list[Path]:
     return sorted(folders, key=iteration_of, reverse=True)
 
 
+def set_aside_folders(root: Path) -> list[Path]:
+    """The checkpoints under `root` that were put away, newest first."""
+    found = {path: SET_ASIDE.fullmatch(path.name) for path in root.iterdir() if path.is_dir()} if root.is_dir() else {}
+    kept = [path for path, match in found.items() if match]
+    return sorted(kept, key=lambda path: (int(found[path][1]), path.name), reverse=True)
+
+
 def iteration_of(folder: Path) -> int:
     """iter_0000500 -> 500."""
     return int(folder.name.removeprefix("iter_"))
@@ -88,6 +98,8 @@ def find_checkpoint(root: Path, flag: str = "--load", exact: bool = False) -> Fo
         DamagedCheckpointError: all are damaged, or the one that was named is.
     """
     try:
+        if not os.path.lexists(root):
+            raise _nothing_there(root, flag)
         if NAME.fullmatch(root.name) or (root / MANIFEST).is_file():
             return FoundCheckpoint(root, _read_description(root), is_exact=True)
         return _newest(root, flag, exact)
@@ -99,8 +111,7 @@ def _newest(root: Path, flag: str, exact: bool) -> FoundCheckpoint:
     for _ in range(LOOKS):
         folders = checkpoint_folders(root)
         if not folders:
-            nothing = "no checkpoint there (no folder iter_*)" if os.path.exists(root) else "no such folder"
-            raise UserError(f"{flag} {root}: {nothing}; give a folder that training saved to")
+            raise _nothing_there(root, flag)
         try:
             found = _first_intact(folders, exact)
         except DamagedCheckpointError:
@@ -112,6 +123,41 @@ def _newest(root: Path, flag: str, exact: bool) -> FoundCheckpoint:
                 return replace(found, lines=(*found.lines, *line))
         time.sleep(SECONDS_BETWEEN_LOOKS)
     raise _vanishing(root)
+
+
+def _nothing_there(root: Path, flag: str) -> UserError:
+    if not os.path.exists(root):
+        way_out = "give a folder that training saved to"
+        number = CALLED_ONE.match(root.name)
+        beside = [*checkpoint_folders(root.parent), *set_aside_folders(root.parent)] if number else []
+        if beside:
+            beside.sort(key=lambda folder: abs(int(CALLED_ONE.match(folder.name)[1]) - int(number[1])))
+            way_out = f"beside it there are {in_words(beside)}; give one of them"
+        return UserError(f"{flag} {root}: no such folder; {way_out}")
+    aside = set_aside_folders(root)
+    if aside:
+        return UserError(
+            f"{flag} {root}: only checkpoints that were set aside are here: {in_words(aside)}; give one of them by its "
+            "name"
+        )
+    return UserError(f"{flag} {root}: no checkpoint there (no folder iter_*); give a folder that training saved to")
+
+
+def check_is_no_checkpoint(root: Path) -> None:
+    """Check that --save names a folder of checkpoints and none of these; by its name alone if it is not there.
+
+    Raises:
+        UserError: it is a checkpoint.
+    """
+    if NAME.fullmatch(root.name) or os.path.exists(root / MANIFEST):
+        folder = Path(os.path.abspath(root)).parent
+        raise UserError(f"--save {root}: that is a checkpoint; give its folder {folder}, and the checkpoint by --load")
+
+
+def in_words(folders: Sequence[Path]) -> str:
+    """The names of the first three folders."""
+    names = [folder.name for folder in folders[:3]]
+    return f"{', '.join(names)} and {len(folders) - 3} more" if len(folders) > 3 else ", ".join(names)
 
 
 def load_first_whole(
