@@ -49,6 +49,7 @@ from sedd_megatron.training.same_run import (
     check_same_run,
     describe_run,
     first_difference,
+    has_no_run,
     save_tokenizer,
     tokenizer_records,
 )
@@ -138,6 +139,23 @@ class CheckpointWriter:
             raise
         return pending.iteration
 
+    def remove_surplus(self, run: TrainingRun) -> None:
+        """Delete what --keep-last does not keep, without a new checkpoint: a disk that is full has no room for one.
+        Collective over all ranks.
+
+        Raises:
+            UserError: on every rank, if the tokenizer cannot be described, or the folder's lock is lost.
+        """
+
+        def remove() -> None:
+            if self.lock is not None:
+                self.lock.check()
+            own = self._description | {"tokenizer_files": tokenizer_records(run.tokenizer)}
+            self._remove_old(run.iteration, own)
+
+        if self.options.keep_last is not None:
+            _written_on_first_rank(remove, f"cannot delete what --keep-last does not keep in {self.root}")
+
     def _begin(self, final: Path, run: TrainingRun) -> tuple[Path, dict[str, Any]]:
         name = f".{final.name}.partial"
         if self.lock is not None:
@@ -156,15 +174,11 @@ class CheckpointWriter:
         write_manifest(pending.partial, entries, files, pending.state)
         _publish(pending.partial, pending.final, pending.iteration)
         say(f"saved {pending.final}")
-        tell(
-            remove_old(
-                self.root,
-                pending.iteration,
-                self.options.keep_last,
-                self.options.keep_every,
-                is_own=lambda body: _is_own(body["state"], pending.state),
-            )
-        )
+        self._remove_old(pending.iteration, pending.state)
+
+    def _remove_old(self, iteration: int, own: dict[str, Any]) -> None:
+        keep_last, keep_every = self.options.keep_last, self.options.keep_every
+        tell(remove_old(self.root, iteration, keep_last, keep_every, lambda body: _is_own(body["state"], own)))
 
 
 def save_checkpoint(
@@ -273,7 +287,12 @@ def _publish(partial: Path, final: Path, iteration: int) -> None:
 def _is_own(saved: dict[str, Any], own: dict[str, Any]) -> bool:
     """Whether a checkpoint of the folder is of the run that saves there."""
     same_tokenizer = saved["tokenizer_files"] == own["tokenizer_files"]
-    return same_tokenizer and first_difference(saved, own, own["options"]["allow_changed"]) is None
+    # A converted model cannot be trained again.
+    return (
+        same_tokenizer
+        and not has_no_run(saved)
+        and first_difference(saved, own, own["options"]["allow_changed"]) is None
+    )
 
 
 def resume(run: TrainingRun, found: FoundCheckpoint) -> FoundCheckpoint:

@@ -105,8 +105,8 @@ def choose_start(options: PretrainOptions, tokenizer: Tokenizer, lock: "RunLock 
             raise UserError(f"--save {save}: {one_line(error)}; name a folder you may write to") from error
     if (held or back) and not options.checkpoint.resume:
         raise UserError(
-            f"--save {save}: holds {(held or [back])[0].name}, and --no-resume does not go on from it; leave it out, or "
-            "save to another folder"
+            f"--save {save}: holds {(held or [back])[0].name}, and --no-resume does not go on from it; leave it out, "
+            "or save to another folder"
         )
     load = back or load
     if held and back is None:

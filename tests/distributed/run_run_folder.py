@@ -1,10 +1,16 @@
 """What becomes of a run's folder, command after command in this process."""
 
+import dataclasses
+import errno
 import shutil
 from pathlib import Path
+from unittest import mock
 
+from sedd_megatron.config import DiffusionOptions, ModelOptions
+from sedd_megatron.training import checkpoint
 from tests.distributed.launch import own_jobs
-from tests.distributed.run_resume_rules import Commands
+from tests.distributed.run_resume_rules import FOX, Commands
+from tests.training.resigned import resign
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -76,6 +82,61 @@ def a_checkpoint_that_is_not_there_is_told_with_its_neighbours(run: Commands) ->
     )
 
 
+def a_full_disk_gets_room_by_what_is_not_to_be_kept(run: Commands) -> None:
+    write, rename, refused = checkpoint.write_own_shards, Path.rename, []
+
+    def write_to_full_disk(directory: Path, own):
+        if len(list(directory.parent.glob("iter_*"))) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(directory, own)
+
+    def refuse_once(path: Path, target: Path) -> Path:
+        if target.name.endswith(".removed") and not refused:
+            refused.append(target)
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return rename(path, target)
+
+    flags = ["--save-interval", "1", "--keep-last", "1"]
+    shutil.copytree(run.root / "unbroken", run.root / "full")
+    shutil.copytree(run.root / "unbroken", run.root / "refused")
+    with mock.patch.object(checkpoint, "write_own_shards", write_to_full_disk):
+        run.train(6, "--save", "@/full", *flags)
+        # At the start the disk refuses to delete it.
+        with mock.patch.object(Path, "rename", refuse_once):
+            lines = run.train(6, "--save", "@/refused", *flags)
+    assert sum("cannot delete" in line for line in lines) == 1
+    for name in ("full", "refused"):
+        assert [path.name for path in (run.root / name).glob("iter_*")] == ["iter_0000006"]
+    # Whatever the disk, no more than that is deleted.
+    shutil.copytree(run.root / "unbroken", run.root / "kept")
+    for keep, kept in ((["--keep-last", "2"], [2, 4]), (["--keep-last", "1", "--keep-every", "2"], [2, 4]),
+                       (["--keep-last", "1"], [4])):  # fmt: skip
+        run.train(4, "--save", "@/kept", *keep)
+        assert sorted(path.name for path in (run.root / "kept").glob("iter_*")) == [f"iter_000000{k}" for k in kept]
+
+
+def a_model_that_was_converted_is_kept(run: Commands) -> None:
+    folder = run.root / "converted"
+    shutil.copytree(run.root / "unbroken" / "iter_0000002", folder / "iter_0000000")
+    names = {field.name for cls in (ModelOptions, DiffusionOptions) for field in dataclasses.fields(cls)}
+
+    def change(body: dict) -> None:
+        options = {name: value for name, value in body["state"]["options"].items() if name in names}
+        body["state"] |= {"options": options, "iteration": 0}
+
+    resign(folder / "iter_0000000", change)
+    run.train(4, "--save", "@/converted", "--save-interval", "1", "--keep-last", "1")
+    assert sorted(path.name for path in folder.glob("iter_*")) == ["iter_0000000", "iter_0000004"]
+
+
+def data_that_has_changed_is_told_from_other_data(run: Commands) -> None:
+    corpus = run.write("renewed", FOX * 40)
+    run.train(1, "--save", "@/renewed", corpus=corpus)
+    assert run.write("renewed", FOX[::-1] * 40) == corpus
+    refused = run.refusal("--save", "@/renewed", corpus=corpus)
+    assert f"was trained on other data than --data-path {corpus}, whose content has changed since; give" in refused
+
+
 def check(folder: str) -> None:
     run = Commands(Path(folder))
     run.train(4, "--save", "@/unbroken", "--save-interval", "2")
@@ -83,6 +144,9 @@ def check(folder: str) -> None:
     a_checkpoint_is_no_folder_to_save_to(run)
     a_run_with_nothing_to_train_does_not_go_back(run)
     a_checkpoint_that_is_not_there_is_told_with_its_neighbours(run)
+    a_full_disk_gets_room_by_what_is_not_to_be_kept(run)
+    a_model_that_was_converted_is_kept(run)
+    data_that_has_changed_is_told_from_other_data(run)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def test_a_run_goes_back_once_each_time_a_person_says_so(tmp_path, under):
     assert goes_back(root, root / "iter_0000004") == root / "iter_0000004"
     # Refused, perhaps: nothing has changed until it is gone back to.
     assert start("first") is None
-    go_back(root / "iter_0000004")
+    go_back(root / "iter_0000004.set-aside")
     assert start("first") == folder
     go_back(folder, ["first"])
     # Another launch, whose first start died before it came to this.
