@@ -286,13 +286,10 @@ def _publish(partial: Path, final: Path, iteration: int) -> None:
 
 def _is_own(saved: dict[str, Any], own: dict[str, Any]) -> bool:
     """Whether a checkpoint of the folder is of the run that saves there."""
-    same_tokenizer = saved["tokenizer_files"] == own["tokenizer_files"]
-    # A converted model cannot be trained again.
-    return (
-        same_tokenizer
-        and not has_no_run(saved)
-        and first_difference(saved, own, own["options"]["allow_changed"]) is None
-    )
+    # A converted model is not of the run's own making.
+    if has_no_run(saved) or saved["tokenizer_files"] != own["tokenizer_files"]:
+        return False
+    return first_difference(saved, own, own["options"]["allow_changed"]) is None
 
 
 def resume(run: TrainingRun, found: FoundCheckpoint) -> FoundCheckpoint:
