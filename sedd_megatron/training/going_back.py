@@ -107,7 +107,7 @@ def go_on_from(found: FoundCheckpoint, is_named: bool, launchers: Collection[str
         # Of another time: not to be believed if this one is killed before its own is written.
         (root / WENT_BACK).unlink()
         sync_file(root)
-    lines = set_aside_later(root, found.iteration, found.folder)
+    lines = set_aside_later(root, found.iteration, found.folder, found.damaged)
     is_called_otherwise = not _is_same(final, found.folder)
     is_own_name = OWN_NAME.fullmatch(found.folder.name) is not None
     if is_called_otherwise and not is_own_name:
@@ -126,7 +126,7 @@ def go_on_from(found: FoundCheckpoint, is_named: bool, launchers: Collection[str
     return replace(found, folder=final), lines
 
 
-def set_aside_later(root: Path, iteration: int, chosen: Path) -> list[str]:
+def set_aside_later(root: Path, iteration: int, chosen: Path, damaged: Collection[Path] = ()) -> list[str]:
     """Rename the checkpoints from `iteration` on, but for the chosen one, so that nothing takes them for a part of this
     run, and have the tracker file name this iteration; what people are told of it.
     """
@@ -135,7 +135,8 @@ def set_aside_later(root: Path, iteration: int, chosen: Path) -> list[str]:
         is_chosen = folder == chosen or (iteration_of(folder) == iteration and _is_same(folder, chosen))
         if iteration_of(folder) < iteration or is_chosen:
             continue
-        lines.append(f"set aside {folder} as {set_aside(folder).name}: the run goes on from iteration {iteration}")
+        aside = set_aside(folder, "damaged" if folder in damaged else "set-aside")
+        lines.append(f"set aside {folder} as {aside.name}: the run goes on from iteration {iteration}")
     if tracker_line(root, root / checkpoint_name(iteration), iteration):
         try:
             write_tracker(root, iteration)

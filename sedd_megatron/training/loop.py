@@ -376,8 +376,9 @@ def _open_metrics(run: TrainingRun) -> MetricsWriter | None:
         else:
             root = Path(save).resolve()
             # Its number too: folders of one name on two machines are two.
-            name = None if path.resolve().parent == root else json.dumps([str(root), root.stat().st_ino])
-            file = MetricsFile(path, run.iteration, name)
+            place = [str(root), root.stat().st_ino]
+            name = json.dumps(place if run.run_id is None else [*place, run.run_id])
+            file = MetricsFile(path, run.iteration, None if path.resolve().parent == root else name)
     return MetricsWriter(options.logging, file, options.training.train_iters, run.iteration, tflop_per_token, peak)
 
 

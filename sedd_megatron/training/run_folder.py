@@ -2,7 +2,7 @@
 
     DIR/latest_checkpointed_iteration.txt      the newest, as in Megatron-LM: written for others, compared, not obeyed
     DIR/iter_0000500/                          a checkpoint
-    DIR/iter_0000600.set-aside/                one that was put away (going_back.py)
+    DIR/iter_0000600.set-aside/                one that was put away (going_back.py); .damaged for that reason
     DIR/.iter_0000700.partial.TOKEN/           one while a start writes it; .replaced, .removed while that is done to it
 
 Only names as iter_0000500 are read as checkpoints.
@@ -27,7 +27,7 @@ LATEST = "latest_checkpointed_iteration.txt"
 NAME = re.compile(r"iter_([0-9]{7,})")
 # What a person calls one by mistake, too.
 CALLED_ONE = re.compile(r"iter_([0-9]{1,18})")
-SET_ASIDE = re.compile(r"iter_([0-9]{7,})\.set-aside(?:-[0-9]+)?")
+SET_ASIDE = re.compile(r"iter_([0-9]{7,})\.(?:set-aside|damaged)(?:-[0-9]+)?")
 HIDDEN_NAME = re.compile(r"\.(iter_[0-9]{7,})\.(partial|replaced|removed)(?:\.[0-9a-f]+)?")
 # A folder that vanishes while it is read was replaced or deleted by its run: the next look finds what there is then.
 LOOKS, SECONDS_BETWEEN_LOOKS = 5, 0.2
@@ -41,6 +41,7 @@ class FoundCheckpoint:
     body: dict[str, Any]
     is_exact: bool  # this one or none
     older: tuple[Path, ...] = ()  # newest first
+    damaged: tuple[Path, ...] = ()  # newer ones that it was found in place of
     lines: tuple[str, ...] = ()  # what people are told of how it was found
 
     @property
@@ -98,7 +99,7 @@ def find_checkpoint(root: Path, flag: str = "--load", exact: bool = False) -> Fo
         DamagedCheckpointError: all are damaged, or the one that was named is.
     """
     try:
-        if not os.path.lexists(root):
+        if CALLED_ONE.match(root.name) and not os.path.lexists(root):
             raise _nothing_there(root, flag)
         if NAME.fullmatch(root.name) or (root / MANIFEST).is_file():
             return FoundCheckpoint(root, _read_description(root), is_exact=True)
@@ -190,7 +191,8 @@ def load_first_whole(
             else:
                 chosen = _first_intact(found.older, exact=False, damage=damage)
             check(chosen)
-            return replace(chosen, lines=(_fallback_line(str(damage), chosen.folder), *chosen.lines))
+            damaged = (*found.damaged, found.folder, *chosen.damaged) if found.folder.is_dir() else ()
+            return replace(chosen, damaged=damaged, lines=(_fallback_line(str(damage), chosen.folder), *chosen.lines))
 
         found = on_first_rank(choose_another)
         tell(found.lines)
@@ -217,9 +219,9 @@ def tracker_line(root: Path, folder: Path, iteration: int) -> list[str]:
     return [] if agrees else [f"{marker} {says}, and the newest whole checkpoint is {folder.name}, which is taken"]
 
 
-def set_aside(folder: Path) -> Path:
+def set_aside(folder: Path, ending: str = "set-aside") -> Path:
     """Give a checkpoint's folder a name that is not read as one; returns its new place."""
-    names = (f"{folder.name}.set-aside{suffix}" for suffix in ("", *(f"-{number}" for number in range(2, 10_000))))
+    names = (f"{folder.name}.{ending}{suffix}" for suffix in ("", *(f"-{number}" for number in range(2, 10_000))))
     aside = next(path for name in names if not os.path.lexists(path := folder.with_name(name)))
     return folder.rename(aside)
 
@@ -247,7 +249,12 @@ def remove_leftovers(root: Path) -> list[str]:
                 lines.append(f"removed {path}: a run that died left it unfinished")
             except OSError as error:
                 lines.append(f"cannot remove {path}, which a run that died left: {one_line(error)}; remove it")
-    (root / f".{LATEST}").unlink(missing_ok=True)
+    partial = root / f".{LATEST}"
+    try:
+        partial.unlink(missing_ok=True)
+    except OSError as error:
+        # Of the tracker file, which no reader of ours obeys.
+        lines.append(f"cannot remove {partial}: {one_line(error)}; remove it")
     return lines
 
 
@@ -317,7 +324,8 @@ def _first_intact(
             damages.append(str(error))
         else:
             lines = tuple(_fallback_line(text, folder) for text in damages)
-            return FoundCheckpoint(folder, body, exact, tuple(folders[position + 1 :]), lines)
+            newer, older = tuple(folders[:position]), tuple(folders[position + 1 :])
+            return FoundCheckpoint(folder, body, exact, older, newer, lines)
     raise damage
 
 

@@ -79,8 +79,7 @@ class RunSaver:
             self._finish()
         except CheckpointNotWrittenError as error:
             raise UserError(
-                f"{error}; iteration {run.iteration} is not saved, the checkpoints before are whole: make room and "
-                "give the same command again"
+                f"{error}; the checkpoints before are whole: make room and give the same command again"
             ) from error
 
     def _make_room(self, run: TrainingRun) -> None:

@@ -247,13 +247,12 @@ def a_run_goes_back_and_around_damage(run: Commands) -> None:
     assert exact.startswith(f"{run.root}/damaged/iter_0000006/shards-00000.safetensors: damaged")
     before = json.dumps(read_manifest(run.root / "damaged" / "iter_0000005"))
     lines = run.train(7, "--save", "@/damaged")
-    assert lines[1] == (
-        f"{run.root}/damaged/iter_0000006/shards-00000.safetensors: damaged (its digest does not match); falls back to "
-        "iter_0000005"
-    )
+    damage = f"{run.root}/damaged/iter_0000006/shards-00000.safetensors: damaged (its digest does not match)"
+    assert lines[1] == f"{damage}; falls back to iter_0000005"
     assert run.losses("damaged")[-2:][0] == run.losses("unbroken")[5]
     assert json.dumps(read_manifest(run.root / "damaged" / "iter_0000005")) == before
-    assert (run.root / "damaged" / "iter_0000006.set-aside").is_dir()
+    assert lines[2] == f"resumes from {run.root}/damaged/iter_0000005"
+    assert (run.root / "damaged" / "iter_0000006.damaged").is_dir()
 
 
 def leftovers_retention_and_numbers_that_are_not_finite(run: Commands) -> None:

@@ -6,10 +6,14 @@ import shutil
 from pathlib import Path
 from unittest import mock
 
+import torch
+
 from sedd_megatron.config import DiffusionOptions, ModelOptions
 from sedd_megatron.training import checkpoint
+from sedd_megatron.training.checkpoint_format import read_manifest
+from tests.distributed.compare import metrics, whole_tensors
 from tests.distributed.launch import own_jobs
-from tests.distributed.run_resume_rules import FOX, Commands
+from tests.distributed.run_resume_rules import FIXTURES, FOX, Commands
 from tests.training.resigned import resign
 
 
@@ -122,7 +126,7 @@ def a_model_that_was_converted_is_kept(run: Commands) -> None:
 
     def change(body: dict) -> None:
         options = {name: value for name, value in body["state"]["options"].items() if name in names}
-        body["state"] |= {"options": options, "iteration": 0}
+        body["state"] |= {"options": options, "iteration": 0, "ema_last_update": 0}
 
     resign(folder / "iter_0000000", change)
     run.train(4, "--save", "@/converted", "--save-interval", "1", "--keep-last", "1")
@@ -137,6 +141,47 @@ def data_that_has_changed_is_told_from_other_data(run: Commands) -> None:
     assert f"was trained on other data than --data-path {corpus}, whose content has changed since; give" in refused
 
 
+def an_interval_that_is_changed_twice_gives_the_unbroken_average(run: Commands) -> None:
+    """By the definition of the average: an update at step 4, and the one at step 6 takes in 5 and 6."""
+    run.train(4, "--save", "@/interval", "--ema-interval", "4")
+    shutil.copytree(run.root / "interval", run.root / "saved")
+    run.train(5, "--save", "@/saved", "--ema-interval", "3")
+    state = read_manifest(run.root / "saved" / "iter_0000005")["state"]
+    assert state["ema_last_update"] == 4
+    for name in ("interval", "saved"):
+        run.train(6, "--save", f"@/{name}", "--ema-interval", "3")
+    unbroken, resumed = (whole_tensors(run.root / name / "iter_0000006") for name in ("interval", "saved"))
+    assert all(torch.equal(tensor, resumed[key]) for key, tensor in unbroken.items())
+
+
+def a_folder_that_was_moved_has_each_iteration_once(run: Commands) -> None:
+    run.train(3, "--save", "@/here", "--log-dir", "@/log", "--save-interval", "2")
+    copy = run.root / "copy"
+    shutil.copytree(run.root / "here", copy)
+    for name in ("here", "copy"):
+        shutil.rmtree(run.root / name / "iter_0000003")
+    (run.root / "here").rename(run.root / "there")
+    # As if on another disk: another number.
+    shutil.copytree(run.root / "there", run.root / "moved")
+    shutil.rmtree(run.root / "there")
+    run.train(4, "--save", "@/moved", "--log-dir", "@/log")
+    assert metrics(run.root / "log", "iteration").tolist() == [1, 2, 3, 4]
+    # The original is still there: this one's records are its own.
+    run.train(4, "--save", "@/copy", "--log-dir", "@/log")
+    assert metrics(run.root / "log", "iteration").tolist() == [1, 2, 3, 4, 3, 4]
+    ids = {read_manifest(run.root / name)["state"]["run_id"] for name in ("moved/iter_0000002", "moved/iter_0000004")}
+    assert len(ids) == 1
+    run.train(5, "--load", "@/moved", "--save", "@/fork")
+    assert read_manifest(run.root / "fork" / "iter_0000005")["state"]["run_id"] not in ids
+    # Of before there were any: by its folder, as it was.
+    release = FIXTURES / "checkpoint_0.6.0"
+    shutil.copytree(release, run.root / "old")
+    for train_iters in (3, 4):
+        run.train(train_iters, "--save", "@/old", "--log-dir", "@/old log")
+    assert read_manifest(run.root / "old" / "iter_0000004")["state"]["run_id"] is None
+    assert metrics(run.root / "old log", "iteration").tolist() == [3, 4]
+
+
 def check(folder: str) -> None:
     run = Commands(Path(folder))
     run.train(4, "--save", "@/unbroken", "--save-interval", "2")
@@ -147,6 +192,8 @@ def check(folder: str) -> None:
     a_full_disk_gets_room_by_what_is_not_to_be_kept(run)
     a_model_that_was_converted_is_kept(run)
     data_that_has_changed_is_told_from_other_data(run)
+    an_interval_that_is_changed_twice_gives_the_unbroken_average(run)
+    a_folder_that_was_moved_has_each_iteration_once(run)
 
 
 if __name__ == "__main__":
