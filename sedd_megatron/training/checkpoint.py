@@ -334,8 +334,9 @@ def resume(run: TrainingRun, found: FoundCheckpoint) -> FoundCheckpoint:
     if found.folder != named:
         tell([f"resumes from {found.folder}"])
     if save and found.folder.parent.resolve() == Path(save).resolve():
-        # From elsewhere it is a run of its own.
-        run.run_id = found.body["state"].get("run_id")
+        # From elsewhere, and from a model that was converted, it is a run of its own.
+        if not has_no_run(found.body["state"]):
+            run.run_id = found.body["state"].get("run_id")
         launchers: list[str | None] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(launchers, launcher())
         found, lines = on_first_rank(go_on)
@@ -359,7 +360,7 @@ def load_checkpoint(run: TrainingRun, directory: Path, body: dict[str, Any]) -> 
     set_adam_step(run.optimizer, state["iteration"])
     run.iteration = state["iteration"]
     run.consumed_samples = state["consumed_samples"]
-    # Checkpoints of before 0.8 tell the interval alone, which may have changed within one; of before 0.6 not even that.
+    # Older checkpoints tell the interval alone, which may have changed within one; those of before 0.6 not even that.
     last_update = run.iteration - run.iteration % state["options"].get("ema_interval", 1)
     run.ema.last_update = state.get("ema_last_update", last_update)
     # The schedule depends on the number of samples alone, so that a resumed run may also change its options.

@@ -144,7 +144,7 @@ def _is_same_run(name: str, writer: str) -> bool:
 
 
 def _parts(name: str) -> tuple[str | None, int, str | None]:
-    """Of a name as [folder, its number, the run's id]; runs that began before 0.8 have no id, others no folder."""
+    """Of a name as [folder, its number, the run's id]; an older run has no id, one that does not save no folder."""
     with contextlib.suppress(ValueError, TypeError):
         folder, inode, *run = json.loads(name)
         if isinstance(folder, str):

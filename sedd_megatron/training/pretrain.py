@@ -119,7 +119,8 @@ def choose_start(options: PretrainOptions, tokenizer: Tokenizer, lock: "RunLock 
     else:
         found = find_checkpoint(load, "--load", exact)
         subject, way_out = f"--load {found.folder}: it", "leave --load out to start anew"
-        if back is not None:
+        is_newest = bool(held) and held[0].samefile(found.folder)
+        if back is not None and not is_newest:
             check_is_gone_on_from(found, options.training.train_iters)
     if found is not None:
         own = describe_run(options, tokenizer.num_tokens) | {"tokenizer_files": tokenizer_records(tokenizer)}

@@ -50,7 +50,7 @@ class Owner:
     started: float  # seconds from the machine's boot to the process' start
     since: str
     token: str  # of this one start
-    folder: int | None = None  # the inode of the folder where it was made; locks of before 0.8 lack it
+    folder: int | None = None  # the inode of the folder where it was made; older locks lack it
 
     @classmethod
     def of_this_process(cls) -> "Owner":

@@ -69,6 +69,8 @@ def a_run_with_nothing_to_train_does_not_go_back(run: Commands) -> None:
     # But what is loaded from elsewhere is saved in the layout at hand.
     run.train(2, "--load", "@/unbroken", "--save", "@/again")
     assert run.tracker("again") == "4"
+    # And nothing is set aside for the newest.
+    run.train(2, "--load", "@/again/iter_0000004", "--save", "@/again")
 
 
 def a_checkpoint_that_is_not_there_is_told_with_its_neighbours(run: Commands) -> None:
@@ -131,6 +133,7 @@ def a_model_that_was_converted_is_kept(run: Commands) -> None:
     resign(folder / "iter_0000000", change)
     run.train(4, "--save", "@/converted", "--save-interval", "1", "--keep-last", "1")
     assert sorted(path.name for path in folder.glob("iter_*")) == ["iter_0000000", "iter_0000004"]
+    assert read_manifest(folder / "iter_0000004")["state"]["run_id"]
 
 
 def data_that_has_changed_is_told_from_other_data(run: Commands) -> None:

@@ -327,7 +327,7 @@ def test_one_that_cannot_be_replaced_is_put_back_at_once(tmp_path, monkeypatch):
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(UserError, match=r"cannot write .*iter_0000001: .*Input/output error"):
+    with pytest.raises(UserError, match=r"cannot write .*iter_0000001: .*input/output error"):
         save(tmp_path, 1, value=2.0)
     assert names(tmp_path) == ["iter_0000001", LATEST]
     assert loaded(tmp_path) == (1, [])
