@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 
 from sedd_megatron.config import DiffusionOptions, ModelOptions
-from sedd_megatron.training import checkpoint
+from sedd_megatron.training import checkpoint, summary
 from sedd_megatron.training.checkpoint_format import read_manifest
 from tests.distributed.compare import metrics, whole_tensors
 from tests.distributed.launch import own_jobs
@@ -67,7 +67,12 @@ def a_run_with_nothing_to_train_does_not_go_back(run: Commands) -> None:
         )
         assert contents(folder) == before
     # But what is loaded from elsewhere is saved in the layout at hand.
-    run.train(2, "--load", "@/unbroken", "--save", "@/again")
+    with mock.patch.object(summary, "say") as said:
+        run.train(2, "--load", "@/unbroken", "--save", "@/again")
+    told = said.call_args_list[0].args[0]
+    assert told.endswith(
+        "at iteration 4 of 2: nothing left to train, since --train-iters counts what is trained already"
+    )
     assert run.tracker("again") == "4"
     # And nothing is set aside for the newest.
     run.train(2, "--load", "@/again/iter_0000004", "--save", "@/again")
