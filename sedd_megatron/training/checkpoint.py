@@ -39,6 +39,7 @@ from sedd_megatron.training.processes import launcher
 from sedd_megatron.training.run_folder import (
     FoundCheckpoint,
     checkpoint_name,
+    iteration_of,
     load_first_whole,
     remove_folder,
     remove_old,
@@ -49,6 +50,7 @@ from sedd_megatron.training.same_run import (
     check_same_run,
     describe_run,
     first_difference,
+    has_no_run,
     save_tokenizer,
     tokenizer_records,
 )
@@ -94,7 +96,7 @@ class CheckpointWriter:
         """
         assert self._pending is None, "the checkpoint before is not finished"
         final = self.root / checkpoint_name(run.iteration)
-        partial, description = _written_on_first_rank(lambda: self._begin(final, run), f"cannot write {final}")
+        partial, description = _written_on_first_rank(lambda: self._begin(final, run), _not_saved(final))
         run.gather_parameters()
         own = copy_own_shards(run_shards(run))
         written = self._thread.submit(_write, partial, own, run.iteration)
@@ -122,7 +124,7 @@ class CheckpointWriter:
             files = pending.written.result()
         except OSError as error:
             rank = torch.distributed.get_rank()
-            fault = CheckpointNotWrittenError(f"rank {rank} cannot write {pending.partial}: {error}")
+            fault = CheckpointNotWrittenError(f"rank {rank} {_not_saved(pending.final)}: {_reason(error)}")
         except UserError as error:
             fault = error
         # On the first rank alone: of many ranks and tensors it is much, and on a GPU it is gathered in its memory.
@@ -130,13 +132,30 @@ class CheckpointWriter:
         torch.distributed.gather_object((pending.entries, files), gathered, dst=0)
         try:
             raise_on_every_rank(fault)
-            _written_on_first_rank(lambda: self._publish(pending, gathered), f"cannot finish {pending.final}")
+            _written_on_first_rank(lambda: self._publish(pending, gathered), _not_saved(pending.final))
         except UserError:
             # No rank writes to it any more; a disk that is full wants the room.
             if torch.distributed.get_rank() == 0:
                 shutil.rmtree(pending.partial, ignore_errors=True)
             raise
         return pending.iteration
+
+    def remove_surplus(self, run: TrainingRun) -> None:
+        """Delete what --keep-last does not keep, without a new checkpoint: a disk that is full has no room for one.
+        Collective over all ranks.
+
+        Raises:
+            UserError: on every rank, if the tokenizer cannot be described, or the folder's lock is lost.
+        """
+
+        def remove() -> None:
+            if self.lock is not None:
+                self.lock.check()
+            own = self._description | {"tokenizer_files": tokenizer_records(run.tokenizer)}
+            self._remove_old(run.iteration, own)
+
+        if self.options.keep_last is not None:
+            _written_on_first_rank(remove, f"cannot delete what --keep-last does not keep in {self.root}")
 
     def _begin(self, final: Path, run: TrainingRun) -> tuple[Path, dict[str, Any]]:
         name = f".{final.name}.partial"
@@ -156,15 +175,11 @@ class CheckpointWriter:
         write_manifest(pending.partial, entries, files, pending.state)
         _publish(pending.partial, pending.final, pending.iteration)
         say(f"saved {pending.final}")
-        tell(
-            remove_old(
-                self.root,
-                pending.iteration,
-                self.options.keep_last,
-                self.options.keep_every,
-                is_own=lambda body: _is_own(body["state"], pending.state),
-            )
-        )
+        self._remove_old(pending.iteration, pending.state)
+
+    def _remove_old(self, iteration: int, own: dict[str, Any]) -> None:
+        keep_last, keep_every = self.options.keep_last, self.options.keep_every
+        tell(remove_old(self.root, iteration, keep_last, keep_every, lambda body: _is_own(body["state"], own)))
 
 
 def save_checkpoint(
@@ -185,7 +200,7 @@ def save_checkpoint(
         write_manifest(partial, own.entries, files, state | {"tokenizer_files": tokenizer_files})
         _publish(partial, final, iteration)
     except OSError as error:
-        raise UserError(f"cannot write {final}: {error}; make room, or name another folder") from error
+        raise UserError(f"cannot write {final}: {_reason(error)}; make room, or name another folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final
@@ -198,9 +213,18 @@ def _written_on_first_rank(action: Callable[[], Any], fault: str) -> Any:
         try:
             return action()
         except OSError as error:
-            raise CheckpointNotWrittenError(f"{fault}: {error}") from error
+            raise CheckpointNotWrittenError(f"rank 0 {fault}: {_reason(error)}") from error
 
     return on_first_rank(told)
+
+
+def _not_saved(final: Path) -> str:
+    return f"cannot save iteration {iteration_of(final)} to {final.parent}"
+
+
+def _reason(error: OSError) -> str:
+    text = error.strerror or one_line(error)
+    return text[:1].lower() + text[1:]
 
 
 def _begin(partial: Path, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -241,6 +265,8 @@ def _progress(run: TrainingRun) -> dict[str, Any]:
         "iteration": run.iteration,
         "consumed_samples": run.consumed_samples,
         "scheduler_samples": run.scheduler.num_steps,
+        "ema_last_update": run.ema.last_update,
+        "run_id": run.run_id,
     }
 
 
@@ -272,8 +298,10 @@ def _publish(partial: Path, final: Path, iteration: int) -> None:
 
 def _is_own(saved: dict[str, Any], own: dict[str, Any]) -> bool:
     """Whether a checkpoint of the folder is of the run that saves there."""
-    same_tokenizer = saved["tokenizer_files"] == own["tokenizer_files"]
-    return same_tokenizer and first_difference(saved, own, own["options"]["allow_changed"]) is None
+    # A converted model is not of the run's own making.
+    if has_no_run(saved) or saved["tokenizer_files"] != own["tokenizer_files"]:
+        return False
+    return first_difference(saved, own, own["options"]["allow_changed"]) is None
 
 
 def resume(run: TrainingRun, found: FoundCheckpoint) -> FoundCheckpoint:
@@ -301,8 +329,14 @@ def resume(run: TrainingRun, found: FoundCheckpoint) -> FoundCheckpoint:
                 "folder"
             ) from error
 
+    named = found.folder
     found = load_first_whole(found, lambda found: load_checkpoint(run, found.folder, found.body), check, tell)
+    if found.folder != named:
+        tell([f"resumes from {found.folder}"])
     if save and found.folder.parent.resolve() == Path(save).resolve():
+        # From elsewhere, and from a model that was converted, it is a run of its own.
+        if not has_no_run(found.body["state"]):
+            run.run_id = found.body["state"].get("run_id")
         launchers: list[str | None] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(launchers, launcher())
         found, lines = on_first_rank(go_on)
@@ -326,8 +360,9 @@ def load_checkpoint(run: TrainingRun, directory: Path, body: dict[str, Any]) -> 
     set_adam_step(run.optimizer, state["iteration"])
     run.iteration = state["iteration"]
     run.consumed_samples = state["consumed_samples"]
-    # By the interval of the run that saved it, which need not be this one's; checkpoints of before 0.6 have none.
-    run.ema.last_update = run.iteration - run.iteration % state["options"].get("ema_interval", 1)
+    # Older checkpoints tell the interval alone, which may have changed within one; those of before 0.6 not even that.
+    last_update = run.iteration - run.iteration % state["options"].get("ema_interval", 1)
+    run.ema.last_update = state.get("ema_last_update", last_update)
     # The schedule depends on the number of samples alone, so that a resumed run may also change its options.
     run.scheduler.num_steps = 0
     run.scheduler.step(increment=state["scheduler_samples"])

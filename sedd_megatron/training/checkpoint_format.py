@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
 import time
 from collections.abc import Callable, Iterable
@@ -156,7 +157,10 @@ def write_own_shards(directory: Path, own: OwnShards) -> dict[str, Any]:
     try:
         save_file(own.data, path)
     except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
+        number = re.search(r"\(os error ([0-9]+)\)", str(error))
+        if number is None:
+            raise OSError(f"{path}: {error}") from error
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     sync_file(path)
     return {own.file: file_record(path)}
 

@@ -14,24 +14,28 @@ import re
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from sedd_megatron.errors import one_line
+from sedd_megatron.errors import UserError, one_line
 from sedd_megatron.training.checkpoint_format import sync_file, write_synced
 from sedd_megatron.training.processes import launcher
 from sedd_megatron.training.run_folder import (
+    NAME,
+    SET_ASIDE,
     FoundCheckpoint,
     checkpoint_folders,
     checkpoint_name,
+    in_words,
     iteration_of,
     set_aside,
+    set_aside_folders,
     tracker_line,
     write_tracker,
 )
 
 WENT_BACK = "went_back.txt"
-SET_ASIDE = re.compile(r"iter_[0-9]{7,}\.set-aside(-[0-9]+)?")
 # Names that runs give; any other is a person's, and stays.
-OWN_NAME = re.compile(rf"iter_[0-9]{{7,}}|{SET_ASIDE.pattern}")
+OWN_NAME = re.compile(rf"{NAME.pattern}|{SET_ASIDE.pattern}")
 
 
 def named_checkpoint(root: Path, load: Path) -> Path | None:
@@ -53,12 +57,39 @@ def goes_back(root: Path, load: Path | None) -> Path | None:
     mark = root / WENT_BACK
     # A checkpoint that was set aside gets its name back after the mark is written.
     has_its_name = not (SET_ASIDE.fullmatch(folder.name) and folder.exists())
-    if has_its_name and _is_done(mark, folder.name):
+    return None if has_its_name and _is_done(mark, folder.name) else folder
+
+
+def broken_off(root: Path) -> Path | None:
+    """Where going back to a checkpoint that was set aside was broken off before it had its name again: that checkpoint.
+    None where nothing of that kind is there.
+
+    Raises:
+        UserError: there are checkpoints that were set aside and no others, and nothing tells which one is meant.
+    """
+    aside = set_aside_folders(root)
+    if not aside or checkpoint_folders(root):
         return None
-    if mark.exists():
-        mark.unlink()
-        sync_file(root)
-    return folder
+    chosen = root / str(_content(root / WENT_BACK).get("to"))
+    if chosen in aside:
+        return chosen
+    raise UserError(
+        f"--save {root}: only checkpoints that were set aside are here: {in_words(aside)}; name one of them by --load, "
+        "or save to another folder"
+    )
+
+
+def check_is_gone_on_from(found: FoundCheckpoint, train_iters: int) -> None:
+    """Check that a run which goes back has something to train: others are set aside for that.
+
+    Raises:
+        UserError: it has not.
+    """
+    if found.iteration >= train_iters:
+        raise UserError(
+            f"--train-iters {train_iters} is not above the iteration {found.iteration} of {found.folder}, to which the "
+            "run would go back, and counts what that has trained; give a greater one, or leave --load out"
+        )
 
 
 def go_on_from(found: FoundCheckpoint, is_named: bool, launchers: Collection[str]) -> tuple[FoundCheckpoint, list[str]]:
@@ -72,7 +103,11 @@ def go_on_from(found: FoundCheckpoint, is_named: bool, launchers: Collection[str
         OSError: the folder refuses.
     """
     root, final = found.folder.parent, found.folder.with_name(checkpoint_name(found.iteration))
-    lines = set_aside_later(root, found.iteration, found.folder)
+    if is_named and (root / WENT_BACK).exists():
+        # Of another time: not to be believed if this one is killed before its own is written.
+        (root / WENT_BACK).unlink()
+        sync_file(root)
+    lines = set_aside_later(root, found.iteration, found.folder, found.damaged)
     is_called_otherwise = not _is_same(final, found.folder)
     is_own_name = OWN_NAME.fullmatch(found.folder.name) is not None
     if is_called_otherwise and not is_own_name:
@@ -91,7 +126,7 @@ def go_on_from(found: FoundCheckpoint, is_named: bool, launchers: Collection[str
     return replace(found, folder=final), lines
 
 
-def set_aside_later(root: Path, iteration: int, chosen: Path) -> list[str]:
+def set_aside_later(root: Path, iteration: int, chosen: Path, damaged: Collection[Path] = ()) -> list[str]:
     """Rename the checkpoints from `iteration` on, but for the chosen one, so that nothing takes them for a part of this
     run, and have the tracker file name this iteration; what people are told of it.
     """
@@ -100,7 +135,8 @@ def set_aside_later(root: Path, iteration: int, chosen: Path) -> list[str]:
         is_chosen = folder == chosen or (iteration_of(folder) == iteration and _is_same(folder, chosen))
         if iteration_of(folder) < iteration or is_chosen:
             continue
-        lines.append(f"set aside {folder} as {set_aside(folder).name}: the run goes on from iteration {iteration}")
+        aside = set_aside(folder, "damaged" if folder in damaged else "set-aside")
+        lines.append(f"set aside {folder} as {aside.name}: the run goes on from iteration {iteration}")
     if tracker_line(root, root / checkpoint_name(iteration), iteration):
         try:
             write_tracker(root, iteration)
@@ -110,16 +146,24 @@ def set_aside_later(root: Path, iteration: int, chosen: Path) -> list[str]:
 
 
 def _is_done(mark: Path, name: str) -> bool:
+    content = _content(mark)
     try:
-        content = json.loads(mark.read_text(encoding="utf-8"))
         if content["to"] != name:
             return False
         # A job that Slurm starts again has another torchrun.
         is_requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
         same_job = is_requeued and content["job"] is not None and content["job"] == os.environ.get("SLURM_JOB_ID")
         return same_job or launcher() in content["launchers"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return False
+
+
+def _content(mark: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(mark.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _is_same(path: Path, other: Path) -> bool:

@@ -28,16 +28,16 @@ from sedd_megatron.errors import UserError, forget_unsaid
 from sedd_megatron.parallel.fused_head import ROW_MULTIPLE
 from sedd_megatron.parallel.groups import ParallelGroups, is_first_rank, on_first_rank, tell
 from sedd_megatron.training.build import TrainingRun, build_run
-from sedd_megatron.training.checkpoint import CheckpointWriter, resume
+from sedd_megatron.training.checkpoint import resume
 from sedd_megatron.training.estimates import peak_tflops
 from sedd_megatron.training.forward_step import make_forward_step
 from sedd_megatron.training.main_parameters import copy_main_parameters_to_model
 from sedd_megatron.training.metrics import MetricsWriter
 from sedd_megatron.training.metrics_file import MetricsFile
 from sedd_megatron.training.optimizer_step import step_optimizer
-from sedd_megatron.training.run_folder import FoundCheckpoint, checkpoint_name
+from sedd_megatron.training.run_folder import FoundCheckpoint
 from sedd_megatron.training.run_lock import RunLock
-from sedd_megatron.training.saving import RunSaver
+from sedd_megatron.training.saving import RunSaver, open_saver
 from sedd_megatron.training.stop_requests import StopRequests
 from sedd_megatron.training.summary import print_summary, trained_flops_per_token
 
@@ -67,19 +67,7 @@ def train(
         print_summary(run, windows)
         compile_validation(run, windows.valid)
         find_fp8_scales(run, windows.train)
-        saver = None
-        if not options.checkpoint.save:
-            tell(["nothing of this run is saved: --save names a folder for it"])
-        else:
-            root = Path(options.checkpoint.save)
-            # A run with no steps left still saves what it loaded from elsewhere: that is how to change its layout.
-            is_saved = (
-                found is not None
-                and found.folder.parent.resolve() == root.resolve()
-                and found.folder.name == checkpoint_name(run.iteration)
-            )
-            writer = CheckpointWriter(root, options, tokenizer.num_tokens, preparation, lock)
-            saver = RunSaver(writer, options.checkpoint, run.iteration if is_saved else None)
+        saver = open_saver(run, found, preparation, lock)
         metrics = _open_metrics(run)
         requests.start_waiting()
         try:
@@ -388,8 +376,9 @@ def _open_metrics(run: TrainingRun) -> MetricsWriter | None:
         else:
             root = Path(save).resolve()
             # Its number too: folders of one name on two machines are two.
-            name = None if path.resolve().parent == root else json.dumps([str(root), root.stat().st_ino])
-            file = MetricsFile(path, run.iteration, name)
+            place = [str(root), root.stat().st_ino]
+            name = json.dumps(place if run.run_id is None else [*place, run.run_id])
+            file = MetricsFile(path, run.iteration, None if path.resolve().parent == root else name)
     return MetricsWriter(options.logging, file, options.training.train_iters, run.iteration, tflop_per_token, peak)
 
 

@@ -132,7 +132,31 @@ def _is_only_writer(path: Path, writer: str) -> bool:
         names = set(file.read().splitlines())
         if writer not in names:
             file.write(f"{writer}\n")
-    return names <= {writer}
+    return all(_is_same_run(name, writer) for name in names)
+
+
+def _is_same_run(name: str, writer: str) -> bool:
+    """Whether two names are of one run. Moved, a run leaves no folder behind; beside a copy there is the original."""
+    (folder, inode, run), (own_folder, own_inode, own_run) = _parts(name), _parts(writer)
+    is_same_folder = folder is not None and (folder, inode) == (own_folder, own_inode)
+    is_moved = run is not None and run == own_run and not _is_there(folder, inode)
+    return name == writer or is_same_folder or is_moved
+
+
+def _parts(name: str) -> tuple[str | None, int, str | None]:
+    """Of a name as [folder, its number, the run's id]; an older run has no id, one that does not save no folder."""
+    with contextlib.suppress(ValueError, TypeError):
+        folder, inode, *run = json.loads(name)
+        if isinstance(folder, str):
+            return folder, inode, run[0] if run else None
+    return None, 0, None
+
+
+def _is_there(folder: str, inode: int) -> bool:
+    try:
+        return os.stat(folder).st_ino == inode
+    except (OSError, ValueError):
+        return False
 
 
 def _end_last_line(path: Path) -> None:

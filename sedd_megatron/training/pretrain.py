@@ -90,7 +90,7 @@ def _open_inputs(options: PretrainOptions, device: torch.device) -> Inputs:
         seed=options.training.seed,
     )
     if not is_verified:
-        _check_logs(options)
+        _check_outputs(options)
     return Inputs(tokenizer, windows, preparation_of([prefix for _, prefix in corpora]))
 
 
@@ -141,7 +141,7 @@ def choose_start(options: PretrainOptions, tokenizer: Tokenizer, lock: "RunLock 
     Raises:
         UserError: another run saves there or did, there is no checkpoint, or none that is whole.
     """
-    from sedd_megatron.training.going_back import goes_back
+    from sedd_megatron.training.going_back import broken_off, check_is_gone_on_from, goes_back
     from sedd_megatron.training.run_folder import checkpoint_folders, find_checkpoint, remove_leftovers
     from sedd_megatron.training.same_run import check_same_run, describe_run, tokenizer_records
 
@@ -152,13 +152,13 @@ def choose_start(options: PretrainOptions, tokenizer: Tokenizer, lock: "RunLock 
         try:
             lines += remove_leftovers(save)
             held = checkpoint_folders(save)
-            back = goes_back(save, load)
+            back = goes_back(save, load) or broken_off(save)
         except OSError as error:
             raise UserError(f"--save {save}: {one_line(error)}; name a folder you may write to") from error
-    if held and not options.checkpoint.resume:
+    if (held or back) and not options.checkpoint.resume:
         raise UserError(
-            f"--save {save}: holds {held[0].name}, and --no-resume does not go on from it; leave it out, or save to "
-            "another folder"
+            f"--save {save}: holds {(held or [back])[0].name}, and --no-resume does not go on from it; leave it out, "
+            "or save to another folder"
         )
     load = back or load
     if held and back is None:
@@ -171,6 +171,9 @@ def choose_start(options: PretrainOptions, tokenizer: Tokenizer, lock: "RunLock 
     else:
         found = find_checkpoint(load, "--load", exact)
         subject, way_out = f"--load {found.folder}: it", "leave --load out to start anew"
+        is_newest = bool(held) and held[0].samefile(found.folder)
+        if back is not None and not is_newest:
+            check_is_gone_on_from(found, options.training.train_iters)
     if found is not None:
         own = describe_run(options, tokenizer.num_tokens) | {"tokenizer_files": tokenizer_records(tokenizer)}
         changed = check_same_run(found, own, subject, way_out)
@@ -180,9 +183,12 @@ def choose_start(options: PretrainOptions, tokenizer: Tokenizer, lock: "RunLock 
     return found
 
 
-def _check_logs(options: PretrainOptions) -> None:
+def _check_outputs(options: PretrainOptions) -> None:
     from sedd_megatron.training.metrics import check_tensorboard
+    from sedd_megatron.training.run_folder import check_is_no_checkpoint
 
+    if options.checkpoint.save is not None:
+        check_is_no_checkpoint(Path(options.checkpoint.save))
     if options.logging.tensorboard_dir is not None:
         check_tensorboard(options.logging.tensorboard_dir)
     for flag, folder in (

@@ -2,7 +2,7 @@
 
     DIR/latest_checkpointed_iteration.txt      the newest, as in Megatron-LM: written for others, compared, not obeyed
     DIR/iter_0000500/                          a checkpoint
-    DIR/iter_0000600.set-aside/                one that was put away (going_back.py)
+    DIR/iter_0000600.set-aside/                one that was put away (going_back.py); .damaged for that reason
     DIR/.iter_0000700.partial.TOKEN/           one while a start writes it; .replaced, .removed while that is done to it
 
 Only names as iter_0000500 are read as checkpoints.
@@ -25,6 +25,9 @@ from sedd_megatron.training.checkpoint_format import MANIFEST, read_manifest, sy
 
 LATEST = "latest_checkpointed_iteration.txt"
 NAME = re.compile(r"iter_([0-9]{7,})")
+# What a person calls one by mistake, too.
+CALLED_ONE = re.compile(r"iter_([0-9]{1,18})")
+SET_ASIDE = re.compile(r"iter_([0-9]{7,})\.(?:set-aside|damaged)(?:-[0-9]+)?")
 HIDDEN_NAME = re.compile(r"\.(iter_[0-9]{7,})\.(partial|replaced|removed)(?:\.[0-9a-f]+)?")
 # A folder that vanishes while it is read was replaced or deleted by its run: the next look finds what there is then.
 LOOKS, SECONDS_BETWEEN_LOOKS = 5, 0.2
@@ -38,6 +41,7 @@ class FoundCheckpoint:
     body: dict[str, Any]
     is_exact: bool  # this one or none
     older: tuple[Path, ...] = ()  # newest first
+    damaged: tuple[Path, ...] = ()  # newer ones that it was found in place of
     lines: tuple[str, ...] = ()  # what people are told of how it was found
 
     @property
@@ -71,6 +75,13 @@ def checkpoint_folders(root: Path) -> list[Path]:
     return sorted(folders, key=iteration_of, reverse=True)
 
 
+def set_aside_folders(root: Path) -> list[Path]:
+    """The checkpoints under `root` that were put away, newest first."""
+    found = {path: SET_ASIDE.fullmatch(path.name) for path in root.iterdir() if path.is_dir()} if root.is_dir() else {}
+    kept = [path for path, match in found.items() if match]
+    return sorted(kept, key=lambda path: (int(found[path][1]), path.name), reverse=True)
+
+
 def iteration_of(folder: Path) -> int:
     """iter_0000500 -> 500."""
     return int(folder.name.removeprefix("iter_"))
@@ -88,6 +99,8 @@ def find_checkpoint(root: Path, flag: str = "--load", exact: bool = False) -> Fo
         DamagedCheckpointError: all are damaged, or the one that was named is.
     """
     try:
+        if CALLED_ONE.match(root.name) and not os.path.lexists(root):
+            raise _nothing_there(root, flag)
         if NAME.fullmatch(root.name) or (root / MANIFEST).is_file():
             return FoundCheckpoint(root, _read_description(root), is_exact=True)
         return _newest(root, flag, exact)
@@ -99,8 +112,7 @@ def _newest(root: Path, flag: str, exact: bool) -> FoundCheckpoint:
     for _ in range(LOOKS):
         folders = checkpoint_folders(root)
         if not folders:
-            nothing = "no checkpoint there (no folder iter_*)" if os.path.exists(root) else "no such folder"
-            raise UserError(f"{flag} {root}: {nothing}; give a folder that training saved to")
+            raise _nothing_there(root, flag)
         try:
             found = _first_intact(folders, exact)
         except DamagedCheckpointError:
@@ -112,6 +124,41 @@ def _newest(root: Path, flag: str, exact: bool) -> FoundCheckpoint:
                 return replace(found, lines=(*found.lines, *line))
         time.sleep(SECONDS_BETWEEN_LOOKS)
     raise _vanishing(root)
+
+
+def _nothing_there(root: Path, flag: str) -> UserError:
+    if not os.path.exists(root):
+        way_out = "give a folder that training saved to"
+        number = CALLED_ONE.match(root.name)
+        beside = [*checkpoint_folders(root.parent), *set_aside_folders(root.parent)] if number else []
+        if beside:
+            beside.sort(key=lambda folder: abs(int(CALLED_ONE.match(folder.name)[1]) - int(number[1])))
+            way_out = f"beside it there are {in_words(beside)}; give one of them"
+        return UserError(f"{flag} {root}: no such folder; {way_out}")
+    aside = set_aside_folders(root)
+    if aside:
+        return UserError(
+            f"{flag} {root}: only checkpoints that were set aside are here: {in_words(aside)}; give one of them by its "
+            "name"
+        )
+    return UserError(f"{flag} {root}: no checkpoint there (no folder iter_*); give a folder that training saved to")
+
+
+def check_is_no_checkpoint(root: Path) -> None:
+    """Check that --save names a folder of checkpoints and none of these; by its name alone if it is not there.
+
+    Raises:
+        UserError: it is a checkpoint.
+    """
+    if NAME.fullmatch(root.name) or os.path.exists(root / MANIFEST):
+        folder = Path(os.path.abspath(root)).parent
+        raise UserError(f"--save {root}: that is a checkpoint; give its folder {folder}, and the checkpoint by --load")
+
+
+def in_words(folders: Sequence[Path]) -> str:
+    """The names of the first three folders."""
+    names = [folder.name for folder in folders[:3]]
+    return f"{', '.join(names)} and {len(folders) - 3} more" if len(folders) > 3 else ", ".join(names)
 
 
 def load_first_whole(
@@ -144,7 +191,8 @@ def load_first_whole(
             else:
                 chosen = _first_intact(found.older, exact=False, damage=damage)
             check(chosen)
-            return replace(chosen, lines=(_fallback_line(str(damage), chosen.folder), *chosen.lines))
+            damaged = (*found.damaged, found.folder, *chosen.damaged) if found.folder.is_dir() else ()
+            return replace(chosen, damaged=damaged, lines=(_fallback_line(str(damage), chosen.folder), *chosen.lines))
 
         found = on_first_rank(choose_another)
         tell(found.lines)
@@ -171,9 +219,9 @@ def tracker_line(root: Path, folder: Path, iteration: int) -> list[str]:
     return [] if agrees else [f"{marker} {says}, and the newest whole checkpoint is {folder.name}, which is taken"]
 
 
-def set_aside(folder: Path) -> Path:
+def set_aside(folder: Path, ending: str = "set-aside") -> Path:
     """Give a checkpoint's folder a name that is not read as one; returns its new place."""
-    names = (f"{folder.name}.set-aside{suffix}" for suffix in ("", *(f"-{number}" for number in range(2, 10_000))))
+    names = (f"{folder.name}.{ending}{suffix}" for suffix in ("", *(f"-{number}" for number in range(2, 10_000))))
     aside = next(path for name in names if not os.path.lexists(path := folder.with_name(name)))
     return folder.rename(aside)
 
@@ -201,7 +249,12 @@ def remove_leftovers(root: Path) -> list[str]:
                 lines.append(f"removed {path}: a run that died left it unfinished")
             except OSError as error:
                 lines.append(f"cannot remove {path}, which a run that died left: {one_line(error)}; remove it")
-    (root / f".{LATEST}").unlink(missing_ok=True)
+    partial = root / f".{LATEST}"
+    try:
+        partial.unlink(missing_ok=True)
+    except OSError as error:
+        # Of the tracker file, which no reader of ours obeys.
+        lines.append(f"cannot remove {partial}: {one_line(error)}; remove it")
     return lines
 
 
@@ -271,7 +324,8 @@ def _first_intact(
             damages.append(str(error))
         else:
             lines = tuple(_fallback_line(text, folder) for text in damages)
-            return FoundCheckpoint(folder, body, exact, tuple(folders[position + 1 :]), lines)
+            newer, older = tuple(folders[:position]), tuple(folders[position + 1 :])
+            return FoundCheckpoint(folder, body, exact, older, newer, lines)
     raise damage
 
 

@@ -11,6 +11,8 @@ is taken over once its owner is known to be dead:
   owner touches the file every BEAT_SECONDS; a start that finds the lock watches it for WATCH_SECONDS, whatever the
   clocks say, and takes it over if it was not touched. An owner that could not touch it for so long (a file system that
   hung, a stopped process) is taken for dead; so it looks before each checkpoint whether the lock is still its own.
+- A lock that was copied with its folder, whose number is another's, is watched in the same way: its owner touches the
+  one of its own folder.
 - Of a lock that was not written to its end (where there are no links, or by a machine that lost its power) nobody knows
   the owner: it is watched in the same way.
 """
@@ -23,7 +25,7 @@ import secrets
 import socket
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -48,6 +50,7 @@ class Owner:
     started: float  # seconds from the machine's boot to the process' start
     since: str
     token: str  # of this one start
+    folder: int | None = None  # the inode of the folder where it was made; older locks lack it
 
     @classmethod
     def of_this_process(cls) -> "Owner":
@@ -85,6 +88,7 @@ class RunLock:
             UserError: a live run holds it, named; or the folder cannot be written to.
         """
         try:
+            self.owner = replace(self.owner, folder=self.path.parent.stat().st_ino)
             lines = self._make()
         except OSError as error:
             raise UserError(f"--save {self.path.parent}: cannot be locked ({one_line(error)}); name another") from error
@@ -140,6 +144,8 @@ class RunLock:
                 owner = _read(path)
             if owner == self.owner:
                 return []  # a network file system may make a link and lose the answer, and is asked again
+            if owner is None and path.is_symlink():
+                raise UserError(f"{path}: is a link to nothing, and no lock; remove it if no run saves there")
             if owner is None:
                 continue  # given back in between
             if self._is_alive(owner, path, own):
@@ -152,12 +158,14 @@ class RunLock:
             try:
                 if _read(path) == owner:
                     os.replace(own, path)
-                    return [f"took over {path}, whose run is dead: {owner}"]
+                    fate = "which is a copy of another folder's" if self._is_copy(owner) else "whose run is dead"
+                    return [f"took over {path}, {fate}: {owner}"]
             finally:
                 right.unlink(missing_ok=True)
 
     def _is_alive(self, owner: Owner, path: Path, own: Path) -> bool:
-        if owner.machine != self.owner.machine:
+        # Of a copy its run knows nothing. Watched all the same: some file systems number a folder anew.
+        if owner.machine != self.owner.machine or self._is_copy(owner):
             return self._is_touched(owner, path)
         try:
             process = psutil.Process(owner.process)
@@ -167,6 +175,9 @@ class RunLock:
             return not _have_one_user(path, own) and self._is_touched(owner, path)
         except psutil.AccessDenied:
             return True
+
+    def _is_copy(self, owner: Owner) -> bool:
+        return owner.folder is not None and owner.folder != self.owner.folder
 
     def _is_touched(self, owner: Owner, path: Path) -> bool:
         say(f"{path} is held by {owner}: watching it for {self.watch_seconds:.0f} s")

@@ -100,7 +100,7 @@ def first_difference(saved: dict[str, Any], own: dict[str, Any], allowed: tuple[
         words = f"has a vocabulary of {saved['num_tokens']} tokens, the data one of {own['num_tokens']}"
         return "num_tokens", words
     theirs, ours = _comparable(saved), _comparable(own)
-    names = FIXED if _has_no_run(saved) else [*FIXED, *(name for name in CHANGES_TO_ALLOW if name in ours)]
+    names = FIXED if has_no_run(saved) else [*FIXED, *(name for name in CHANGES_TO_ALLOW if name in ours)]
     for name in names:
         unknown = name == "data_path" and "data" not in saved
         if name in allowed or unknown or theirs[name] == ours[name]:
@@ -109,6 +109,8 @@ def first_difference(saved: dict[str, Any], own: dict[str, Any], allowed: tuple[
             if _is_same_data(theirs[name], ours[name]):
                 continue
             words = f"was trained on other data than {flag_of(name)} {' '.join(own['options'][name])}"
+            if _listed(saved["options"][name]) == _listed(own["options"][name]):
+                words += ", whose content has changed since"
         else:
             words = f"was trained with {flag_of(name)} {theirs[name]}, this run has {ours[name]}"
         return name, words
@@ -117,7 +119,7 @@ def first_difference(saved: dict[str, Any], own: dict[str, Any], allowed: tuple[
 
 def changes(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:
     """Every option that a run may change on resuming and that has changed, as "--lr 0.001 -> 0.0005"."""
-    if _has_no_run(saved):
+    if has_no_run(saved):
         return []
     theirs, ours = _comparable(saved), _comparable(own)
     found = [f"{flag_of(name)} {theirs[name]} -> {ours[name]}" for name in REPORTED if theirs[name] != ours[name]]
@@ -130,7 +132,7 @@ def changes(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:
     return found
 
 
-def _has_no_run(state: dict[str, Any]) -> bool:
+def has_no_run(state: dict[str, Any]) -> bool:
     """Whether a checkpoint was converted from another format and not trained here: it has a model's options alone."""
     return "data_path" not in state["options"]
 

@@ -1,10 +1,16 @@
 """When a run is saved, and what becomes of it when the disk refuses."""
 
+import contextlib
+from pathlib import Path
+
 from sedd_megatron.config import CheckpointOptions
+from sedd_megatron.data.preparation import Preparation
 from sedd_megatron.errors import UserError
 from sedd_megatron.parallel.groups import tell
 from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.checkpoint import CheckpointNotWrittenError, CheckpointWriter
+from sedd_megatron.training.run_folder import FoundCheckpoint, checkpoint_name
+from sedd_megatron.training.run_lock import RunLock
 
 
 class RunSaver:
@@ -31,6 +37,7 @@ class RunSaver:
             UserError: the last of `max_save_failures` failures in a row, or a tensor that is not finite.
         """
         self.finish()
+        self._make_room(run)
         try:
             self._writer.start(run)
             if not self._options.async_save:
@@ -54,6 +61,7 @@ class RunSaver:
         try:
             self._finish()
         except CheckpointNotWrittenError as error:
+            self._failures += 1
             tell([f"warning: {error}"], to_stderr=True)
 
     def save_last(self, run: TrainingRun) -> None:
@@ -65,14 +73,21 @@ class RunSaver:
         self.wait()
         if self._saved_at == run.iteration:
             return
+        self._make_room(run)
         try:
             self._writer.start(run)
             self._finish()
         except CheckpointNotWrittenError as error:
             raise UserError(
-                f"{error}; iteration {run.iteration} is not saved, the checkpoints before are whole: make room and "
-                "give the same command again"
+                f"{error}; the checkpoints before are whole: make room and give the same command again"
             ) from error
+
+    def _make_room(self, run: TrainingRun) -> None:
+        """Before the next try of a save that failed, delete what --keep-last does not keep."""
+        if self._failures:
+            # What keeps it from that is told by the try.
+            with contextlib.suppress(UserError):
+                self._writer.remove_surplus(run)
 
     def _finish(self) -> None:
         iteration = self._writer.finish()
@@ -91,3 +106,30 @@ class RunSaver:
             f"{self._options.max_save_failures} in a row)"
         )
         tell([line], to_stderr=True)
+
+
+def open_saver(
+    run: TrainingRun, found: FoundCheckpoint | None, preparation: Preparation, lock: RunLock | None
+) -> RunSaver | None:
+    """What saves a run to --save, of data with this preparation; None without --save. `found` is the checkpoint that it
+    goes on from, loaded whole. Collective over all ranks.
+
+    Raises:
+        UserError: as CheckpointWriter.remove_surplus.
+    """
+    options = run.options.checkpoint
+    if not options.save:
+        tell(["nothing of this run is saved: --save names a folder for it"])
+        return None
+    root = Path(options.save)
+    # A run with no steps left still saves what it loaded from elsewhere: that is how to change its layout.
+    is_saved = (
+        found is not None
+        and found.folder.parent.resolve() == root.resolve()
+        and found.folder.name == checkpoint_name(run.iteration)
+    )
+    writer = CheckpointWriter(root, run.options, run.tokenizer.num_tokens, preparation, lock)
+    if is_saved:
+        # Now: a disk that is full has no room for the next one.
+        writer.remove_surplus(run)
+    return RunSaver(writer, options, run.iteration if is_saved else None)

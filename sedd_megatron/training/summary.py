@@ -28,7 +28,7 @@ def print_summary(run: TrainingRun, windows: Windows) -> None:
         f"{count.item():,.0f} parameters, {own:,} of them on this rank | {run.groups.layout} | "
         f"{len(windows.train):,} training and {len(windows.valid):,} validation windows of "
         f"{run.options.model.seq_length} tokens | at iteration {iteration} of {end}"
-        + (": nothing left to train, for more raise --train-iters" if iteration >= end else "")
+        + (": nothing left to train, since --train-iters counts what is trained already" if iteration >= end else "")
     )
     say(cost_line(run))
 

@@ -7,6 +7,10 @@ def test_save_and_load_mean_what_they_say(tmp_path):
     launch("run_resume_rules.py", 1, [[str(tmp_path)]])
 
 
+def test_a_runs_folder_is_understood_and_nothing_in_it_lost(tmp_path):
+    launch("run_run_folder.py", 1, [[str(tmp_path)]])
+
+
 def test_the_first_rank_chooses_for_all(tmp_path, byte_corpus):
     small = ("--num-layers 1 --hidden-size 8 --num-attention-heads 2 --cond-dim 2 --seq-length 8 --global-batch-size 4 "
              "--micro-batch-size 2 --make-vocab-size-divisible-by 8 --lr 1e-3 --lr-warmup-iters 1 --eval-interval 0 "

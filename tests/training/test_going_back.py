@@ -77,6 +77,9 @@ def test_a_run_goes_back_once_each_time_a_person_says_so(tmp_path, under):
     # Whichever node has the first rank now.
     assert [start("first"), start("first"), start("of another node")] == [None] * 3
     assert goes_back(root, root / "iter_0000004") == root / "iter_0000004"
+    # Refused, perhaps: nothing has changed until it is gone back to.
+    assert start("first") is None
+    go_back(root / "iter_0000004.set-aside")
     assert start("first") == folder
     go_back(folder, ["first"])
     # Another launch, whose first start died before it came to this.

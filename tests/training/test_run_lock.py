@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -323,3 +324,38 @@ def test_a_lock_that_was_not_written_to_its_end_and_is_touched_is_alive(tmp_path
     finally:
         ended.set()
         thread.join()
+
+
+def test_a_copy_of_a_live_runs_folder_is_not_locked_by_it(tmp_path, other_process):
+    root, copy = tmp_path / "x", tmp_path / "copy"
+    root.mkdir()
+    owner = replace(owner_of(other_process.pid), folder=root.stat().st_ino)
+    leave(root, owner)
+    shutil.copytree(root, copy)
+    lock = RunLock(copy, **QUICK)
+    assert lock.acquire() == [f"took over {copy / FILE}, which is a copy of another folder's: {owner}"]
+    lock.check()
+    lock.release()
+    with pytest.raises(UserError, match="another run saves there"):
+        RunLock(root, **QUICK).acquire()
+    # Moved, it is the same folder.
+    root.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="another run saves there"):
+        RunLock(tmp_path / "moved", **QUICK).acquire()
+
+
+def test_a_folder_that_has_got_another_number_is_not_taken_from_its_run(tmp_path):
+    lock = RunLock(tmp_path, **QUICK)
+    lock.acquire()
+    lock.owner = replace(lock.owner, folder=lock.owner.folder + 1)
+    leave(tmp_path, lock.owner)
+    with pytest.raises(UserError, match="another run saves there"):
+        RunLock(tmp_path, **QUICK).acquire()
+    lock.release()
+
+
+def test_a_link_to_nothing_is_no_lock(tmp_path):
+    (tmp_path / FILE).symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"training.lock: is a link to nothing, and no lock; remove it if no run saves"):
+        RunLock(tmp_path, **QUICK).acquire()
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
