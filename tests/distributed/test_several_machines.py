@@ -146,6 +146,9 @@ def test_a_rank_that_waits_in_vain_for_the_others_to_join_ends_with_one_line(tmp
 GLOO = "Gloo connectFullMesh failed with [/pytorch/gloo/transport/tcp/pair.cc:152] timed out connecting: refused"
 FAILING = """
 import sys, torch
+from sedd_megatron.config import ParallelOptions
+from sedd_megatron.errors import LostRankError
+from sedd_megatron.parallel.groups import parallel_groups
 try:
     with parallel_groups(ParallelOptions(device="cpu")):
         raise RuntimeError(sys.argv[1])
