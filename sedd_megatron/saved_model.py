@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from sedd_megatron.training.run_folder import FoundCheckpoint
 
 # training/run_folder.py, run_lock.py and metrics_file.py write them.
-FILES_OF_RUN = ("latest_checkpointed_iteration.txt", "went_back.txt", "training.lock", "metrics.jsonl",
+FILES_OF_RUN = ("latest_checkpointed_iteration.txt", "went_back.txt", "training.lock", "run_id.txt", "metrics.jsonl",
                 "metrics-lost.jsonl", "metrics-writers.txt")  # fmt: skip
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -1,7 +1,6 @@
 """Everything a training run consists of, built from the options: model, DDP, optimizer, schedule, EMA."""
 
-import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -55,8 +54,6 @@ class TrainingRun:
     num_microbatches: int
     iteration: int = 0
     consumed_samples: int = 0
-    # The first rank's counts, and is kept when the run goes on; None of a run that began before there were any.
-    run_id: str | None = field(default_factory=partial(secrets.token_hex, 8))
 
     def gather_parameters(self) -> None:
         """Bring the last step's parameters to every replica, where they would come with the next forward pass."""

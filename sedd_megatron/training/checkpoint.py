@@ -266,7 +266,6 @@ def _progress(run: TrainingRun) -> dict[str, Any]:
         "consumed_samples": run.consumed_samples,
         "scheduler_samples": run.scheduler.num_steps,
         "ema_last_update": run.ema.last_update,
-        "run_id": run.run_id,
     }
 
 
@@ -334,9 +333,6 @@ def resume(run: TrainingRun, found: FoundCheckpoint) -> FoundCheckpoint:
     if found.folder != named:
         tell([f"resumes from {found.folder}"])
     if save and found.folder.parent.resolve() == Path(save).resolve():
-        # From elsewhere, and from a model that was converted, it is a run of its own.
-        if not has_no_run(found.body["state"]):
-            run.run_id = found.body["state"].get("run_id")
         launchers: list[str | None] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(launchers, launcher())
         found, lines = on_first_rank(go_on)

@@ -36,7 +36,6 @@ def check_body(body: dict[str, Any]) -> None:
     _require(isinstance(state["options"], dict), "its options are not a table")
     last_update = state.get("ema_last_update", 0)
     _require(_is_size(last_update) and last_update <= state["iteration"], f"ema_last_update is {last_update!r}")
-    _require(isinstance(state.get("run_id"), str | None), f"run_id is {state.get('run_id')!r}")
     for name, record in [*files.items(), *state["tokenizer_files"].items()]:
         _require(Path(name).name == name and name != ".." and "\0" not in name, f"{name!r} is no plain file name")
         _require(_is_size(record["bytes"]) and isinstance(record["sha256"], str), f"the record of {name} is malformed")

@@ -1,7 +1,6 @@
 """The training loop, from options to the last checkpoint."""
 
 import itertools
-import json
 import math
 import signal
 import time
@@ -33,7 +32,7 @@ from sedd_megatron.training.estimates import peak_tflops
 from sedd_megatron.training.forward_step import make_forward_step
 from sedd_megatron.training.main_parameters import copy_main_parameters_to_model
 from sedd_megatron.training.metrics import MetricsWriter
-from sedd_megatron.training.metrics_file import MetricsFile
+from sedd_megatron.training.metrics_file import MetricsFile, writer_name
 from sedd_megatron.training.optimizer_step import step_optimizer
 from sedd_megatron.training.run_folder import FoundCheckpoint
 from sedd_megatron.training.run_lock import RunLock
@@ -375,10 +374,7 @@ def _open_metrics(run: TrainingRun) -> MetricsWriter | None:
             file = MetricsFile(path, None, "a run that does not save")
         else:
             root = Path(save).resolve()
-            # Its number too: folders of one name on two machines are two.
-            place = [str(root), root.stat().st_ino]
-            name = json.dumps(place if run.run_id is None else [*place, run.run_id])
-            file = MetricsFile(path, run.iteration, None if path.resolve().parent == root else name)
+            file = MetricsFile(path, run.iteration, None if path.resolve().parent == root else writer_name(root))
     return MetricsWriter(options.logging, file, options.training.train_iters, run.iteration, tflop_per_token, peak)
 
 

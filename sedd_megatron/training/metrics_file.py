@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import secrets
 import shutil
 import time
 from collections import deque
@@ -11,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from sedd_megatron.errors import say
+from sedd_megatron.training.checkpoint_format import write_synced
 
 LOST = "metrics-lost.jsonl"
 # Beside a file that several runs may write: one line for each that has.
 WRITERS = "metrics-writers.txt"
+# In a run's own folder, where it goes with it: in the checkpoints it would make of two equal runs two others.
+RUN_ID = "run_id.txt"
 # How every record begins; a person's note does not.
 RECORD_START = b'{"iteration"'
 # Opening reads the whole file, which is too much for each step.
@@ -120,6 +124,18 @@ def _append_whole(descriptor: int, line: bytes) -> None:
         if len(left) < len(line):
             os.ftruncate(descriptor, size)
         raise
+
+
+def writer_name(root: Path) -> str:
+    """The name of the run that saves to this folder: a new one where nobody has asked for it before."""
+    path, run_id = root / RUN_ID, []
+    # Without it on a disk that refuses: a run is then known by its folder alone.
+    with contextlib.suppress(OSError, ValueError):
+        if not path.exists():
+            write_synced(path, f"{secrets.token_hex(8)}\n")
+        run_id = [path.read_text(encoding="ascii").strip()]
+    # Its number too: folders of one name on two machines are two.
+    return json.dumps([str(root), root.stat().st_ino, *run_id])
 
 
 def _is_only_writer(path: Path, writer: str) -> bool:

@@ -13,7 +13,7 @@ from tests.campaign.processes import run, start
 
 def repeat(attempt: Attempt) -> None:
     """One command, twice."""
-    (prepare_with_kills, generate_in_other_batches, train_twice)[attempt.number % 3](attempt)
+    (prepare_with_kills, train_twice, generate_in_other_batches)[attempt.number % 3](attempt)
 
 
 def prepare_with_kills(attempt: Attempt) -> None:

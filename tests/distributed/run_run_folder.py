@@ -138,7 +138,6 @@ def a_model_that_was_converted_is_kept(run: Commands) -> None:
     resign(folder / "iter_0000000", change)
     run.train(4, "--save", "@/converted", "--save-interval", "1", "--keep-last", "1")
     assert sorted(path.name for path in folder.glob("iter_*")) == ["iter_0000000", "iter_0000004"]
-    assert read_manifest(folder / "iter_0000004")["state"]["run_id"]
 
 
 def data_that_has_changed_is_told_from_other_data(run: Commands) -> None:
@@ -177,16 +176,11 @@ def a_folder_that_was_moved_has_each_iteration_once(run: Commands) -> None:
     # The original is still there: this one's records are its own.
     run.train(4, "--save", "@/copy", "--log-dir", "@/log")
     assert metrics(run.root / "log", "iteration").tolist() == [1, 2, 3, 4, 3, 4]
-    ids = {read_manifest(run.root / name)["state"]["run_id"] for name in ("moved/iter_0000002", "moved/iter_0000004")}
-    assert len(ids) == 1
-    run.train(5, "--load", "@/moved", "--save", "@/fork")
-    assert read_manifest(run.root / "fork" / "iter_0000005")["state"]["run_id"] not in ids
-    # Of before there were any: by its folder, as it was.
+    # Of before there were run_id.txt: by its folder, as it was.
     release = FIXTURES / "checkpoint_0.6.0"
     shutil.copytree(release, run.root / "old")
     for train_iters in (3, 4):
         run.train(train_iters, "--save", "@/old", "--log-dir", "@/old log")
-    assert read_manifest(run.root / "old" / "iter_0000004")["state"]["run_id"] is None
     assert metrics(run.root / "old log", "iteration").tolist() == [3, 4]
 
 
