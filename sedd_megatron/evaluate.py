@@ -163,14 +163,14 @@ def _append_eod(options: EvaluateOptions, saved: "SavedModel") -> bool:
     """Whether documents are ended; says on stderr where nobody knows whether those that the model saw were."""
     if options.append_eod is not None:
         return options.append_eod
-    of_data, has_end = saved.preparation.append_eod, saved.tokenizer.eod_id is not None
-    if of_data is None and has_end and options.windowing == "concatenate" and is_first_rank():
+    is_unknown, has_end = saved.preparation.append_eod is None, saved.tokenizer.eod_id is not None
+    if is_unknown and has_end and options.windowing == "concatenate" and is_first_rank():
         print(
             "documents are joined by the end-of-document token, as published; for a model whose data had none give "
             "--no-append-eod",
             file=sys.stderr,
         )
-    return of_data is not False
+    return saved.preparation.ends_documents
 
 
 def report(name: str, units: "Sequence[UnitBound]", texts: Sequence[str], windowing: str) -> str:

@@ -115,8 +115,8 @@ class PretrainedModel:
 
         may_give = self.graph.mask_token_id is not None
         texts = [texts] if isinstance(texts, str) else texts
-        append_eod = self.preparation.append_eod is not False
-        windows = windows_of(texts, self.tokenizer, self.seq_length, windowing, may_give, append_eod)
+        ends_documents = self.preparation.ends_documents
+        windows = windows_of(texts, self.tokenizer, self.seq_length, windowing, may_give, ends_documents)
         estimator = self.bound_estimator(
             seed=seed, num_draws=mc_samples, time_eps=time_eps, batch_size=batch_size, integrate_over=integrate_over
         )

@@ -39,9 +39,6 @@ if TYPE_CHECKING:
     from sedd_megatron.model.sedd_model import SEDDModel
     from sedd_megatron.training.run_folder import FoundCheckpoint
 
-# training/run_folder.py, run_lock.py and metrics_file.py write them.
-FILES_OF_RUN = ("latest_checkpointed_iteration.txt", "went_back.txt", "training.lock", "run_id.txt", "metrics.jsonl",
-                "metrics-lost.jsonl", "metrics-writers.txt")  # fmt: skip
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -67,7 +64,11 @@ class SavedModel:
 
     def files_of_run(self) -> list[tuple[str, str]]:
         """What a run keeps beside its checkpoints, each as what it is and its path."""
-        return [("a file of the run", str(self.path.parent / name)) for name in FILES_OF_RUN]
+        from sedd_megatron.training import going_back, metrics_file, run_folder, run_lock
+
+        names = (run_folder.LATEST, going_back.WENT_BACK, run_lock.FILE, "metrics.jsonl", metrics_file.LOST,
+                 metrics_file.WRITERS, metrics_file.RUN_ID)  # fmt: skip
+        return [("a file of the run", str(self.path.parent / name)) for name in names]
 
     def load(
         self, parallel: ParallelOptions, precision: PrecisionOptions, make_groups: Callable[[], ParallelGroups]

@@ -134,11 +134,11 @@ def input_files(
     files, names_by_path = [], {}
     for position, name in enumerate(names):
         if name == STANDARD_INPUT and spool_folder is not None:
-            found = [InputFile(Path(name), flag, spool=_spooled(spool_folder))]
+            found = named = [InputFile(Path(name), flag, spool=_spooled(spool_folder))]
         elif name and os.path.isdir(name):
-            found = _folder_files(Path(name), flag, input_format)
+            found, named = _folder_files(Path(name), flag, input_format), []
         elif os.path.isfile(name):
-            found = [InputFile(Path(name), flag)]
+            found = named = [InputFile(Path(name), flag)]
         else:
             raise UserError(f"{flag} {name}: no such file or folder; check the path")
         for file in found:
@@ -148,6 +148,10 @@ def input_files(
                 raise UserError(
                     f"{file.where}: is named twice, by {other[1]} and by {name}, and would be read twice; name it once"
                 )
+        for file in named if are_texts else []:
+            fault = why_no_text(_beginning(file))
+            if fault is not None:
+                raise UserError(f"{file.where}: {fault}")
         files += found
     return [_of_its_kind(file, input_format) for file in files] if are_texts else files
 
@@ -173,9 +177,6 @@ def json_value(text: str) -> Any:
 
 
 def _of_its_kind(file: InputFile, input_format: str | None) -> InputFile:
-    fault = why_no_text(_beginning(file))
-    if fault is not None:
-        raise UserError(f"{file.where}: {fault}")
     if input_format is None:
         is_json_lines = file.suffix in JSON_LINES_SUFFIXES or _has_json_lines(file)
     else:

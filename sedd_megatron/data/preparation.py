@@ -35,6 +35,11 @@ class Preparation:
             raise ValueError("append_eod and allow_special_tokens must be true or false")
         return found
 
+    @property
+    def ends_documents(self) -> bool:
+        """Whether to end documents as its own were; as published where nobody knows."""
+        return self.append_eod is not False
+
     def completed_by(self, known: "Preparation") -> "Preparation":
         """The preparation of data of which `known` was written down with a model that was trained on it."""
         return known if self.append_eod is None else self

@@ -1,6 +1,7 @@
 """Texts in which the names of special tokens are these tokens."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,8 +23,6 @@ class SpecialNamesTokenizer:
         self.unknown_id: int | None = tokenizer.unknown_id
         self.special_tokens: Mapping[str, int] = tokenizer.special_tokens
         self._names = names_pattern(tokenizer.special_tokens)
-        # SentencePiece decodes its control symbols to nothing.
-        self._hidden = {id: name for name, id in tokenizer.special_tokens.items() if not tokenizer.decode([id])}
         # A tokenizer.json may have a name take the blanks before it.
         self._taking_blanks = tokenizer.taking_blanks if isinstance(tokenizer, HuggingFaceTokenizer) else frozenset()
 
@@ -61,6 +60,11 @@ class SpecialNamesTokenizer:
         pieces = [whole[start:end] for start, end in pairwise([0, *ends, len(whole)])]
         names = [self._hidden[ids[place]] for place in hidden]
         return pieces[0] + "".join(name + piece for name, piece in zip(names, pieces[1:], strict=True))
+
+    @cached_property
+    def _hidden(self) -> dict[int, str]:
+        """Names that the plain tokenizer does not show: SentencePiece decodes its control symbols to nothing."""
+        return {id: name for name, id in self.special_tokens.items() if not self.plain.decode([id])}
 
     def save(self, directory: Path) -> None:
         """Write the plain tokenizer's description into a new folder."""

@@ -56,11 +56,12 @@ class MetricsFile:
     def lacks_validation(self, iteration: int) -> bool:
         """Whether there is a record of this iteration and none of its validation; False of what cannot be read."""
         try:
-            records = map(_record, self.path.read_bytes().splitlines())
+            lines = self.path.read_bytes().splitlines()
         except OSError:
             return False
-        found = {"validation_loss" in record for record in records if record and record.get("iteration") == iteration}
-        return found == {False}
+        # By its beginning, so that not every record of a long run is parsed.
+        own = filter(None, (_record(line) for line in lines if line.startswith(b"%s: %d," % (RECORD_START, iteration))))
+        return {"validation_loss" in record for record in own} == {False}
 
     def close(self) -> None:
         """Write what waits, or say how much of it is lost."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from sedd_megatron.arguments import check_diffusion, check_model_layout
 from sedd_megatron.config import DiffusionOptions, ModelOptions, ParallelOptions
 from sedd_megatron.data.preparation import Preparation
-from sedd_megatron.data.tokenizer_folder import DESCRIPTION
+from sedd_megatron.data.tokenizer_folder import TOKENIZER_FILES
 from sedd_megatron.diffusion.graph import make_graph
 from sedd_megatron.errors import UserError, one_line
 from sedd_megatron.model.published_weights import (
@@ -44,9 +44,8 @@ WRAPPER = "module."
 # Of a configuration's counts, and of its sequences.
 MOST, MOST_LENGTH = 2**31 - 1, 2**20
 # What a folder on a hub has for us: no code among it.
-OWN_TOKENIZER_FILES = (DESCRIPTION, "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 HUB_FILES = [CONFIG, SAFETENSORS, PICKLE, "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
-             *(f"tokenizer/{name}" for name in OWN_TOKENIZER_FILES)]  # fmt: skip
+             *(f"tokenizer/{name}" for name in TOKENIZER_FILES)]  # fmt: skip
 
 
 @dataclass(frozen=True)
