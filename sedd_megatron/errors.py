@@ -49,6 +49,12 @@ def scores_not_finite(where: str, sigma: float) -> UserError:
     )
 
 
+def require(holds: bool, message: str) -> None:
+    """Raise a UserError with this message unless a rule holds."""
+    if not holds:
+        raise UserError(message)
+
+
 class LostRankError(UserError):
     """Another rank is gone or stands still. Each that notices says so: the first of the node may be the lost one."""
 

@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sedd_megatron.arguments import check_layout
 from sedd_megatron.config import LayoutOptions, ParallelOptions, PrecisionOptions
 from sedd_megatron.data.documents import FileSource
 from sedd_megatron.data.input_files import INPUT_FORMATS, input_files
@@ -22,6 +21,7 @@ from sedd_megatron.evaluation.corpora import CORPORA, documents_of
 from sedd_megatron.evaluation.intervals import METHOD, Interval
 from sedd_megatron.evaluation.published_table import PUBLISHED, published_table
 from sedd_megatron.evaluation.windows import MAX_DRAWS, WINDOWINGS, Window, windows_of
+from sedd_megatron.layout_rules import check_layout
 from sedd_megatron.options import check_rules, option, parse_options
 from sedd_megatron.output_files import check_output, write_output
 from sedd_megatron.parallel.groups import is_first_rank, parallel_groups

@@ -8,12 +8,12 @@ from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from sedd_megatron.arguments import check_layout
 from sedd_megatron.config import LayoutOptions, ParallelOptions, PrecisionOptions
 from sedd_megatron.data.batches import batches_of
 from sedd_megatron.errors import KEPT_CONTROLS, UserError, print_output, printable, run_command
 from sedd_megatron.generation.requests import Frame, TextRequest, frames_of, read_requests
 from sedd_megatron.generation.settings import SamplingOptions, settings_of
+from sedd_megatron.layout_rules import check_layout
 from sedd_megatron.options import option, parse_options
 from sedd_megatron.output_files import OutputFile, check_output
 from sedd_megatron.parallel.groups import choose_device, errors_of_all_replicas, is_first_rank, parallel_groups

@@ -24,7 +24,6 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import simple_parse_args_string
 
-from sedd_megatron.arguments import check_layout
 from sedd_megatron.config import LayoutOptions, ParallelOptions, PrecisionOptions
 from sedd_megatron.data.batches import batches_of
 from sedd_megatron.diffusion.score_reader import ScoresNotFiniteError
@@ -34,6 +33,7 @@ from sedd_megatron.evaluation.windows import MAX_DRAWS, Window, cut, strided
 from sedd_megatron.generation.greedy import greedy_gives
 from sedd_megatron.generation.requests import MAX_KEY, MAX_LENGTH, Frame
 from sedd_megatron.generation.settings import SamplingOptions, settings_of
+from sedd_megatron.layout_rules import check_layout
 from sedd_megatron.options import check_rules, check_values, in_short, instances_of, option, required_options
 from sedd_megatron.parallel.groups import (
     errors_of_all_replicas,

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sedd_megatron.arguments import check_model_layout
 from sedd_megatron.config import (
     DiffusionOptions,
     ModelOptions,
@@ -24,6 +23,7 @@ from sedd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from sedd_megatron.diffusion import AbsorbingGraph, UniformGraph
 from sedd_megatron.diffusion.graph import make_graph
 from sedd_megatron.errors import UserError, one_line
+from sedd_megatron.layout_rules import check_model_layout
 from sedd_megatron.options import fault_of_name, in_short
 from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.parallel.groups import (

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sedd_megatron.config import WeightedCorpus
 from sedd_megatron.data.blend import Assignment
 from sedd_megatron.data.corpus import open_tokens
 from sedd_megatron.data.digests import has_digests
 from sedd_megatron.diffusion.draws import Stream, philox_generator
 from sedd_megatron.errors import UserError
+from sedd_megatron.training_config import WeightedCorpus
 from sedd_megatron.wording import counted
 
 TOKENS_AT_ONCE = 1 << 24

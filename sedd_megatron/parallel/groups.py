@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from packaging.version import Version
 
-from sedd_megatron.arguments import data_parallel_size_of
 from sedd_megatron.config import ParallelOptions
 from sedd_megatron.errors import LostRankError, UserError, one_line, say
+from sedd_megatron.layout_rules import data_parallel_size_of
 from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.parallel.main_grad import install_gradient_accumulation
 from sedd_megatron.wording import counted

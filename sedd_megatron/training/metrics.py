@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from sedd_megatron.config import LoggingOptions
 from sedd_megatron.errors import UserError, say
 from sedd_megatron.training.metrics_file import MetricsFile
+from sedd_megatron.training_config import LoggingOptions
 
 
 def open_tensorboard(directory: str | None, iteration: int = 0) -> Any:

@@ -17,12 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sedd_megatron.arguments import check_diffusion, check_model_layout
+from sedd_megatron.arguments import check_diffusion
 from sedd_megatron.config import DiffusionOptions, ModelOptions, ParallelOptions
 from sedd_megatron.data.preparation import Preparation
 from sedd_megatron.data.tokenizer_folder import TOKENIZER_FILES
 from sedd_megatron.diffusion.graph import make_graph
 from sedd_megatron.errors import UserError, one_line
+from sedd_megatron.layout_rules import check_model_layout
 from sedd_megatron.model.published_weights import (
     ROTARY_FREQUENCIES,
     fault_of_tensor,

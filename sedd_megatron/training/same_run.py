@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sedd_megatron.arguments import weighted_corpora
-from sedd_megatron.config import CHANGES_TO_ALLOW, GROUPS, ModelOptions, PretrainOptions
+from sedd_megatron.config import GROUPS, ModelOptions, PretrainOptions
 from sedd_megatron.data.digests import DIGESTED, file_record, written_digests
 from sedd_megatron.data.null_tokenizer import NullTokenizer
 from sedd_megatron.data.tokenizer_folder import DESCRIPTION
@@ -20,6 +20,7 @@ from sedd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from sedd_megatron.errors import UserError, one_line
 from sedd_megatron.options import flag_of
 from sedd_megatron.training.run_folder import FoundCheckpoint
+from sedd_megatron.training_config import CHANGES_TO_ALLOW
 
 # The model's own: with another of these its tensors do not fit, or mean something else.
 FIXED = (

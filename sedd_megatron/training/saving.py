@@ -3,7 +3,6 @@
 import contextlib
 from pathlib import Path
 
-from sedd_megatron.config import CheckpointOptions
 from sedd_megatron.data.preparation import Preparation
 from sedd_megatron.errors import UserError
 from sedd_megatron.parallel.groups import tell
@@ -11,6 +10,7 @@ from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.checkpoint import CheckpointNotWrittenError, CheckpointWriter
 from sedd_megatron.training.run_folder import FoundCheckpoint, checkpoint_name
 from sedd_megatron.training.run_lock import RunLock
+from sedd_megatron.training_config import CheckpointOptions
 
 
 class RunSaver:

@@ -14,7 +14,8 @@ from sedd_megatron.data.windows import Windows
 from sedd_megatron.parallel.groups import ParallelGroups, parallel_groups, raise_on_every_rank
 from sedd_megatron.training.build import TrainingRun, build_run
 from sedd_megatron.training.checkpoint_format import Shard, host_copy
-from sedd_megatron.training.loop import find_fp8_scales, train_step, training_iterators
+from sedd_megatron.training.iterators import training_iterators
+from sedd_megatron.training.step import find_fp8_scales, train_step
 
 # Rounding of the weights is what layouts differ by: 2^-24, 2^-9, and 2^-4 for the inputs of FP8 products.
 TOLERANCES = {"float32": 1e-5, "bf16": 2e-2, "FP8": 5e-2}

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from sedd_megatron.arguments import parse_pretrain_options
-from sedd_megatron.config import PretrainOptions, WeightedCorpus
+from sedd_megatron.config import PretrainOptions
 from sedd_megatron.data.corpus import corpus_path, write_corpus
 from sedd_megatron.data.documents import TEXT8_CHARACTERS
 from sedd_megatron.data.preparation import Preparation
@@ -35,6 +35,7 @@ from sedd_megatron.data.windows import WindowDataset, Windows, open_windows
 from sedd_megatron.evaluation.intervals import Interval
 from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.parallel.groups import parallel_groups
+from sedd_megatron.training_config import WeightedCorpus
 from tests.benchmarks.pairs import write_table
 
 DIGITS = dict(zip("0123456789", "zero one two three four five six seven eight nine".split(), strict=True))
@@ -173,7 +174,8 @@ def sedd_trainer(experiment: Experiment, graph: str) -> Trainer:
     def train_sedd(rate: float, iterations: int, is_search: bool) -> float | Result:
         options = experiment.options(graph, rate, iterations)
         with parallel_groups(options.parallel) as groups:
-            from sedd_megatron.training.loop import train, validate
+            from sedd_megatron.training.loop import train
+            from sedd_megatron.training.validation import validate
 
             run = train(options, experiment.windows, TOKENIZER, None, groups, Preparation())
             if run.iteration < iterations:

@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sedd_megatron.config import WeightedCorpus
 from sedd_megatron.data.corpus import open_tokens, write_corpus
 from sedd_megatron.data.library_tokenizers import GPT2BPETokenizer
 from sedd_megatron.data.loader import training_batches
@@ -30,6 +29,7 @@ from sedd_megatron.data.tokenizers import ByteTokenizer, CharTokenizer, Sentence
 from sedd_megatron.data.windows import open_windows
 from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.parallel.groups import parallel_groups
+from sedd_megatron.training_config import WeightedCorpus
 from tests.benchmarks.pairs import Lines, measure_pairs, seconds_of, write_table
 from tests.benchmarks.train import Case, build_ours, describe, options_of
 
@@ -90,7 +90,8 @@ def loader_row(case: Case, folder: Path, pairs: int) -> str:
     windows = open_windows(corpora, seq_length=case.length, split="1,0,0", num_tokens=256, seed=0)
     with parallel_groups(options.parallel) as groups:
         from sedd_megatron.diffusion.draws import Stream
-        from sedd_megatron.training.loop import micro_batch_collator, train_step
+        from sedd_megatron.training.iterators import micro_batch_collator
+        from sedd_megatron.training.step import train_step
 
         run, made = build_ours(case, options, groups)
         batches = training_batches(

@@ -87,7 +87,7 @@ def against_published(case: Case, arguments: argparse.Namespace):
     """Two rows: forward and backward pass, and with the optimizer and the moving average."""
     options = options_of(case, arguments.flags)
     with parallel_groups(options.parallel) as groups:
-        from sedd_megatron.training.loop import begin_training_pass, forward_backward, train_step
+        from sedd_megatron.training.step import begin_training_pass, forward_backward, train_step
 
         run, batches = build_ours(case, options, groups)
         model = build_published(case, run)
@@ -179,7 +179,7 @@ def build_ours(case: Case, options, groups):
     """A run at its first step, and batches for it, half masked as in training."""
     from sedd_megatron.diffusion.draws import Stream
     from sedd_megatron.training.build import build_run
-    from sedd_megatron.training.loop import micro_batch_collator
+    from sedd_megatron.training.iterators import micro_batch_collator
 
     run = build_run(options, SimpleNamespace(num_tokens=case.num_tokens), groups)
     collator = micro_batch_collator(run, Stream.TRAIN_NOISE)

@@ -246,7 +246,8 @@ def sedd_run(options: PretrainOptions, num_tokens: int, groups) -> tuple[Any, Ca
     """A run at its first step, and what makes a step of it."""
     from sedd_megatron.diffusion.draws import Stream
     from sedd_megatron.training.build import build_run
-    from sedd_megatron.training.loop import micro_batch_collator, train_step
+    from sedd_megatron.training.iterators import micro_batch_collator
+    from sedd_megatron.training.step import train_step
 
     run = build_run(options, SimpleNamespace(num_tokens=num_tokens), groups)
     collator = micro_batch_collator(run, Stream.TRAIN_NOISE)

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from sedd_megatron.arguments import parse_pretrain_options, weighted_corpora
-from sedd_megatron.config import DataOptions, WeightedCorpus
 from sedd_megatron.data.blend import Assignment, common_tokenizer
 from sedd_megatron.data.collator import NoisingCollator
 from sedd_megatron.data.corpus import write_corpus
@@ -27,6 +26,7 @@ from sedd_megatron.diffusion import AbsorbingGraph, LogLinearSchedule
 from sedd_megatron.diffusion.draws import Stream
 from sedd_megatron.errors import UserError
 from sedd_megatron.options import check_values
+from sedd_megatron.training_config import DataOptions, WeightedCorpus
 from tests.commands import ENVIRONMENT
 from tests.data.test_tokenizers import SOURCES
 from tests.distributed.launch import REPOSITORY

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from sedd_megatron.config import WeightedCorpus
 from sedd_megatron.data import windows as module
 from sedd_megatron.data.collator import NoisingCollator
 from sedd_megatron.data.corpus import write_corpus
@@ -22,6 +21,7 @@ from sedd_megatron.data.windows import CorpusWindows, check_tokens, open_windows
 from sedd_megatron.diffusion import AbsorbingGraph, LogLinearSchedule, UniformGraph
 from sedd_megatron.diffusion.draws import Stream, philox_generator
 from sedd_megatron.errors import UserError
+from sedd_megatron.training_config import WeightedCorpus
 
 LENGTH = 8
 

@@ -17,7 +17,7 @@ def check(arguments: list[str]) -> None:
     from sedd_megatron.diffusion.corruption import corrupt
     from sedd_megatron.diffusion.draws import Stream
     from sedd_megatron.training.build import build_run
-    from sedd_megatron.training.loop import training_iterators
+    from sedd_megatron.training.iterators import training_iterators
     from sedd_megatron.training.pretrain import data_tokenizer
 
     options = parse_pretrain_options(arguments)

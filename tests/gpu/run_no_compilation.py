@@ -22,7 +22,9 @@ def check(flags: list[str]) -> None:
     )
     with parallel_groups(options.parallel) as groups:
         from sedd_megatron.training.build import build_run
-        from sedd_megatron.training.loop import compile_validation, train_step, training_iterators, validate
+        from sedd_megatron.training.iterators import training_iterators
+        from sedd_megatron.training.step import train_step
+        from sedd_megatron.training.validation import compile_validation, validate
 
         run = build_run(options, tokenizer, groups)
         compile_validation(run, windows.valid)

@@ -7,8 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sedd_megatron.config import LOSS_CHUNK_ROWS, ParallelOptions
+from sedd_megatron.config import ParallelOptions
 from sedd_megatron.parallel import cpu_backend
+from sedd_megatron.training_config import LOSS_CHUNK_ROWS
 from tests.benchmarks.goals import HEAD_MEMORY_MIB
 
 LENGTH, BATCH, WIDTH, NUM_TOKENS, PADDED = 1024, 64, 768, 50257, 50304

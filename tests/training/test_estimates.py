@@ -117,8 +117,8 @@ def test_peaks_by_device_name():
 
 
 def test_progress_line_gives_the_speed_of_a_device_and_its_share_of_the_peak(capsys):
-    from sedd_megatron.config import LoggingOptions
     from sedd_megatron.training.metrics import MetricsWriter
+    from sedd_megatron.training_config import LoggingOptions
 
     writer = MetricsWriter(LoggingOptions(log_interval=1), None, 10, tflop_per_token=0.5, peak_tflops=1e4)
     writer.train_step({"iteration": 1, "loss": 1.0, "learning_rate": 0.1, "grad_norm": 1.0}, num_tokens=1000)

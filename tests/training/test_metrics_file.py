@@ -6,10 +6,10 @@ import resource
 
 import pytest
 
-from sedd_megatron.config import LoggingOptions
 from sedd_megatron.training import metrics_file
 from sedd_megatron.training.metrics import MetricsWriter
 from sedd_megatron.training.metrics_file import LOST, WRITERS, MetricsFile
+from sedd_megatron.training_config import LoggingOptions
 
 
 def lines(*iterations: int) -> str:

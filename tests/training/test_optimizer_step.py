@@ -153,7 +153,8 @@ def test_a_step_waits_for_the_device_once(flags, byte_corpus, monkeypatch):
     run = build(*flags, "--num-workers", "1", "--data-path", str(byte_corpus))
     from sedd_megatron.model import dit_layer
     from sedd_megatron.training import optimizer_step
-    from sedd_megatron.training.loop import train_step, training_iterators
+    from sedd_megatron.training.iterators import training_iterators
+    from sedd_megatron.training.step import train_step
 
     # The optimizer's ways on a GPU; what is made for a batch is made by the loader process. Dropout's draws are one
     # kernel there, of which nothing is read.

@@ -1,0 +1,132 @@
+"""One optimizer step, and the passes over a batch that it and validation share."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from sedd_megatron.data.micro_batch import MicroBatch
+from sedd_megatron.data.windows import WindowDataset
+from sedd_megatron.diffusion.transfers import to_device
+from sedd_megatron.errors import UserError
+from sedd_megatron.parallel.groups import ParallelGroups
+from sedd_megatron.training.build import TrainingRun
+from sedd_megatron.training.forward_step import make_forward_step
+from sedd_megatron.training.iterators import training_iterators
+from sedd_megatron.training.main_parameters import copy_main_parameters_to_model
+from sedd_megatron.training.optimizer_step import step_optimizer
+
+
+def find_fp8_scales(run: TrainingRun, dataset: WindowDataset) -> None:
+    """Under delayed scaling, pass once over the next batch and drop the gradients; nothing else.
+
+    The scaling factors come from the steps before. A run that starts or resumes has none, and would quantise its first
+    step by a factor of 1. Checkpoints do not hold them: Transformer Engine keeps them in a pickle.
+    """
+    precision = run.options.precision
+    if precision.fp8_format is None or precision.recipe != "delayed":
+        return
+    begin_training_pass(run)
+    forward_backward(run, training_iterators(run, dataset), forward_only=False)
+    copy_main_parameters_to_model(run.optimizer, run.ddp_chunks)
+
+
+def train_step(
+    run: TrainingRun, batches: list[Iterator[MicroBatch]], flags: Sequence[int] = ()
+) -> tuple[dict[str, Any], list[int]]:
+    """One optimizer step on one global batch.
+
+    Returns:
+        Its line of metrics.jsonl, and for each of this rank's flags the largest of any rank: ranks that stopped at
+        different steps would wait for each other forever. Equal on every rank.
+
+    Raises:
+        UserError: a loss or a gradient norm that is not finite; the parameters and their average are then spoilt.
+    """
+    options, start = run.options, time.monotonic()
+    begin_training_pass(run)
+    run.optimizer.zero_grad()
+    losses = forward_backward(run, batches, forward_only=False)
+    learning_rate = run.optimizer.param_groups[0]["lr"]
+    squared_norm = step_optimizer(run.optimizer, run.groups.device)
+    run.ema.update(run.iteration + 1)
+    # The one wait for the device, when all of the step is in its queue.
+    numbers = read_numbers(mean_loss(losses, run.groups), squared_norm, largest_of_any_rank(flags, run.groups))
+    seconds = time.monotonic() - start
+    loss, grad_norm, largest = numbers[0], numbers[1] ** 0.5, numbers[2:]
+    require_finite("loss", loss, run.iteration + 1)
+    require_finite("gradient norm", grad_norm, run.iteration + 1)
+    run.iteration += 1
+    run.consumed_samples += options.training.global_batch_size
+    run.scheduler.step(increment=options.training.global_batch_size)
+    metrics = {
+        "iteration": run.iteration,
+        "loss": loss,
+        "learning_rate": learning_rate,
+        "grad_norm": grad_norm,
+        "tokens_per_second": options.training.global_batch_size * options.model.seq_length / seconds,
+        "consumed_samples": run.consumed_samples,
+    }
+    return metrics, [int(flag) for flag in largest]
+
+
+def read_numbers(*numbers: Tensor) -> list[float]:
+    """The elements of float64 tensors, one after the other, on the host; it waits once for all that the device does."""
+    return torch.cat([number.view(-1) for number in numbers]).tolist()
+
+
+def begin_training_pass(run: TrainingRun) -> None:
+    """Put the model into training mode, with gradients of 0."""
+    for chunk in run.ddp_chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+
+
+def forward_backward(run: TrainingRun, batches: list[Iterator[MicroBatch]], forward_only: bool) -> list[dict[str, Any]]:
+    """Megatron's schedule over one global batch; the last stage's losses by micro-batch, nats per token."""
+    return get_forward_backward_func()(
+        forward_step_func=make_forward_step(
+            run.graph,
+            run.groups,
+            run.options.training.loss_chunk_rows_on(run.groups.device.type),
+            run.num_microbatches,
+        ),
+        data_iterator=batches,
+        model=run.ddp_chunks,
+        num_microbatches=run.num_microbatches,
+        seq_length=run.options.model.seq_length,
+        micro_batch_size=run.options.training.micro_batch_size,
+        forward_only=forward_only,
+    )
+
+
+def mean_loss(losses: list[dict[str, Any]], groups: ParallelGroups) -> Tensor:
+    """Mean over micro-batches, replicas and parts of the sequence, to every rank: scalar float64 on the device, which
+    does not depend on how they are split.
+    """
+    mean = torch.zeros((), dtype=torch.float64, device=groups.device)
+    if groups.is_last_stage:
+        mean += torch.stack([loss["loss"].double() for loss in losses]).mean()
+        torch.distributed.all_reduce(mean, group=groups.collection.dp_cp)
+        mean /= groups.collection.dp_cp.size()
+    torch.distributed.all_reduce(mean, group=groups.collection.pp)
+    return mean
+
+
+def largest_of_any_rank(flags: Sequence[int], groups: ParallelGroups) -> Tensor:
+    largest = to_device(torch.tensor(flags, dtype=torch.float64), groups.device)
+    if flags:
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    return largest
+
+
+def require_finite(name: str, value: float, iteration: int) -> None:
+    if not math.isfinite(value):
+        raise UserError(
+            f"the {name} is {value} at iteration {iteration}; nothing is saved from here on: resume from the last "
+            "checkpoint with a lower --lr or --clip-grad, and look at the data"
+        )
