@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Sequence
 from fractions import Fraction
+from pathlib import Path
 
 from sedd_megatron.config import GROUPS, ConfigFile, DiffusionOptions, PretrainOptions
 from sedd_megatron.errors import require
@@ -18,13 +19,18 @@ from sedd_megatron.layout_rules import (
     data_parallel_size_of,
 )
 from sedd_megatron.options import flag_of, parse_options
-from sedd_megatron.training_config import DataOptions, WeightedCorpus
+from sedd_megatron.training_config import CheckpointOptions, DataOptions, WeightedCorpus
+from sedd_megatron.training_schedule import check_batch_sizes, check_training_schedule
 
 MOST_NOISE = 80.0
 
 
 # Above what training/run_lock.py needs to find a lock's owner dead.
 LEAST_MINUTES_TO_SAVE = 1.5
+
+
+# Whole numbers up to here are float64 numbers, with which the learning rate is computed.
+MOST_SAMPLES = 2**53
 
 
 # Exact as a fraction; of few digits, for 1e99999999 would be a fraction of as many.
@@ -65,20 +71,9 @@ def check_options(options: PretrainOptions, world_size: int) -> None:
         f"--distributed-timeout-minutes {minutes} must be at least {LEAST_MINUTES_TO_SAVE} with --save, whose lock the "
         "first rank may watch for a minute while the others wait; raise it",
     )
-    training = options.training
-    per_step = training.micro_batch_size * data_parallel_size
-    require(
-        training.global_batch_size % per_step == 0,
-        f"--global-batch-size {training.global_batch_size} is not a multiple of --micro-batch-size "
-        f"{training.micro_batch_size} times {data_parallel_size} data-parallel ranks; make it a multiple of {per_step}",
-    )
-    num_microbatches, stages = training.global_batch_size // per_step, options.parallel.pipeline_model_parallel_size
-    require(
-        options.parallel.num_layers_per_virtual_pipeline_stage is None or num_microbatches % stages == 0,
-        f"--global-batch-size {training.global_batch_size} makes {num_microbatches} micro-batch(es), and "
-        f"interleaved stages need multiples of --pipeline-model-parallel-size {stages}; make it a multiple of "
-        f"{per_step * stages}",
-    )
+    interleaves = options.parallel.num_layers_per_virtual_pipeline_stage is not None
+    stages = options.parallel.pipeline_model_parallel_size if interleaves else None
+    check_batch_sizes(options.training, data_parallel_size, stages)
 
 
 def check_diffusion(diffusion: DiffusionOptions) -> None:
@@ -124,22 +119,26 @@ def _check_ranges(options: PretrainOptions) -> None:
     at_least_one = (
         "num_layers hidden_size num_attention_heads ffn_hidden_size seq_length cond_dim make_vocab_size_divisible_by "
         "num_layers_per_virtual_pipeline_stage context_parallel_size ddp_bucket_size fp8_amax_history_len "
-        "recompute_num_layers micro_batch_size global_batch_size lr_decay_iters ema_interval save_interval keep_last "
-        "keep_every max_save_failures eval_iters log_interval verify_layout_steps"
+        "recompute_num_layers micro_batch_size global_batch_size lr_decay_iters lr_decay_samples "
+        "lr_wsd_decay_iters lr_wsd_decay_samples ema_interval save_interval keep_last keep_every "
+        "max_save_failures eval_iters log_interval verify_layout_steps"
     ).split()
     at_least_zero = (
-        "loss_chunk_rows train_iters lr min_lr lr_warmup_iters clip_grad weight_decay seed num_workers eval_interval"
+        "ckpt_step loss_chunk_rows train_iters train_samples lr min_lr lr_warmup_iters lr_warmup_samples "
+        "lr_warmup_init clip_grad weight_decay seed num_workers eval_interval"
     ).split()
-    below_one = ["hidden_dropout", "adam_beta1", "adam_beta2", "ema_decay"]
+    below_one = ["hidden_dropout", "adam_beta1", "adam_beta2", "ema_decay", "lr_warmup_fraction"]
+    samples = ["train_samples", "lr_decay_samples", "lr_warmup_samples", "lr_wsd_decay_samples"]
     values = options.to_dict()
     counts = [name for name in (*at_least_one, *at_least_zero)
-              if type(values[name]) is int and name not in ("seed", "ddp_bucket_size")]  # fmt: skip
+              if type(values[name]) is int and name not in ("seed", "ddp_bucket_size", *samples)]  # fmt: skip
     for names, holds, rule in (
         (at_least_one, lambda v: v >= 1, "at least 1"),
         (at_least_zero, lambda v: v >= 0, "at least 0"),
         (below_one, lambda v: 0 <= v < 1, "at least 0 and below 1"),
         (["adam_eps", "verify_layout_tolerance"], lambda v: v > 0, "above 0"),
         (counts, lambda v: v <= MOST, f"at most {MOST:,}"),
+        (samples, lambda v: v <= MOST_SAMPLES, f"at most {MOST_SAMPLES:,}"),
     ):
         for name in names:
             value = values[name]
@@ -150,18 +149,21 @@ def _check_ranges(options: PretrainOptions) -> None:
         f"--keep-every {checkpoint.keep_every} keeps more than --keep-last does, which is not given, so that all is "
         "kept; add --keep-last, or leave it out",
     )
-    training = options.training
+    check_training_schedule(options.training)
+    _check_start(checkpoint)
+
+
+def _check_start(checkpoint: CheckpointOptions) -> None:
+    """What a run starts from, by the names of things alone."""
+    load = checkpoint.load
+    for words, is_given in (
+        (f"--ckpt-step {checkpoint.ckpt_step}", checkpoint.ckpt_step is not None),
+        ("--finetune", checkpoint.finetune),
+        ("--no-load-optim", not checkpoint.load_optim),
+    ):
+        require(not is_given or load is not None, f"{words} is of what --load names; add --load, or leave it out")
     require(
-        training.ema_interval <= max(training.train_iters, 1),
-        f"--ema-interval {training.ema_interval} is above --train-iters {training.train_iters}: the average, by which "
-        "models are sampled and evaluated, would stay as it began; lower it",
+        checkpoint.ckpt_step is None or not Path(load).name.startswith("iter_"),
+        f"--load {load} names a checkpoint, and --ckpt-step {checkpoint.ckpt_step} one in a folder of them; give the "
+        "folder, or leave --ckpt-step out",
     )
-    require(training.min_lr <= training.lr,
-             f"--min-lr {training.min_lr} must not be above --lr {training.lr}")  # fmt: skip
-    decay_iters = training.lr_decay_iters or training.train_iters
-    if training.lr_decay_style != "constant":
-        require(
-            training.lr_warmup_iters < decay_iters,
-            f"--lr-warmup-iters {training.lr_warmup_iters} must be below the {decay_iters} steps of the decay "
-            "(--lr-decay-iters, or --train-iters)",
-        )

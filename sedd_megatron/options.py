@@ -31,12 +31,16 @@ LONGEST_PATH, LONGEST_NAME = 4095, 255
 DEEPEST_PATH = 255
 
 
-def option(default: Any, help: str, choices: Sequence[str] = (), is_text: bool = False) -> Any:
+def option(
+    default: Any, help: str, choices: Sequence[str] = (), is_text: bool = False, instead_of: Sequence[str] = ()
+) -> Any:
     """A dataclass field that is also a flag; `dataclasses.MISSING` as default makes it required.
 
-    `is_text` is for a str that names nothing, and may be empty and of any length.
+    `is_text` is for a str that names nothing, and may be empty and of any length. `instead_of` names the options that
+    say the same otherwise: the flag wins over those of a YAML file.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "choices": tuple(choices), "is_text": is_text})
+    metadata = {"help": help, "choices": tuple(choices), "is_text": is_text, "instead_of": tuple(instead_of)}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def flag_of(name: str) -> str:
@@ -68,7 +72,11 @@ def parse_options(option_classes: Sequence[type], argv: Sequence[str], prog: str
     if empty:
         raise UserError(f"{flag_of(empty[0])} has no value; give one, or leave it out")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(namespace).items()}
-    values = {**load_yaml_options(Path(given["config"]), option_classes), **given} if given.get("config") else given
+    values = given
+    if given.get("config"):
+        replaced = {other for name in given for other in fields[name].metadata["instead_of"]}
+        of_file = load_yaml_options(Path(given["config"]), option_classes)
+        values = {name: value for name, value in of_file.items() if name not in replaced} | given
     required = [name for name in required_options(option_classes) if name not in values]
     if required:
         raise UserError(f"missing {', '.join(flag_of(n) for n in required)}: required; --help explains")

@@ -26,12 +26,57 @@ class TrainingOptions:
         f"positions whose head and loss are computed at once, {_if_not_given(LOSS_CHUNK_ROWS)}; 0 makes all logits "
         "first, the plain reference",
     )
-    train_iters: int = option(400_000, "optimizer steps in all, counted from the start of the first run")
+    rampup_batch_size: tuple[int, ...] | None = option(
+        None,
+        "START INCREMENT SAMPLES: the batch grows from START by INCREMENT to global-batch-size, evenly over the first "
+        "SAMPLES; needs train-samples",
+    )
+    train_iters: int = option(
+        400_000,
+        "optimizer steps in all, counted from the start of the first run",
+        instead_of=("train_samples", "rampup_batch_size"),
+    )
+    train_samples: int | None = option(
+        None,
+        "the length of the run in samples, in place of train-iters; what no whole batch is made of is left out",
+        instead_of=("train_iters",),
+    )
     lr: float = option(3e-4, "peak learning rate")
     min_lr: float = option(0.0, "learning rate at the end of the decay")
-    lr_decay_style: str = option("constant", "after the warm-up", choices=("constant", "linear", "cosine"))
-    lr_decay_iters: int | None = option(None, "steps until min-lr; train-iters if not given")
-    lr_warmup_iters: int = option(2500, "steps of linear warm-up")
+    lr_decay_style: str = option(
+        "constant",
+        "after the warm-up; WSD keeps lr until its decay at the end",
+        choices=("constant", "linear", "cosine", "inverse-square-root", "WSD"),
+    )
+    lr_decay_iters: int | None = option(
+        None, "steps until min-lr; train-iters if not given", instead_of=("lr_decay_samples",)
+    )
+    lr_decay_samples: int | None = option(
+        None, "samples until min-lr; train-samples if not given", instead_of=("lr_decay_iters",)
+    )
+    lr_wsd_decay_style: str = option(
+        "exponential", "WSD's decay", choices=("exponential", "linear", "cosine", "minus_sqrt")
+    )
+    lr_wsd_decay_iters: int | None = option(
+        None, "the last steps of the decay, in which WSD decays", instead_of=("lr_wsd_decay_samples",)
+    )
+    lr_wsd_decay_samples: int | None = option(
+        None, "the same in samples, with train-samples", instead_of=("lr_wsd_decay_iters",)
+    )
+    lr_warmup_iters: int = option(
+        2500,
+        "steps of linear warm-up; with train-samples, as many batches of the global size if nothing else is given",
+        instead_of=("lr_warmup_samples", "lr_warmup_fraction"),
+    )
+    lr_warmup_samples: int | None = option(
+        None, "samples of linear warm-up, with train-samples", instead_of=("lr_warmup_iters", "lr_warmup_fraction")
+    )
+    lr_warmup_fraction: float | None = option(
+        None,
+        "linear warm-up as a part of the steps or samples of the decay",
+        instead_of=("lr_warmup_iters", "lr_warmup_samples"),
+    )
+    lr_warmup_init: float = option(0.0, "learning rate at which the warm-up begins")
     clip_grad: float = option(1.0, "largest global gradient norm; 0 for no clipping")
     adam_beta1: float = option(0.9, "Adam's first decay")
     adam_beta2: float = option(0.999, "Adam's second decay")
@@ -42,6 +87,9 @@ class TrainingOptions:
         1,
         "steps between updates of that average, each with the decay of them all; weights in between are taken to be "
         "the last, and steps after the last update are left out",
+    )
+    skip_train: bool = option(
+        False, "only compute the validation and the test loss of what --save holds, or --load; nothing is saved"
     )
     seed: int = option(1234, "seed of initialisation, sample order, noise and dropout")
 
@@ -81,7 +129,9 @@ class DataOptions:
 
 
 # What a run must have in common with the checkpoint that it continues, unless --allow-changed names it.
-CHANGES_TO_ALLOW = "seed split seq_length data_path global_batch_size time_sampling time_eps tokenizer".split()
+CHANGES_TO_ALLOW = (
+    "seed split seq_length data_path global_batch_size rampup_batch_size time_sampling time_eps tokenizer".split()
+)
 
 
 @dataclass(frozen=True)
@@ -95,6 +145,14 @@ class CheckpointOptions:
         None,
         "folder of checkpoints, or one iter_* folder in it, to start from where --save holds none; any layout loads "
         "into any other",
+    )
+    ckpt_step: int | None = option(None, "the iteration to start from, of those in --load; the newest if not given")
+    finetune: bool = option(
+        False, "of what --load holds take the weights alone, and train them from iteration 0, perhaps on other data"
+    )
+    load_optim: bool = option(
+        True,
+        "--no-load-optim leaves Adam's moments of what --load holds out: weights, their average and progress count",
     )
     resume: bool = option(True, "go on from what --save holds; --no-resume refuses a folder that holds checkpoints")
     exact_load: bool = option(False, "refuse a damaged checkpoint, and do not fall back to the one before it")
@@ -114,8 +172,8 @@ class CheckpointOptions:
 class LoggingOptions:
     """Validation and logging"""
 
-    eval_interval: int = option(1000, "steps between validations; 0 for none")
-    eval_iters: int = option(10, "global batches per validation")
+    eval_interval: int = option(1000, "steps between validations; 0 for none, and no test loss at the end")
+    eval_iters: int = option(10, "global batches per validation, and of the test windows")
     log_interval: int = option(100, "steps between progress lines")
     log_dir: str | None = option(None, "folder for metrics.jsonl; the save folder if not given")
     tensorboard_dir: str | None = option(None, "folder for TensorBoard; needs the extra 'log'")

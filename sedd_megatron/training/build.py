@@ -5,7 +5,6 @@ from functools import partial
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.num_microbatches_calculator import ConstantNumMicroBatchesCalculator
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
@@ -34,6 +33,7 @@ from sedd_megatron.training.main_parameters import (
     gather_parameters,
     main_parameters,
 )
+from sedd_megatron.training_schedule import Progress, batch_size_at, end_of, learning_rate_samples
 
 
 @dataclass
@@ -51,9 +51,27 @@ class TrainingRun:
     main_parameters: list[MainParameter]
     scheduler: OptimizerParamScheduler
     ema: ExponentialMovingAverage
-    num_microbatches: int
     iteration: int = 0
     consumed_samples: int = 0
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of the next step, of all replicas together."""
+        return batch_size_at(self.options.training, self.consumed_samples)
+
+    @property
+    def num_microbatches(self) -> int:
+        """Of the next step, on each rank."""
+        return self.num_microbatches_of(self.batch_size)
+
+    def num_microbatches_of(self, batch_size: int) -> int:
+        """Of a batch of this many samples, on each rank."""
+        return batch_size // (self.options.training.micro_batch_size * self.groups.data_size)
+
+    @property
+    def end(self) -> Progress:
+        """Where the run ends, whenever it is asked."""
+        return end_of(self.options.training, Progress(self.iteration, self.consumed_samples))
 
     def gather_parameters(self) -> None:
         """Bring the last step's parameters to every replica, where they would come with the next forward pass."""
@@ -119,7 +137,6 @@ def build_run(options: PretrainOptions, tokenizer: Tokenizer, groups: ParallelGr
             options.training.ema_decay,
             options.training.ema_interval,
         ),
-        num_microbatches=_num_microbatches(options, groups),
     )
 
 
@@ -169,18 +186,6 @@ def _connect_schedule(
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
 
-def _num_microbatches(options: PretrainOptions, groups: ParallelGroups) -> int:
-    training = options.training
-    calculator = ConstantNumMicroBatchesCalculator(
-        training.global_batch_size,
-        training.micro_batch_size,
-        groups.data_size,
-        decrease_batch_size_if_needed=False,
-        rank=torch.distributed.get_rank(),
-    )
-    return calculator.get()
-
-
 def build_optimizer(options: PretrainOptions, ddp_chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
     """Megatron's AdamW over the parameters of these model chunks."""
     training = options.training
@@ -211,20 +216,22 @@ def build_optimizer(options: PretrainOptions, ddp_chunks: list[DistributedDataPa
 def build_scheduler(options: PretrainOptions, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
     """Warm-up and decay, counted in samples as Megatron-LM does."""
     training = options.training
-    decay_iters = training.lr_decay_iters or training.train_iters
+    warmup, decay, wsd_decay = learning_rate_samples(training)
     if training.lr_decay_style == "constant":
         # Megatron asserts that the warm-up ends before the decay does, even where nothing decays.
-        decay_iters = max(decay_iters, training.lr_warmup_iters + 1)
+        decay = max(decay, int(warmup) + 1)
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        init_lr=training.lr_warmup_init,
         max_lr=training.lr,
         min_lr=training.min_lr,
-        lr_warmup_steps=training.lr_warmup_iters * training.global_batch_size,
-        lr_decay_steps=max(decay_iters, 1) * training.global_batch_size,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=max(decay, 1),
         lr_decay_style=training.lr_decay_style,
         start_wd=training.weight_decay,
         end_wd=training.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        wsd_decay_steps=wsd_decay,
+        lr_wsd_decay_style=training.lr_wsd_decay_style,
     )

@@ -35,12 +35,14 @@ from sedd_megatron.training.checkpoint_format import (
 from sedd_megatron.training.checkpoint_reading import read_shards
 from sedd_megatron.training.going_back import go_on_from, named_checkpoint
 from sedd_megatron.training.main_parameters import adam_moments, set_adam_step
+from sedd_megatron.training.part_to_load import Part, part_to_load
 from sedd_megatron.training.processes import launcher
 from sedd_megatron.training.run_folder import (
     FoundCheckpoint,
     checkpoint_name,
     iteration_of,
     load_first_whole,
+    named_to_load,
     remove_folder,
     remove_old,
     write_tracker,
@@ -307,19 +309,21 @@ def resume(run: TrainingRun, found: FoundCheckpoint) -> FoundCheckpoint:
     """Resume `run` from the checkpoint that was found, of any layout, or where that is damaged from the newest whole
     one before it; returns which it was. Collective over all ranks.
 
-    In the run's own --save folder other checkpoints from there on are set aside then: they are not of the run.
+    In the run's own --save folder other checkpoints from there on are set aside then: they are not of the run. Of what
+    is elsewhere --finetune, --no-load-optim and --skip-train take a part.
 
     Raises:
         UserError: a damaged or missing file, named; a model of another shape.
     """
-    save, load = run.options.checkpoint.save, run.options.checkpoint.load
+    save, load = run.options.checkpoint.save, named_to_load(run.options.checkpoint)
+    part = part_to_load(run.options, found.folder)
 
     def check(older: FoundCheckpoint) -> None:
         own = describe_run(run.options, run.graph.num_tokens) | {"tokenizer_files": tokenizer_records(run.tokenizer)}
-        check_same_run(older, own, f"{older.folder}: it", "name another folder")
+        check_same_run(older, own, f"{older.folder}: it", "name another folder", part.is_same_run)
 
     def go_on() -> tuple[FoundCheckpoint, list[str]]:
-        is_named = load is not None and named_checkpoint(Path(save), Path(load)) == found.folder
+        is_named = load is not None and named_checkpoint(Path(save), load) == found.folder
         try:
             return go_on_from(found, is_named, {name for name in launchers if name is not None})
         except OSError as error:
@@ -329,10 +333,10 @@ def resume(run: TrainingRun, found: FoundCheckpoint) -> FoundCheckpoint:
             ) from error
 
     named = found.folder
-    found = load_first_whole(found, lambda found: load_checkpoint(run, found.folder, found.body), check, tell)
+    found = load_first_whole(found, lambda found: load_checkpoint(run, found.folder, found.body, part), check, tell)
     if found.folder != named:
-        tell([f"resumes from {found.folder}"])
-    if save and found.folder.parent.resolve() == Path(save).resolve():
+        tell([part.words.format(found.folder)])
+    if part is Part.RUN and save and found.folder.parent.resolve() == Path(save).resolve():
         launchers: list[str | None] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(launchers, launcher())
         found, lines = on_first_rank(go_on)
@@ -340,8 +344,8 @@ def resume(run: TrainingRun, found: FoundCheckpoint) -> FoundCheckpoint:
     return found
 
 
-def load_checkpoint(run: TrainingRun, directory: Path, body: dict[str, Any]) -> None:
-    """Resume `run` from one checkpoint. Collective over all ranks.
+def load_checkpoint(run: TrainingRun, directory: Path, body: dict[str, Any], part: Part = Part.RUN) -> None:
+    """Resume `run` from one checkpoint, or take a part of it. Collective over all ranks.
 
     Raises:
         DamagedCheckpointError: a damaged or missing file, or a tensor that is not finite; named.
@@ -351,9 +355,13 @@ def load_checkpoint(run: TrainingRun, directory: Path, body: dict[str, Any]) -> 
     # A float32 run saves no master weights: its weights are that. Either kind of run takes the best there is.
     has_masters = any(key.startswith(MASTER_PREFIX) for key in body["tensors"])
     weights_prefix = MASTER_PREFIX if has_masters and not run.options.precision.bf16 else ""
-    read_shards(directory, body, run_shards(run, weights_prefix, MASTER_PREFIX if has_masters else ""))
+    read_shards(directory, body, run_shards(run, weights_prefix, MASTER_PREFIX if has_masters else "", part))
     state = body["state"]
-    set_adam_step(run.optimizer, state["iteration"])
+    if part is Part.WEIGHTS:
+        run.ema.restart()
+        return
+    if part is Part.RUN:
+        set_adam_step(run.optimizer, state["iteration"])
     run.iteration = state["iteration"]
     run.consumed_samples = state["consumed_samples"]
     # Older checkpoints tell the interval alone, which may have changed within one; those of before 0.6 not even that.
@@ -364,9 +372,11 @@ def load_checkpoint(run: TrainingRun, directory: Path, body: dict[str, Any]) -> 
     run.scheduler.step(increment=state["scheduler_samples"])
 
 
-def run_shards(run: TrainingRun, weights_prefix: str = "", master_prefix: str = MASTER_PREFIX) -> Iterator[Shard]:
+def run_shards(
+    run: TrainingRun, weights_prefix: str = "", master_prefix: str = MASTER_PREFIX, part: Part = Part.RUN
+) -> Iterator[Shard]:
     """All tensors of a checkpoint, the same for saving and for loading: weights, master weights where training is in
-    bfloat16, Adam's moments, and the moving average.
+    bfloat16, Adam's moments, and the moving average; those of a part of it.
     """
     for chunk in run.model_chunks:
         for sharded in chunk.sharded_tensors().values():
@@ -374,6 +384,9 @@ def run_shards(run: TrainingRun, weights_prefix: str = "", master_prefix: str = 
     for main in run.main_parameters:
         if run.options.precision.bf16:
             yield main.shard(master_prefix, main.tensor)
-        for name, moment in adam_moments(run.optimizer, main).items():
+        # Asked for the moments, Adam makes them.
+        moments = adam_moments(run.optimizer, main) if part is Part.RUN else {}
+        for name, moment in moments.items():
             yield main.shard(f"optimizer.state.{name}.", moment)
-    yield from run.ema.shards()
+    if part is not Part.WEIGHTS:
+        yield from run.ema.shards()

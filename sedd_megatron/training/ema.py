@@ -54,6 +54,13 @@ class ExponentialMovingAverage:
         if weights:
             torch._foreach_lerp_(self.averages, weights, 1 - decay)
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin anew with the weights that are there, as before the first step."""
+        for main, average in zip(self.main_parameters, self.averages, strict=True):
+            average.copy_(main.tensor)
+        self.last_update = 0
+
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Put the averages into the model for the duration, and the training weights back afterwards, bitwise.

@@ -32,6 +32,8 @@ from sedd_megatron.training.run_folder import (
     tracker_line,
     write_tracker,
 )
+from sedd_megatron.training_config import TrainingOptions
+from sedd_megatron.training_schedule import Progress, end_of
 
 WENT_BACK = "went_back.txt"
 # Names that runs give; any other is a person's, and stays.
@@ -79,17 +81,22 @@ def broken_off(root: Path) -> Path | None:
     )
 
 
-def check_is_gone_on_from(found: FoundCheckpoint, train_iters: int) -> None:
+def check_is_gone_on_from(found: FoundCheckpoint, training: TrainingOptions) -> None:
     """Check that a run which goes back has something to train: others are set aside for that.
 
     Raises:
         UserError: it has not.
     """
-    if found.iteration >= train_iters:
-        raise UserError(
-            f"--train-iters {train_iters} is not above the iteration {found.iteration} of {found.folder}, to which the "
-            "run would go back, and counts what that has trained; give a greater one, or leave --load out"
-        )
+    trained = found.body["state"]["consumed_samples"]
+    if end_of(training, Progress(found.iteration, trained)).iteration > found.iteration:
+        return
+    length, reached = f"--train-iters {training.train_iters}", f"the iteration {found.iteration}"
+    if training.train_samples is not None:
+        length, reached = f"--train-samples {training.train_samples}", f"a batch above the {trained} samples"
+    raise UserError(
+        f"{length} is not above {reached} of {found.folder}, to which the run would go back, and counts what that has "
+        "trained; give a greater one, or leave --load out"
+    )
 
 
 def go_on_from(found: FoundCheckpoint, is_named: bool, launchers: Collection[str]) -> tuple[FoundCheckpoint, list[str]]:

@@ -16,16 +16,17 @@ from sedd_megatron.parallel.groups import ParallelGroups, is_first_rank, on_firs
 from sedd_megatron.training.build import TrainingRun, build_run
 from sedd_megatron.training.checkpoint import resume
 from sedd_megatron.training.estimates import peak_tflops
+from sedd_megatron.training.held_out import compute_test_loss, evaluate_alone, validate_if_due
 from sedd_megatron.training.iterators import training_iterators
 from sedd_megatron.training.metrics import MetricsWriter
 from sedd_megatron.training.metrics_file import MetricsFile, writer_name
 from sedd_megatron.training.run_folder import FoundCheckpoint
 from sedd_megatron.training.run_lock import RunLock
 from sedd_megatron.training.saving import RunSaver, open_saver
-from sedd_megatron.training.step import find_fp8_scales, largest_of_any_rank, read_numbers, require_finite, train_step
+from sedd_megatron.training.step import find_fp8_scales, train_step
 from sedd_megatron.training.stop_requests import StopRequests
 from sedd_megatron.training.summary import print_summary, trained_flops_per_token
-from sedd_megatron.training.validation import compile_validation, validate
+from sedd_megatron.training.validation import compile_validation
 
 
 def train(
@@ -37,7 +38,7 @@ def train(
     preparation: Preparation,
     lock: RunLock | None = None,
 ) -> TrainingRun:
-    """Train until `train_iters`, or until a signal asks to save and leave; returns the finished run.
+    """Train to the run's end, or until a signal asks to save and leave; returns the finished run.
 
     `preparation` of the data is kept in its checkpoints; where it is unknown, that of the one which was found.
 
@@ -51,6 +52,9 @@ def train(
             found = resume(run, found)
             preparation = preparation.completed_by(found.preparation)
         print_summary(run, windows)
+        if options.training.skip_train:
+            evaluate_alone(run, windows, requests)
+            return run
         compile_validation(run, windows.valid)
         find_fp8_scales(run, windows.train)
         saver = open_saver(run, found, preparation, lock)
@@ -77,27 +81,28 @@ def _train_and_save(
     metrics: MetricsWriter | None,
     requests: StopRequests,
 ) -> None:
-    options, first_iteration = run.options, run.iteration
+    options, first_iteration, (end, last_sample) = run.options, run.iteration, run.end
     request, digests = 0, None
     if on_first_rank(lambda: metrics is not None and metrics.lacks_validation(run.iteration)):
-        request = _validate_if_due(run, windows, metrics, requests)
+        request = validate_if_due(run, windows, metrics, requests)
     batches = training_iterators(run, windows.train)
     if is_first_rank():
         digests = check_in_background([prefix for _, prefix in weighted_corpora(options.data)])
-    while run.iteration < options.training.train_iters and not request:
-        fault = None if digests is None else digests.fault()
+    while run.iteration < end and not request:
+        fault, first_sample = None if digests is None else digests.fault(), run.consumed_samples
         flags = [requests.requested, saver is not None and saver.is_writing, fault is not None]
         step, (request, writing, is_damaged) = train_step(run, batches, flags)
         if is_damaged:
             raise _damaged_data(fault or "the data is not what was written")
         if metrics is not None:
-            metrics.train_step(step, options.training.global_batch_size * options.model.seq_length)
+            samples = (run.consumed_samples - first_sample, last_sample - run.consumed_samples)
+            metrics.train_step(step, *(number * options.model.seq_length for number in samples))
         if saver is not None and not writing:
             saver.finish()
         # Who asked the run to end may not wait for more than a checkpoint; what is left out is done on resuming.
-        request = request or _validate_if_due(run, windows, metrics, requests)
-        is_last = request or run.iteration == options.training.train_iters
-        if saver is not None and not is_last and _is_due(run.iteration, options.checkpoint.save_interval):
+        request = request or validate_if_due(run, windows, metrics, requests)
+        is_last = request or run.iteration == end
+        if saver is not None and not is_last and run.iteration % options.checkpoint.save_interval == 0:
             saver.save(run)
     if run.iteration > first_iteration:
         # Who asked the run to end may not wait.
@@ -105,10 +110,12 @@ def _train_and_save(
         on_first_rank(lambda: _require_as_written(digests, seconds))
     if saver is not None:
         saver.save_last(run)
+    if not request and run.iteration > first_iteration:
+        compute_test_loss(run, windows, metrics, requests)
     if request:
         saved = f"saved iteration {run.iteration} and " if saver is not None else ""
-        end = f"stopped at iteration {run.iteration} of {options.training.train_iters}"
-        tell([f"{signal.Signals(request).name}: {saved}{end}"])
+        stopped = f"stopped at iteration {run.iteration} of {end}"
+        tell([f"{signal.Signals(request).name}: {saved}{stopped}"])
 
 
 def _require_as_written(digests: DigestCheck, seconds: float) -> None:
@@ -119,26 +126,6 @@ def _require_as_written(digests: DigestCheck, seconds: float) -> None:
 
 def _damaged_data(fault: str) -> UserError:
     return UserError(f"{fault}; nothing is saved from here on")
-
-
-def _validate_if_due(run: TrainingRun, windows: Windows, metrics: MetricsWriter | None, requests: StopRequests) -> int:
-    """Validate, unless that is not due; returns the signal that broke it off, or 0."""
-    if not _is_due(run.iteration, run.options.logging.eval_interval) or len(windows.valid) == 0:
-        return 0
-    request = 0
-
-    def is_broken_off() -> bool:
-        nonlocal request
-        request = int(read_numbers(largest_of_any_rank([requests.requested], run.groups))[0])
-        return request > 0
-
-    loss = validate(run, windows.valid, is_broken_off)
-    if loss is None:
-        return request
-    require_finite("validation loss", loss, run.iteration)
-    if metrics is not None:
-        metrics.validation({"iteration": run.iteration, "validation_loss": loss})
-    return 0
 
 
 def _open_metrics(run: TrainingRun) -> MetricsWriter | None:
@@ -158,8 +145,4 @@ def _open_metrics(run: TrainingRun) -> MetricsWriter | None:
         else:
             root = Path(save).resolve()
             file = MetricsFile(path, run.iteration, None if path.resolve().parent == root else writer_name(root))
-    return MetricsWriter(options.logging, file, options.training.train_iters, run.iteration, tflop_per_token, peak)
-
-
-def _is_due(iteration: int, interval: int) -> bool:
-    return interval > 0 and iteration % interval == 0
+    return MetricsWriter(options.logging, file, run.end.iteration, run.iteration, tflop_per_token, peak)

@@ -70,27 +70,27 @@ class MetricsWriter:
         self.train_iters = train_iters
         self.tensorboard = open_tensorboard(options.tensorboard_dir, iteration)
         self.file = file
-        self.window_start, self.window_tokens, self.window_steps = time.monotonic(), 0, 0
+        self.window_start, self.window_tokens = time.monotonic(), 0
 
-    def train_step(self, metrics: dict[str, Any], num_tokens: int) -> None:
-        """Record one step; every `log_interval` steps print a line whose speed is the mean since the last one."""
+    def train_step(self, metrics: dict[str, Any], num_tokens: int, tokens_left: int) -> None:
+        """Record one step of `num_tokens`; every `log_interval` steps print a line whose speed is the mean since the
+        last one, and the time that it gives to the `tokens_left`: in a ramp the steps that are left are the long ones.
+        """
         self._write(metrics)
         self.window_tokens += num_tokens
-        self.window_steps += 1
         iteration = metrics["iteration"]
         if iteration % self.log_interval and iteration != self.train_iters:
             return
         now = time.monotonic()
         seconds = now - self.window_start
-        time_left = seconds / self.window_steps * (self.train_iters - iteration)
         tokens_per_second = self.window_tokens / seconds
         say(
             f"iteration {iteration:>{len(str(self.train_iters))}}/{self.train_iters} | loss {metrics['loss']:.4f} | "
             f"learning rate {metrics['learning_rate']:.2e} | grad norm {metrics['grad_norm']:.2f} | "
             f"{tokens_per_second:,.0f} tokens/s | {self._device_speed(tokens_per_second)}"
-            f"{format_seconds(time_left)} left"
+            f"{format_seconds(tokens_left / tokens_per_second)} left"
         )
-        self.window_start, self.window_tokens, self.window_steps = now, 0, 0
+        self.window_start, self.window_tokens = now, 0
 
     def _device_speed(self, tokens_per_second: float) -> str:
         if not self.tflop_per_token:
@@ -99,11 +99,11 @@ class MetricsWriter:
         utilization = f" ({speed / self.peak_tflops:.1%} MFU)" if self.peak_tflops else ""
         return f"{speed:.1f} TFLOP/s per GPU{utilization} | "
 
-    def validation(self, metrics: dict[str, Any]) -> None:
-        """Record and print a validation."""
+    def held_out(self, name: str, metrics: dict[str, Any]) -> None:
+        """Record and print a loss of the "validation" or "test" windows."""
         self._write(metrics)
-        loss = metrics["validation_loss"]
-        say(f"validation at iteration {metrics['iteration']} | loss {loss:.4f} | perplexity below {_exp(loss):.2f}")
+        loss = metrics[f"{name}_loss"]
+        say(f"{name} at iteration {metrics['iteration']} | loss {loss:.4f} | perplexity below {_exp(loss):.2f}")
 
     def lacks_validation(self, iteration: int) -> bool:
         """Whether the file has this step of the run and no validation after it, which a kill may have broken off."""

@@ -102,10 +102,12 @@ def _train(options: PretrainOptions, inputs: Inputs, groups: ParallelGroups) -> 
     if started_ranks() > 1:
         with errors_of_all_ranks():
             check_tokens(windows, tokenizer.num_tokens, torch.distributed.get_rank(), started_ranks())
-    lock = RunLock(Path(options.checkpoint.save)) if options.checkpoint.save and is_first_rank() else None
+    is_saved = options.checkpoint.save is not None and not options.training.skip_train
+    lock = RunLock(Path(options.checkpoint.save)) if is_saved and is_first_rank() else None
     try:
         # One rank looks for all: what lies on the disk may change from one look to the next.
-        found = on_first_rank(lambda: choose_start(options, tokenizer, lock))
+        choose = choose_evaluated if options.training.skip_train else choose_start
+        found = on_first_rank(lambda: choose(options, tokenizer, lock))
         train(options, windows, tokenizer, found, groups, preparation, lock)
     finally:
         if lock is not None:
@@ -142,10 +144,17 @@ def choose_start(options: PretrainOptions, tokenizer: Tokenizer, lock: "RunLock 
         UserError: another run saves there or did, there is no checkpoint, or none that is whole.
     """
     from sedd_megatron.training.going_back import broken_off, check_is_gone_on_from, goes_back
-    from sedd_megatron.training.run_folder import checkpoint_folders, find_checkpoint, remove_leftovers
-    from sedd_megatron.training.same_run import check_same_run, describe_run, tokenizer_records
+    from sedd_megatron.training.part_to_load import check_part_is_from_elsewhere
+    from sedd_megatron.training.run_folder import (
+        checkpoint_folders,
+        find_checkpoint,
+        named_to_load,
+        remove_leftovers,
+    )
 
-    save, load = (None if path is None else Path(path) for path in (options.checkpoint.save, options.checkpoint.load))
+    save = None if options.checkpoint.save is None else Path(options.checkpoint.save)
+    load = named_to_load(options.checkpoint)
+    check_part_is_from_elsewhere(options, load)
     exact, lines, held, back = options.checkpoint.exact_load, [], [], None
     if save is not None:
         lines += lock.acquire()
@@ -173,20 +182,53 @@ def choose_start(options: PretrainOptions, tokenizer: Tokenizer, lock: "RunLock 
         subject, way_out = f"--load {found.folder}: it", "leave --load out to start anew"
         is_newest = bool(held) and held[0].samefile(found.folder)
         if back is not None and not is_newest:
-            check_is_gone_on_from(found, options.training.train_iters)
+            check_is_gone_on_from(found, options.training)
     if found is not None:
-        own = describe_run(options, tokenizer.num_tokens) | {"tokenizer_files": tokenizer_records(tokenizer)}
-        changed = check_same_run(found, own, subject, way_out)
-        lines += [*found.lines, f"resumes from {found.folder}" + (f" with {', '.join(changed)}" if changed else "")]
+        lines += _lines_of_start(options, tokenizer, found, subject, way_out)
     for line in lines:
         say(line)
     return found
+
+
+def choose_evaluated(options: PretrainOptions, tokenizer: Tokenizer, lock: None = None) -> "FoundCheckpoint":
+    """The checkpoint that --skip-train evaluates: what --save holds, as for a start, but nothing there is touched.
+
+    Raises:
+        UserError: there is no checkpoint, or it is of another model.
+    """
+    from sedd_megatron.training.going_back import named_checkpoint
+    from sedd_megatron.training.run_folder import checkpoint_folders, find_checkpoint, named_to_load
+
+    save = None if options.checkpoint.save is None else Path(options.checkpoint.save)
+    load = named_to_load(options.checkpoint)
+    is_of_save = save is not None and (load is None or named_checkpoint(save, load) is None)
+    flag, root = ("--save", save) if is_of_save and checkpoint_folders(save) else ("--load", load)
+    if root is None:
+        raise UserError("--skip-train: neither --save nor --load holds a checkpoint; name one by --load")
+    found = find_checkpoint(root, flag, options.checkpoint.exact_load)
+    for line in _lines_of_start(options, tokenizer, found, f"{flag} {found.folder}: it", "name another model"):
+        say(line)
+    return found
+
+
+def _lines_of_start(
+    options: PretrainOptions, tokenizer: Tokenizer, found: "FoundCheckpoint", subject: str, way_out: str
+) -> list[str]:
+    from sedd_megatron.training.part_to_load import part_to_load
+    from sedd_megatron.training.same_run import check_same_run, describe_run, tokenizer_records
+
+    part = part_to_load(options, found.folder)
+    own = describe_run(options, tokenizer.num_tokens) | {"tokenizer_files": tokenizer_records(tokenizer)}
+    changed = check_same_run(found, own, subject, way_out, part.is_same_run)
+    return [*found.lines, part.words.format(found.folder) + (f" with {', '.join(changed)}" if changed else "")]
 
 
 def _check_outputs(options: PretrainOptions) -> None:
     from sedd_megatron.training.metrics import check_tensorboard
     from sedd_megatron.training.run_folder import check_is_no_checkpoint
 
+    if options.training.skip_train:
+        return
     if options.checkpoint.save is not None:
         check_is_no_checkpoint(Path(options.checkpoint.save))
     if options.logging.tensorboard_dir is not None:

@@ -22,6 +22,7 @@ from sedd_megatron.errors import UserError, one_line
 from sedd_megatron.parallel.groups import on_first_rank
 from sedd_megatron.training.checkpoint_checks import DamagedCheckpointError
 from sedd_megatron.training.checkpoint_format import MANIFEST, read_manifest, sync_file, verify_records, write_synced
+from sedd_megatron.training_config import CheckpointOptions
 
 LATEST = "latest_checkpointed_iteration.txt"
 NAME = re.compile(r"iter_([0-9]{7,})")
@@ -65,6 +66,14 @@ class FoundCheckpoint:
 def checkpoint_name(iteration: int) -> str:
     """500 -> iter_0000500."""
     return f"iter_{iteration:07d}"
+
+
+def named_to_load(checkpoint: CheckpointOptions) -> Path | None:
+    """What --load and --ckpt-step name together: a folder of checkpoints, or one of them; None without --load."""
+    if checkpoint.load is None:
+        return None
+    load = Path(checkpoint.load)
+    return load if checkpoint.ckpt_step is None else load / checkpoint_name(checkpoint.ckpt_step)
 
 
 def checkpoint_folders(root: Path) -> list[Path]:

@@ -30,8 +30,9 @@ FIXED = (
 # What people change on purpose in the middle of a run. They are told.
 REPORTED = (
     "hidden_dropout bf16 transformer_impl fp8_format fp8_recipe fp8_amax_history_len fp8_amax_compute_algo "
-    "fp8_param_gather train_iters lr min_lr lr_decay_style lr_decay_iters lr_warmup_iters clip_grad adam_beta1 "
-    "adam_beta2 adam_eps weight_decay ema_decay ema_interval"
+    "fp8_param_gather train_iters train_samples lr min_lr lr_decay_style lr_decay_iters lr_decay_samples "
+    "lr_wsd_decay_style lr_wsd_decay_iters lr_wsd_decay_samples lr_warmup_iters lr_warmup_samples lr_warmup_fraction "
+    "lr_warmup_init clip_grad adam_beta1 adam_beta2 adam_eps weight_decay ema_decay ema_interval"
 ).split()
 # Of a file of data without digests, this many blocks of this many bytes, evenly spaced, stand for all of it.
 BLOCKS, BLOCK_BYTES = 64, 1 << 16
@@ -73,35 +74,44 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
     return {path.name: file_record(path) for path in sorted(folder.iterdir())}
 
 
-def check_same_run(found: FoundCheckpoint, own: dict[str, Any], subject: str, way_out: str) -> list[str]:
+def check_same_run(
+    found: FoundCheckpoint, own: dict[str, Any], subject: str, way_out: str, is_same_run: bool = True
+) -> list[str]:
     """Check that a checkpoint may be continued by the run that `own` describes; what people are told has changed.
 
     Args:
         own: `describe_run`, with the `tokenizer_files`.
         subject, way_out: the beginning and the end of an error's line: "--load X: it", "leave --load out".
+        is_same_run: False where the model alone is taken, which has to be the same, and its tokenizer.
 
     Raises:
         UserError: naming the first difference that is not in --allow-changed.
     """
     saved = found.body["state"]
     allowed = own["options"]["allow_changed"]
-    difference = first_difference(saved, own, allowed)
+    difference = first_difference(saved, own, allowed, is_same_run)
     if difference is None and "tokenizer" not in allowed:
         difference = _tokenizer_difference(found, own)
     if difference is not None:
         name, words = difference
         exception = f", --allow-changed {name} to go on with the change" if name in CHANGES_TO_ALLOW else ""
         raise UserError(f"{subject} {words}; give the same{exception}, or {way_out}")
-    return changes(saved, own)
+    return changes(saved, own) if is_same_run else []
 
 
-def first_difference(saved: dict[str, Any], own: dict[str, Any], allowed: tuple[str, ...]) -> tuple[str, str] | None:
+def first_difference(
+    saved: dict[str, Any], own: dict[str, Any], allowed: tuple[str, ...], is_same_run: bool = True
+) -> tuple[str, str] | None:
     """The first thing but the tokenizer by which a checkpoint's state is of another run: its name, and in words."""
     if saved["num_tokens"] != own["num_tokens"]:
         words = f"has a vocabulary of {saved['num_tokens']} tokens, the data one of {own['num_tokens']}"
         return "num_tokens", words
     theirs, ours = _comparable(saved), _comparable(own)
-    names = FIXED if has_no_run(saved) else [*FIXED, *(name for name in CHANGES_TO_ALLOW if name in ours)]
+    names = (
+        FIXED
+        if has_no_run(saved) or not is_same_run
+        else [*FIXED, *(name for name in CHANGES_TO_ALLOW if name in ours)]
+    )
     for name in names:
         unknown = name == "data_path" and "data" not in saved
         if name in allowed or unknown or theirs[name] == ours[name]:
@@ -149,6 +159,8 @@ def _comparable(state: dict[str, Any]) -> dict[str, Any]:
     options["ffn_hidden_size"] = ModelOptions(
         hidden_size=options["hidden_size"], ffn_hidden_size=options["ffn_hidden_size"]
     ).mlp_hidden_size
+    if options["train_samples"] is not None:
+        options["train_iters"] = None
     # By what is in it, wherever it lies; older checkpoints do not know.
     options["data_path"] = state.get("data")
     return json.loads(json.dumps(options, default=str))

@@ -47,7 +47,7 @@ def train_step(
     Raises:
         UserError: a loss or a gradient norm that is not finite; the parameters and their average are then spoilt.
     """
-    options, start = run.options, time.monotonic()
+    batch_size, start = run.batch_size, time.monotonic()
     begin_training_pass(run)
     run.optimizer.zero_grad()
     losses = forward_backward(run, batches, forward_only=False)
@@ -61,14 +61,14 @@ def train_step(
     require_finite("loss", loss, run.iteration + 1)
     require_finite("gradient norm", grad_norm, run.iteration + 1)
     run.iteration += 1
-    run.consumed_samples += options.training.global_batch_size
-    run.scheduler.step(increment=options.training.global_batch_size)
+    run.consumed_samples += batch_size
+    run.scheduler.step(increment=batch_size)
     metrics = {
         "iteration": run.iteration,
         "loss": loss,
         "learning_rate": learning_rate,
         "grad_norm": grad_norm,
-        "tokens_per_second": options.training.global_batch_size * options.model.seq_length / seconds,
+        "tokens_per_second": batch_size * run.options.model.seq_length / seconds,
         "consumed_samples": run.consumed_samples,
     }
     return metrics, [int(flag) for flag in largest]
@@ -86,18 +86,23 @@ def begin_training_pass(run: TrainingRun) -> None:
         chunk.zero_grad_buffer()
 
 
-def forward_backward(run: TrainingRun, batches: list[Iterator[MicroBatch]], forward_only: bool) -> list[dict[str, Any]]:
-    """Megatron's schedule over one global batch; the last stage's losses by micro-batch, nats per token."""
+def forward_backward(
+    run: TrainingRun, batches: list[Iterator[MicroBatch]], forward_only: bool, batch_size: int | None = None
+) -> list[dict[str, Any]]:
+    """Megatron's schedule over one global batch of `batch_size`, that of the next step if not given; the last stage's
+    losses by micro-batch, nats per token.
+    """
+    num_microbatches = run.num_microbatches if batch_size is None else run.num_microbatches_of(batch_size)
     return get_forward_backward_func()(
         forward_step_func=make_forward_step(
             run.graph,
             run.groups,
             run.options.training.loss_chunk_rows_on(run.groups.device.type),
-            run.num_microbatches,
+            num_microbatches,
         ),
         data_iterator=batches,
         model=run.ddp_chunks,
-        num_microbatches=run.num_microbatches,
+        num_microbatches=num_microbatches,
         seq_length=run.options.model.seq_length,
         micro_batch_size=run.options.training.micro_batch_size,
         forward_only=forward_only,

@@ -6,6 +6,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
 from sedd_megatron.data.windows import Windows
 from sedd_megatron.errors import say
+from sedd_megatron.options import flag_of
 from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.estimates import activation_bytes, flops_per_token, fraction_of_head_rows
 
@@ -23,12 +24,13 @@ def print_summary(run: TrainingRun, windows: Windows) -> None:
     torch.distributed.all_reduce(count, group=run.groups.collection.mp)
     if torch.distributed.get_rank() != 0:
         return
-    iteration, end = run.iteration, run.options.training.train_iters
+    iteration, end = run.iteration, run.end.iteration
+    length = flag_of("train_iters" if run.options.training.train_samples is None else "train_samples")
     say(
         f"{count.item():,.0f} parameters, {own:,} of them on this rank | {run.groups.layout} | "
         f"{len(windows.train):,} training and {len(windows.valid):,} validation windows of "
         f"{run.options.model.seq_length} tokens | at iteration {iteration} of {end}"
-        + (": nothing left to train, since --train-iters counts what is trained already" if iteration >= end else "")
+        + (f": nothing left to train, since {length} counts what is trained already" if iteration >= end else "")
     )
     say(cost_line(run))
 
@@ -39,8 +41,9 @@ def cost_line(run: TrainingRun) -> str:
     parameters = [parameter for chunk in run.model_chunks for parameter in chunk.parameters()]
     updated = sum(main.tensor.numel() for main in run.main_parameters)
     groups = run.groups
+    num_microbatches = run.num_microbatches_of(options.training.global_batch_size)
     activations = activation_bytes(
-        options, run.graph.num_states, groups.pipeline_rank, run.num_microbatches, groups.device.type
+        options, run.graph.num_states, groups.pipeline_rank, num_microbatches, groups.device.type
     )
     memory = {
         "weights": sum(p.numel() * (1 if is_float8tensor(p) else p.element_size()) for p in parameters),

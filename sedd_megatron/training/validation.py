@@ -36,7 +36,7 @@ def compile_validation(run: TrainingRun, dataset: WindowDataset) -> None:
     interval = run.options.logging.eval_interval
     if run.groups.device.type == "cpu" or interval == 0 or len(dataset) == 0:
         return
-    if run.options.training.train_iters // interval > run.iteration // interval:
+    if run.end.iteration // interval > run.iteration // interval:
         _validation_losses(run, dataset, 1)
 
 
@@ -62,5 +62,5 @@ def _validation_losses(
     for _ in range(num_batches):
         if is_broken_off():
             return None
-        losses += forward_backward(run, iterators, forward_only=True)
+        losses += forward_backward(run, iterators, forward_only=True, batch_size=training.global_batch_size)
     return losses

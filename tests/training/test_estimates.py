@@ -121,12 +121,14 @@ def test_progress_line_gives_the_speed_of_a_device_and_its_share_of_the_peak(cap
     from sedd_megatron.training_config import LoggingOptions
 
     writer = MetricsWriter(LoggingOptions(log_interval=1), None, 10, tflop_per_token=0.5, peak_tflops=1e4)
-    writer.train_step({"iteration": 1, "loss": 1.0, "learning_rate": 0.1, "grad_norm": 1.0}, num_tokens=1000)
+    writer.train_step(
+        {"iteration": 1, "loss": 1.0, "learning_rate": 0.1, "grad_norm": 1.0}, num_tokens=1000, tokens_left=9000
+    )
     line = capsys.readouterr().out
     tokens, tflops, share = re.search(r"([\d,]+) tokens/s \| ([\d.]+) TFLOP/s per GPU \(([\d.]+)% MFU\)", line).groups()
     assert float(tflops) == pytest.approx(0.5 * float(tokens.replace(",", "")), rel=1e-3)
     assert float(share) == pytest.approx(float(tflops) / 1e4 * 100, rel=1e-3)
     MetricsWriter(LoggingOptions(log_interval=1), None, 10).train_step(
-        {"iteration": 1, "loss": 1.0, "learning_rate": 0.1, "grad_norm": 1.0}, num_tokens=1000
+        {"iteration": 1, "loss": 1.0, "learning_rate": 0.1, "grad_norm": 1.0}, num_tokens=1000, tokens_left=9000
     )
     assert "TFLOP" not in capsys.readouterr().out

@@ -150,7 +150,7 @@ def test_a_place_that_cannot_be_written_is_told_once(tmp_path, capsys):
     options = LoggingOptions(log_interval=1, tensorboard_dir=str(tmp_path / "file" / "board"))
     writer = MetricsWriter(options, MetricsFile(tmp_path / "metrics.jsonl", 0), 10)
     for iteration in (1, 2):
-        writer.train_step({"iteration": iteration, "loss": 1.0, "learning_rate": 0.1, "grad_norm": 1.0}, 1000)
+        writer.train_step({"iteration": iteration, "loss": 1.0, "learning_rate": 0.1, "grad_norm": 1.0}, 1000, 0)
     writer.close()
     said = capsys.readouterr()
     assert said.out.count("| loss 1.0000 |") == 2
@@ -179,7 +179,7 @@ def test_tensorboard_shows_each_iteration_once(tmp_path):
     for start, end, loss in ((0, 5, 1.0), (3, 7, 2.0)):
         writer = MetricsWriter(LoggingOptions(tensorboard_dir=str(tmp_path)), None, 10, start)
         for iteration in range(start + 1, end + 1):
-            writer.validation({"iteration": iteration, "validation_loss": loss})
+            writer.held_out("validation", {"iteration": iteration, "validation_loss": loss})
         writer.close()
     events = EventAccumulator(str(tmp_path)).Reload().Scalars("validation_loss")
     assert [(event.step, event.value) for event in events] == [(i, 1.0 if i <= 3 else 2.0) for i in range(1, 8)]

@@ -1,0 +1,81 @@
+"""The losses of windows that are not trained on: validation in a run, the test loss at its end, and --skip-train."""
+
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+from sedd_megatron.data.windows import WindowDataset, Windows
+from sedd_megatron.errors import UserError
+from sedd_megatron.parallel.groups import is_first_rank, tell
+from sedd_megatron.training.build import TrainingRun
+from sedd_megatron.training.metrics import MetricsWriter
+from sedd_megatron.training.metrics_file import MetricsFile
+from sedd_megatron.training.step import largest_of_any_rank, read_numbers, require_finite
+from sedd_megatron.training.stop_requests import StopRequests
+from sedd_megatron.training.validation import validate
+
+
+def validate_if_due(run: TrainingRun, windows: Windows, metrics: MetricsWriter | None, requests: StopRequests) -> int:
+    """Validate, unless that is not due; returns the signal that broke it off, or 0."""
+    interval = run.options.logging.eval_interval
+    is_due = interval > 0 and run.iteration % interval == 0
+    return _evaluate(run, "validation", windows.valid, metrics, requests) if is_due else 0
+
+
+def compute_test_loss(run: TrainingRun, windows: Windows, metrics: MetricsWriter | None, requests: StopRequests) -> int:
+    """The loss of the test windows, as Megatron-LM computes it after the last step; returns as `validate_if_due`."""
+    if run.options.logging.eval_interval == 0:
+        return 0
+    return _evaluate(run, "test", windows.test, metrics, requests)
+
+
+def evaluate_alone(run: TrainingRun, windows: Windows, requests: StopRequests) -> None:
+    """What --skip-train does in place of training. Nothing is written but metrics.jsonl in --log-dir, where that is not
+    the folder of a run.
+
+    Raises:
+        UserError: there are no windows to evaluate.
+    """
+    if len(windows.valid) + len(windows.test) == 0:
+        raise UserError(
+            f"--skip-train: --split {run.options.data.split} leaves no window for validation or test; give them a share"
+        )
+    metrics = _open_metrics(run) if is_first_rank() else None
+    try:
+        request = _evaluate(run, "validation", windows.valid, metrics, requests)
+        request = request or _evaluate(run, "test", windows.test, metrics, requests)
+    finally:
+        if metrics is not None:
+            metrics.close()
+    if request:
+        tell([f"{signal.Signals(request).name}: stopped before the end of the evaluation"])
+
+
+def _open_metrics(run: TrainingRun) -> MetricsWriter:
+    save, log_dir = run.options.checkpoint.save, run.options.logging.log_dir
+    file = None
+    if log_dir is not None and (save is None or Path(save).resolve() != Path(log_dir).resolve()):
+        file = MetricsFile(Path(log_dir) / "metrics.jsonl", None, "a run that does not save")
+    # TensorBoard would no longer show what the run has written after this step.
+    return MetricsWriter(replace(run.options.logging, tensorboard_dir=None), file, run.iteration)
+
+
+def _evaluate(
+    run: TrainingRun, name: str, dataset: WindowDataset, metrics: MetricsWriter | None, requests: StopRequests
+) -> int:
+    if len(dataset) == 0:
+        return 0
+    request = 0
+
+    def is_broken_off() -> bool:
+        nonlocal request
+        request = int(read_numbers(largest_of_any_rank([requests.requested], run.groups))[0])
+        return request > 0
+
+    loss = validate(run, dataset, is_broken_off)
+    if loss is None:
+        return request
+    require_finite(f"{name} loss", loss, run.iteration)
+    if metrics is not None:
+        metrics.held_out(name, {"iteration": run.iteration, f"{name}_loss": loss})
+    return 0
