@@ -1,12 +1,11 @@
 """The losses of windows that are not trained on: validation in a run, the test loss at its end, and --skip-train."""
 
-import signal
 from dataclasses import replace
 from pathlib import Path
 
 from sedd_megatron.data.windows import WindowDataset, Windows
 from sedd_megatron.errors import UserError
-from sedd_megatron.parallel.groups import is_first_rank, tell
+from sedd_megatron.parallel.groups import is_first_rank
 from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.metrics import MetricsWriter
 from sedd_megatron.training.metrics_file import MetricsFile
@@ -29,7 +28,7 @@ def compute_test_loss(run: TrainingRun, windows: Windows, metrics: MetricsWriter
     return _evaluate(run, "test", windows.test, metrics, requests)
 
 
-def evaluate_alone(run: TrainingRun, windows: Windows, requests: StopRequests) -> None:
+def evaluate_alone(run: TrainingRun, windows: Windows) -> None:
     """What --skip-train does in place of training. Nothing is written but metrics.jsonl in --log-dir, where that is not
     the folder of a run.
 
@@ -42,13 +41,12 @@ def evaluate_alone(run: TrainingRun, windows: Windows, requests: StopRequests) -
         )
     metrics = _open_metrics(run) if is_first_rank() else None
     try:
-        request = _evaluate(run, "validation", windows.valid, metrics, requests)
-        request = request or _evaluate(run, "test", windows.test, metrics, requests)
+        # A signal ends it at once: there is nothing to save.
+        _evaluate(run, "validation", windows.valid, metrics)
+        _evaluate(run, "test", windows.test, metrics)
     finally:
         if metrics is not None:
             metrics.close()
-    if request:
-        tell([f"{signal.Signals(request).name}: stopped before the end of the evaluation"])
 
 
 def _open_metrics(run: TrainingRun) -> MetricsWriter:
@@ -61,7 +59,11 @@ def _open_metrics(run: TrainingRun) -> MetricsWriter:
 
 
 def _evaluate(
-    run: TrainingRun, name: str, dataset: WindowDataset, metrics: MetricsWriter | None, requests: StopRequests
+    run: TrainingRun,
+    name: str,
+    dataset: WindowDataset,
+    metrics: MetricsWriter | None,
+    requests: StopRequests | None = None,
 ) -> int:
     if len(dataset) == 0:
         return 0
@@ -69,6 +71,8 @@ def _evaluate(
 
     def is_broken_off() -> bool:
         nonlocal request
+        if requests is None:
+            return False
         request = int(read_numbers(largest_of_any_rank([requests.requested], run.groups))[0])
         return request > 0
 

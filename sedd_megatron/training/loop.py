@@ -53,7 +53,7 @@ def train(
             preparation = preparation.completed_by(found.preparation)
         print_summary(run, windows)
         if options.training.skip_train:
-            evaluate_alone(run, windows, requests)
+            evaluate_alone(run, windows)
             return run
         compile_validation(run, windows.valid)
         find_fp8_scales(run, windows.train)

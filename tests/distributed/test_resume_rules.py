@@ -7,6 +7,10 @@ def test_save_and_load_mean_what_they_say(tmp_path):
     launch("run_resume_rules.py", 1, [[str(tmp_path)]])
 
 
+def test_a_run_starts_from_what_is_named(tmp_path):
+    launch("run_starts.py", 1, [[str(tmp_path)]])
+
+
 def test_a_runs_folder_is_understood_and_nothing_in_it_lost(tmp_path):
     launch("run_run_folder.py", 1, [[str(tmp_path)]])
 
