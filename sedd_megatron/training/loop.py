@@ -38,7 +38,8 @@ def train(
     preparation: Preparation,
     lock: RunLock | None = None,
 ) -> TrainingRun:
-    """Train to the run's end, or until a signal asks to save and leave; returns the finished run.
+    """Train to the run's end, or until a signal asks to save and leave; returns the finished run. With --skip-train
+    evaluate it as it is loaded.
 
     `preparation` of the data is kept in its checkpoints; where it is unknown, that of the one which was found.
 
@@ -51,10 +52,12 @@ def train(
         if found is not None:
             found = resume(run, found)
             preparation = preparation.completed_by(found.preparation)
-        print_summary(run, windows)
         if options.training.skip_train:
+            find_fp8_scales(run, windows.train)
             evaluate_alone(run, windows)
+            forget_unsaid()
             return run
+        print_summary(run, windows)
         compile_validation(run, windows.valid)
         find_fp8_scales(run, windows.train)
         saver = open_saver(run, found, preparation, lock)
@@ -111,7 +114,7 @@ def _train_and_save(
     if saver is not None:
         saver.save_last(run)
     if not request and run.iteration > first_iteration:
-        compute_test_loss(run, windows, metrics, requests)
+        request = compute_test_loss(run, windows, metrics, requests)
     if request:
         saved = f"saved iteration {run.iteration} and " if saver is not None else ""
         stopped = f"stopped at iteration {run.iteration} of {end}"

@@ -36,7 +36,14 @@ def verify_layout(options: PretrainOptions, windows: Windows, tokenizer: Tokeniz
     """
     options = replace(
         options,
-        training=replace(options.training, lr_warmup_iters=0, adam_eps=1e-4, lr_decay_style="constant"),
+        training=replace(
+            options.training,
+            lr_warmup_iters=0,
+            lr_warmup_samples=None,
+            lr_warmup_fraction=None,
+            adam_eps=1e-4,
+            lr_decay_style="constant",
+        ),
     )
     alone = replace(options, parallel=_one_process(options.parallel, options.precision.fp8_param_gather))
     with parallel_groups(alone.parallel, world_size=1) as groups:
