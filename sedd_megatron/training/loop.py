@@ -19,6 +19,7 @@ from sedd_megatron.training.estimates import peak_tflops
 from sedd_megatron.training.iterators import training_iterators
 from sedd_megatron.training.metrics import MetricsWriter
 from sedd_megatron.training.metrics_file import MetricsFile, writer_name
+from sedd_megatron.training.profiling import StepProbe, profiling
 from sedd_megatron.training.run_folder import FoundCheckpoint
 from sedd_megatron.training.run_lock import RunLock
 from sedd_megatron.training.saving import RunSaver, open_saver
@@ -57,7 +58,8 @@ def train(
         metrics = _open_metrics(run)
         requests.start_waiting()
         try:
-            _train_and_save(run, windows, saver, metrics, requests)
+            with profiling(run, _log_folder(options)) as probe:
+                _train_and_save(run, windows, saver, metrics, requests, probe)
         except UserError:
             # On every rank alike.
             if saver is not None:
@@ -76,18 +78,21 @@ def _train_and_save(
     saver: RunSaver | None,
     metrics: MetricsWriter | None,
     requests: StopRequests,
+    probe: StepProbe,
 ) -> None:
     options, first_iteration = run.options, run.iteration
     request, digests = 0, None
     if on_first_rank(lambda: metrics is not None and metrics.lacks_validation(run.iteration)):
-        request = _validate_if_due(run, windows, metrics, requests)
-    batches = training_iterators(run, windows.train)
+        request = _validate_if_due(run, windows, metrics, requests, probe)
+    batches = probe.timed(training_iterators(run, windows.train))
     if is_first_rank():
         digests = check_in_background([prefix for _, prefix in weighted_corpora(options.data)])
     while run.iteration < options.training.train_iters and not request:
         fault = None if digests is None else digests.fault()
         flags = [requests.requested, saver is not None and saver.is_writing, fault is not None]
+        probe.before_step()
         step, (request, writing, is_damaged) = train_step(run, batches, flags)
+        step |= probe.after_step(step)
         if is_damaged:
             raise _damaged_data(fault or "the data is not what was written")
         if metrics is not None:
@@ -95,7 +100,7 @@ def _train_and_save(
         if saver is not None and not writing:
             saver.finish()
         # Who asked the run to end may not wait for more than a checkpoint; what is left out is done on resuming.
-        request = request or _validate_if_due(run, windows, metrics, requests)
+        request = request or _validate_if_due(run, windows, metrics, requests, probe)
         is_last = request or run.iteration == options.training.train_iters
         if saver is not None and not is_last and _is_due(run.iteration, options.checkpoint.save_interval):
             saver.save(run)
@@ -121,7 +126,9 @@ def _damaged_data(fault: str) -> UserError:
     return UserError(f"{fault}; nothing is saved from here on")
 
 
-def _validate_if_due(run: TrainingRun, windows: Windows, metrics: MetricsWriter | None, requests: StopRequests) -> int:
+def _validate_if_due(
+    run: TrainingRun, windows: Windows, metrics: MetricsWriter | None, requests: StopRequests, probe: StepProbe
+) -> int:
     """Validate, unless that is not due; returns the signal that broke it off, or 0."""
     if not _is_due(run.iteration, run.options.logging.eval_interval) or len(windows.valid) == 0:
         return 0
@@ -132,7 +139,8 @@ def _validate_if_due(run: TrainingRun, windows: Windows, metrics: MetricsWriter 
         request = int(read_numbers(largest_of_any_rank([requests.requested], run.groups))[0])
         return request > 0
 
-    loss = validate(run, windows.valid, is_broken_off)
+    with probe.around_validation():
+        loss = validate(run, windows.valid, is_broken_off)
     if loss is None:
         return request
     require_finite("validation loss", loss, run.iteration)
@@ -148,17 +156,22 @@ def _open_metrics(run: TrainingRun) -> MetricsWriter | None:
     if run.groups.device.type == "cuda":
         tflop_per_token = trained_flops_per_token(run) / 1e12 / torch.distributed.get_world_size()
         peak = peak_tflops(torch.cuda.get_device_name(run.groups.device), options.precision.fp8_format is not None)
-    save, log_dir = options.checkpoint.save, options.logging.log_dir or options.checkpoint.save
+    save, log_dir = options.checkpoint.save, _log_folder(options)
     file = None
-    if log_dir:
+    if log_dir is not None:
         # A save folder belongs to one run. A log folder may be shared, and what others wrote there is not cut.
-        path = Path(log_dir) / "metrics.jsonl"
+        path = log_dir / "metrics.jsonl"
         if save is None:
             file = MetricsFile(path, None, "a run that does not save")
         else:
             root = Path(save).resolve()
             file = MetricsFile(path, run.iteration, None if path.resolve().parent == root else writer_name(root))
     return MetricsWriter(options.logging, file, options.training.train_iters, run.iteration, tflop_per_token, peak)
+
+
+def _log_folder(options: PretrainOptions) -> Path | None:
+    folder = options.logging.log_dir or options.checkpoint.save
+    return None if folder is None else Path(folder)
 
 
 def _is_due(iteration: int, interval: int) -> bool:
