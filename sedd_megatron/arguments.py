@@ -145,15 +145,16 @@ def check_data(data: DataOptions) -> None:
     require(len(sources) <= 1, f"{' and '.join(sources)} are two sources of data; leave one of them out")
     require(
         not parts or sources == ["--train-data-path"],
-        f"{' and '.join(parts)} stand beside --train-data-path; name that too, or cut --data-path by --split",
+        f"{' and '.join(parts)}: only beside --train-data-path; name that too, or cut --data-path by --split",
     )
     is_null = data.tokenizer_type == "NullTokenizer"
     require(
-        is_null == (data.vocab_size is not None),
-        f"--vocab-size {data.vocab_size} belongs to --tokenizer-type NullTokenizer, and is {data.tokenizer_type} here; "
-        "leave it out"
-        if not is_null
-        else "--tokenizer-type NullTokenizer needs --vocab-size, the number of its tokens",
+        is_null or data.vocab_size is None,
+        f"--vocab-size {data.vocab_size} belongs to --tokenizer-type NullTokenizer; add that, or leave it out",
+    )
+    require(
+        not is_null or data.vocab_size is not None,
+        "--tokenizer-type NullTokenizer needs --vocab-size, the number of its tokens; add it",
     )
     require(
         is_null or not data.mock_data,

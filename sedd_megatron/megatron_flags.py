@@ -21,13 +21,13 @@ ANSWERS = {
     ): "the MLP is the published one, with a tanh-GELU; leave it out",
     "untie-embeddings-and-output-weights": "always so: embedding and head are two matrices; leave it out",
     (
-        "normalization apply-layernorm-1p norm-epsilon memory-efficient-layer-norm persist-layer-norm "
-        "no-persist-layer-norm fused-residual-rmsnorm apply-residual-connection-post-layernorm"
+        "normalization apply-layernorm-1p layernorm-epsilon norm-epsilon memory-efficient-layer-norm "
+        "persist-layer-norm no-persist-layer-norm fused-residual-rmsnorm apply-residual-connection-post-layernorm"
     ): (
         "layers begin with the published LayerNorm, epsilon 1e-5, scale without a bias, modulated by the noise; leave "
         "it out"
     ),
-    "disable-bias-linear add-qkv-bias": (
+    "disable-bias-linear add-bias-linear add-qkv-bias": (
         "the published model has biases in its MLP and none in its attention; leave it out"
     ),
     "attention-dropout": (
@@ -117,7 +117,7 @@ ANSWERS = {
     (
         "no-async-tensor-model-parallel-allreduce disable-async-tensor-model-parallel-allreduce no-clone-scatter-* "
         "disable-clone-scatter-*"
-    ): "always so: leave it out",
+    ): "is as Megatron-Core's default has it; leave it out",
     "tp-comm-overlap-* tp-comm-bootstrap-backend tp-comm-atomic-* no-tp-comm-* disable-tp-comm-*": (
         "--tp-comm-overlap takes Transformer Engine's own choices; leave it out"
     ),
@@ -139,9 +139,10 @@ ANSWERS = {
         "fp8-margin fp8-interval no-fp8-wgrad disable-fp8-wgrad fp8-dot-product-attention fp8-multi-head-attention "
         "fp8-output-proj fp8-quantizer-factory tp-only-amax-red first-last-layers-bf16 num-layers-at-start-in-bf16 "
         "num-layers-at-end-in-bf16 keep-fp8-transpose-cache keep-fp8-transpose-cache-* te-precision-config-file"
-    ): "FP8 is in the four products of every layer, by --fp8-format, --fp8-recipe and --fp8-amax-*",
+    ): "FP8 is in the four products of every layer, by --fp8-format and --fp8-recipe",
     "fp8-param": "give --fp8-param-gather",
-    "fp4-*": "there is no FP4: --fp8-format is the lowest precision",
+    "fp8": "give --fp8-format e4m3 or hybrid",
+    "fp4 fp4-*": "there is no FP4: --fp8-format is the lowest precision",
     "use-kitchen use-kitchen-* kitchen-* quant-recipe": (
         "belongs to a program beside Megatron-LM that is not used here; leave it out"
     ),
@@ -336,6 +337,11 @@ _BY_BEGINNING = {name.removesuffix("*"): answer for name, answer in _BY_NAME.ite
 
 
 def answer_of(flag: str) -> str | None:
-    """What to do about a flag of Megatron-LM's that we do not have; None of any other."""
-    beginnings = (answer for beginning, answer in _BY_BEGINNING.items() if flag.startswith(beginning))
-    return _BY_NAME.get(flag) or next(beginnings, None)
+    """What to do about a flag of Megatron-LM's that we do not have, or its negation; None of any other."""
+    negated = flag.replace("--no-", "--", 1) if flag.startswith("--no-") else flag.replace("--", "--no-", 1)
+    for name in (flag, negated):
+        beginnings = (answer for beginning, answer in _BY_BEGINNING.items() if name.startswith(beginning))
+        answer = _BY_NAME.get(name) or next(beginnings, None)
+        if answer is not None:
+            return answer
+    return None
