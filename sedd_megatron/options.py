@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from sedd_megatron.errors import UserError, one_line
+from sedd_megatron.preset_files import config_file, presets
 
 # Of Linux: bytes of a path, and of a part of it between slashes.
 LONGEST_PATH, LONGEST_NAME = 4095, 255
@@ -81,7 +82,7 @@ def parse_options(
         raise UserError(f"{flag_of(empty[0])} has no value; give one, or leave it out")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(namespace).items()}
     if given.get("config"):
-        values = {**load_yaml_options(Path(given["config"]), option_classes, foreign), **given}
+        values = {**load_yaml_options(config_file(given["config"]), option_classes, foreign), **given}
     else:
         values = given
     required = [name for name in required_options(option_classes) if name not in values]
@@ -125,7 +126,7 @@ def load_yaml_options(
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise UserError(f"--config {path}: no such file; presets are in examples/configs") from error
+        raise UserError(f"--config {path}: no such file; presets are {', '.join(presets())}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: cannot be read as UTF-8 text ({error}); name another file") from error
     try:

@@ -11,6 +11,7 @@ import torch
 from sedd_megatron.config import ParallelOptions, PretrainOptions
 from sedd_megatron.errors import UserError
 from sedd_megatron.parallel.groups import ParallelGroups
+from sedd_megatron.wording import how_to_install
 
 
 def check_user_buffers(parallel: ParallelOptions, device: torch.device) -> None:
@@ -31,8 +32,8 @@ def check_user_buffers(parallel: ParallelOptions, device: torch.device) -> None:
             missing = "Transformer Engine of 2.7 or newer"
     if missing is not None:
         raise UserError(
-            f"--tp-comm-overlap needs GPUs and Transformer Engine, and there is no {missing}; install the extra 'gpu' "
-            "on a GPU machine, or leave the flag out"
+            f"--tp-comm-overlap needs GPUs and Transformer Engine, and there is no {missing}; on a GPU "
+            f"machine {how_to_install('gpu')} --no-build-isolation, or leave the flag out"
         )
     import transformer_engine_torch
 
