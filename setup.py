@@ -2,7 +2,25 @@
 unrelated.
 """
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+
+class BuildWithPresets(build_py):
+    """Puts examples/configs into the package as sedd_megatron/presets, where a wheel's --config finds them."""
+
+    def run(self) -> None:
+        """Copy them; an editable installation reads the checkout's own."""
+        super().run()
+        if self.editable_mode:
+            return
+        folder = Path(self.build_lib) / "sedd_megatron" / "presets"
+        folder.mkdir(parents=True, exist_ok=True)
+        for preset in sorted((Path(__file__).parent / "examples" / "configs").glob("*.yaml")):
+            self.copy_file(str(preset), str(folder / preset.name))
+
 
 setup(
     name="sedd_megatron",
@@ -11,6 +29,8 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["sedd_megatron", "sedd_megatron.*"]),
+    cmdclass={"build_py": BuildWithPresets},
+    entry_points={"console_scripts": ["sedd-pretrain = sedd_megatron.pretrain:main"]},
     package_data={"sedd_megatron.generation": ["trace.html"]},
     install_requires=[
         "torch>=2.8",
@@ -43,6 +63,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.5",
             "ruff>=0.6",
+            "setuptools>=70.1",
             "tensorboard",
             "transformers>=4.56",
             # Runs and compiles the GPU's kernel without a GPU; tests of it are skipped where it is missing.

@@ -10,6 +10,7 @@ from sedd_megatron.config import GROUPS, ConfigFile, DiffusionOptions, PretrainO
 from sedd_megatron.errors import require
 from sedd_megatron.layout_rules import (
     MOST,
+    check_communication,
     check_fp8_sizes,
     check_layout,
     check_model_layout,
@@ -18,11 +19,15 @@ from sedd_megatron.layout_rules import (
     check_weights_fit,
     data_parallel_size_of,
 )
+from sedd_megatron.megatron_flags import answer_of
 from sedd_megatron.options import flag_of, parse_options
 from sedd_megatron.training_config import CheckpointOptions, DataOptions, WeightedCorpus
 from sedd_megatron.training_schedule import check_batch_sizes, check_training_schedule
 
 MOST_NOISE = 80.0
+
+# Of the data, each with a flag of its own in place of --data-path.
+PARTS = ("train_data_path", "valid_data_path", "test_data_path")
 
 
 # Above what training/run_lock.py needs to find a lock's owner dead.
@@ -44,7 +49,7 @@ def parse_pretrain_options(argv: Sequence[str]) -> PretrainOptions:
         UserError: with the value, the rule and the way out.
     """
     description = "Train a score entropy discrete diffusion model on Megatron-Core."
-    _, *groups = parse_options((ConfigFile, *GROUPS), argv, "pretrain_sedd.py", description)
+    _, *groups = parse_options((ConfigFile, *GROUPS), argv, "pretrain_sedd.py", description, answer_of)
     options = PretrainOptions(*groups)
     check_options(options, int(os.environ.get("WORLD_SIZE", "1")))
     return options
@@ -62,8 +67,9 @@ def check_options(options: PretrainOptions, world_size: int) -> None:
     check_diffusion(options.diffusion)
     check_recompute(options.recompute, options.precision)
     check_precision(options.precision, options.parallel)
+    check_communication(options.parallel, options.precision)
     check_fp8_sizes(options)
-    weighted_corpora(options.data)
+    check_data(options.data)
     data_parallel_size = data_parallel_size_of(options.parallel, world_size)
     minutes = options.parallel.distributed_timeout_minutes
     require(
@@ -71,6 +77,7 @@ def check_options(options: PretrainOptions, world_size: int) -> None:
         f"--distributed-timeout-minutes {minutes} must be at least {LEAST_MINUTES_TO_SAVE} with --save, whose lock the "
         "first rank may watch for a minute while the others wait; raise it",
     )
+    check_profiling(options, world_size)
     interleaves = options.parallel.num_layers_per_virtual_pipeline_stage is not None
     stages = options.parallel.pipeline_model_parallel_size if interleaves else None
     check_batch_sizes(options.training, data_parallel_size, stages)
@@ -91,17 +98,28 @@ def check_diffusion(diffusion: DiffusionOptions) -> None:
 
 
 def weighted_corpora(data: DataOptions) -> list[WeightedCorpus]:
-    """What --data-path names: one prefix, or weights and prefixes in turn.
+    """Every corpus that a run reads, with its weight in its blend, as `corpora_by_flag` has them."""
+    return [corpus for corpora in corpora_by_flag(data).values() for corpus in corpora]
+
+
+def corpora_by_flag(data: DataOptions) -> dict[str, list[WeightedCorpus]]:
+    """What --data-path names, or --train-data-path and its like each for its part; nothing for --mock-data.
 
     Raises:
         UserError: an odd number of values, or a weight that is not a number above 0.
     """
-    values, example = data.data_path, "a blend is weights and prefixes in turn, as 0.7 data/a 0.3 data/b"
+    values = {flag_of(name): getattr(data, name) for name in ("data_path", *PARTS)}
+    return {flag: _weighted(flag, given) for flag, given in values.items() if given is not None}
+
+
+def _weighted(flag: str, values: Sequence[str]) -> list[WeightedCorpus]:
+    """One prefix, or weights and prefixes in turn."""
+    example = "a blend is weights and prefixes in turn, as 0.7 data/a 0.3 data/b"
     if len(values) == 1:
         return [WeightedCorpus(Fraction(1), values[0])]
     require(
         len(values) % 2 == 0,
-        f"--data-path {' '.join(values)}: is {len(values)} values, must be one or an even number; {example}",
+        f"{flag} {' '.join(values)}: is {len(values)} values, must be one or an even number; {example}",
     )
     corpora = []
     for text, prefix in zip(values[::2], values[1::2], strict=True):
@@ -109,9 +127,57 @@ def weighted_corpora(data: DataOptions) -> list[WeightedCorpus]:
             weight = Fraction(text) if WEIGHT.fullmatch(text) else Fraction(0)
         except (ValueError, ZeroDivisionError):
             weight = Fraction(0)
-        require(weight > 0, f"--data-path {text} {prefix}: the weight {text} must be a number above 0; {example}")
+        require(weight > 0, f"{flag} {text} {prefix}: the weight {text} must be a number above 0; {example}")
         corpora.append(WeightedCorpus(weight, prefix))
     return corpora
+
+
+def check_data(data: DataOptions) -> None:
+    """Check that the data comes from one place, and mock data's tokens from nowhere else."""
+    sources = [flag_of(name) for name in ("data_path", "train_data_path", "mock_data") if getattr(data, name)]
+    parts = [flag_of(name) for name in PARTS[1:] if getattr(data, name)]
+    require(bool(sources or parts), "missing --data-path: required; --help explains")
+    require(len(sources) <= 1, f"{' and '.join(sources)} are two sources of data; leave one of them out")
+    require(
+        not parts or sources == ["--train-data-path"],
+        f"{' and '.join(parts)}: only beside --train-data-path; name that too, or cut --data-path by --split",
+    )
+    is_null = data.tokenizer_type == "NullTokenizer"
+    require(
+        is_null or data.vocab_size is None,
+        f"--vocab-size {data.vocab_size} belongs to --tokenizer-type NullTokenizer; add that, or leave it out",
+    )
+    require(
+        not is_null or data.vocab_size is not None,
+        "--tokenizer-type NullTokenizer needs --vocab-size, the number of its tokens; add it",
+    )
+    require(
+        is_null or not data.mock_data,
+        "--mock-data has no text, and needs --tokenizer-type NullTokenizer and --vocab-size; add them",
+    )
+    corpora_by_flag(data)
+
+
+def check_profiling(options: PretrainOptions, world_size: int) -> None:
+    """Check what is timed, profiled and collected, and that there is a folder for it."""
+    profiling = options.profiling
+    first, last = profiling.profile_step_start, profiling.profile_step_end
+    require(profiling.timing_log_level <= 2, f"--timing-log-level {profiling.timing_log_level} must be 0, 1 or 2")
+    require(
+        not profiling.profile or first < last,
+        f"--profile-step-start {first} must be below --profile-step-end {last}",
+    )
+    require(
+        not profiling.profile or options.checkpoint.save is not None or options.logging.log_dir is not None,
+        "--profile writes into the log folder, and there is none; add --log-dir",
+    )
+    for rank in profiling.profile_ranks:
+        require(0 <= rank < world_size or not profiling.profile, f"--profile-ranks {rank} must be below {world_size}, "
+                 "the number of ranks, and at least 0")  # fmt: skip
+    require(
+        profiling.manual_gc_interval == 0 or profiling.manual_gc,
+        f"--manual-gc-interval {profiling.manual_gc_interval} belongs to --manual-gc; add that, or leave it out",
+    )
 
 
 def _check_ranges(options: PretrainOptions) -> None:
@@ -121,11 +187,12 @@ def _check_ranges(options: PretrainOptions) -> None:
         "num_layers_per_virtual_pipeline_stage context_parallel_size ddp_bucket_size fp8_amax_history_len "
         "recompute_num_layers micro_batch_size global_batch_size lr_decay_iters lr_decay_samples "
         "lr_wsd_decay_iters lr_wsd_decay_samples ema_interval save_interval keep_last keep_every "
-        "max_save_failures eval_iters log_interval verify_layout_steps"
+        "max_save_failures eval_iters log_interval verify_layout_steps vocab_size"
     ).split()
     at_least_zero = (
         "ckpt_step loss_chunk_rows train_iters train_samples lr min_lr lr_warmup_iters lr_warmup_samples "
-        "lr_warmup_init clip_grad weight_decay seed num_workers eval_interval"
+        "lr_warmup_init clip_grad weight_decay seed num_workers eval_interval timing_log_level profile_step_start "
+        "profile_step_end manual_gc_interval"
     ).split()
     below_one = ["hidden_dropout", "adam_beta1", "adam_beta2", "ema_decay", "lr_warmup_fraction"]
     samples = ["train_samples", "lr_decay_samples", "lr_warmup_samples", "lr_wsd_decay_samples"]

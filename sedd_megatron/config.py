@@ -10,14 +10,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from sedd_megatron.options import check_values, option
-from sedd_megatron.training_config import CheckpointOptions, DataOptions, LoggingOptions, TrainingOptions, VerifyOptions
+from sedd_megatron.training_config import (
+    CheckpointOptions,
+    DataOptions,
+    LoggingOptions,
+    ProfilingOptions,
+    TrainingOptions,
+    VerifyOptions,
+)
 
 
 @dataclass(frozen=True)
 class ConfigFile:
     """Configuration file"""
 
-    config: str | None = option(None, "YAML file with any of the options below; flags override it")
+    config: str | None = option(None, "YAML file with any of the options below, or a preset's name; flags override it")
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,10 @@ class ParallelOptions(LayoutOptions):
     use_distributed_optimizer: bool = option(False, "replicas share the optimizer's state and the moving average")
     overlap_grad_reduce: bool = option(False, "reduce gradients while the backward pass runs")
     overlap_param_gather: bool = option(False, "gather updated parameters while the next forward pass runs")
+    grad_reduce_in_bf16: bool = option(False, "with --bf16: gradients are summed in bfloat16, in half the memory")
+    tp_comm_overlap: bool = option(
+        False, "Transformer Engine's products and what tensor-parallel ranks exchange for them run together"
+    )
     ddp_bucket_size: int | None = option(None, "parameters per overlapped reduction; Megatron's choice if not given")
 
     def num_model_chunks(self, num_layers: int) -> int:
@@ -147,6 +158,7 @@ class PretrainOptions:
     data: DataOptions
     checkpoint: CheckpointOptions
     logging: LoggingOptions
+    profiling: ProfilingOptions
     verify: VerifyOptions
 
     def to_dict(self) -> dict[str, Any]:

@@ -17,13 +17,18 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class UserError(Exception):
-    """A mistake a person can mend. The message is one line: the value, the rule, the way out.
+    """A mistake a person can mend. The message is one line: the value, the rule, the way out. Several mistakes of one
+    kind may come together, each with its line.
 
     It may quote whatever a person or a file says, and so is made printable.
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+    def __init__(self, *lines: str) -> None:
+        super().__init__(*map(printable, lines))
+
+    def __str__(self) -> str:
+        # Each line as run_command begins the first.
+        return "\nerror: ".join(self.args)
 
 
 # What a text of several lines keeps of its control characters.

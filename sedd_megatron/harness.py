@@ -5,6 +5,7 @@ import os
 
 from sedd_megatron.errors import UserError, run_command
 from sedd_megatron.parallel.groups import is_first_rank
+from sedd_megatron.wording import how_to_install
 
 
 def main() -> None:
@@ -12,9 +13,7 @@ def main() -> None:
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError as error:
-        raise UserError(
-            "this needs lm-evaluation-harness (package lm_eval); pip install 'sedd_megatron[harness]'"
-        ) from error
+        raise UserError(f"this needs lm-evaluation-harness (package lm_eval); {how_to_install('harness')}") from error
     import sedd_megatron.harness_model  # noqa: F401  registers it
 
     # The harness prints its table on the first rank of every node.

@@ -160,6 +160,25 @@ def check_precision(precision: PrecisionOptions, parallel: ParallelOptions) -> N
         require(not value or parallel.device != "cpu", f"{name} runs on GPUs, and --device is cpu; change one of them")
 
 
+def check_communication(parallel: ParallelOptions, precision: PrecisionOptions) -> None:
+    """Check what the exchanges of gradients and of activations need of each other and of the precision."""
+    require(
+        not parallel.grad_reduce_in_bf16 or precision.bf16,
+        "--grad-reduce-in-bf16 sums gradients of bfloat16 weights; add --bf16, or leave it out",
+    )
+    require(
+        not parallel.tp_comm_overlap or (parallel.sequence_parallel and precision.bf16),
+        "--tp-comm-overlap runs beside bfloat16 products over a shared sequence; add --sequence-parallel and --bf16, "
+        "or leave it out",
+    )
+    for name, holds in (("--device cpu", parallel.device != "cpu"),
+                        ("--transformer-impl local", precision.transformer_impl != "local")):  # fmt: skip
+        require(
+            not parallel.tp_comm_overlap or holds,
+            f"--tp-comm-overlap needs Transformer Engine's layers on GPUs, and not {name}; leave one of them out",
+        )
+
+
 def check_fp8_sizes(options: PretrainOptions) -> None:
     """Refuse sizes that FP8 matrix products cannot take, by name, as each rank sees them."""
     if options.precision.fp8_format is None:

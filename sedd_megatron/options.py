@@ -24,11 +24,14 @@ from typing import Any
 import yaml
 
 from sedd_megatron.errors import UserError, one_line
+from sedd_megatron.preset_files import config_file, presets
 
 # Of Linux: bytes of a path, and of a part of it between slashes.
 LONGEST_PATH, LONGEST_NAME = 4095, 255
 # Ours, of the parts: pathlib makes missing folders by recursion, which Python ends at 1000.
 DEEPEST_PATH = 255
+# Flags or keys that are told one by one.
+MOST_UNKNOWN = 50
 
 
 def option(
@@ -53,20 +56,30 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{_beginning(message, 1000)} (--help lists every flag)")
 
 
-def parse_options(option_classes: Sequence[type], argv: Sequence[str], prog: str, description: str) -> tuple[Any, ...]:
+def parse_options(
+    option_classes: Sequence[type],
+    argv: Sequence[str],
+    prog: str,
+    description: str,
+    foreign: Callable[[str], str | None] = lambda flag: None,
+) -> tuple[Any, ...]:
     """Parse `argv` into one instance of each class, in the order given.
 
-    A `config` field among the classes names a YAML file whose keys are the field names.
+    A `config` field among the classes names a YAML file whose keys are the field names. `foreign` says of a flag what
+    to do in its place where another program has it, and nothing of ours.
 
     Raises:
-        UserError: an unknown flag or YAML key, a value of the wrong type or outside the choices, a missing required
-            flag.
+        UserError: unknown flags or YAML keys, all of them; a value of the wrong type or outside the choices, a missing
+            required flag.
     """
     fields = _fields_by_name(option_classes)
     parser = _build_parser(option_classes, prog, description)
-    namespace, unknown = parser.parse_known_args(list(argv))
-    if unknown:
-        raise UserError(_unknown("flag", unknown[0], [flag_of(name) for name in fields]))
+    flags = [flag_of(name) for name in fields]
+    own, unknown = _without_unknown(argv, fields)
+    if not {"-h", "--help"} & set(own):
+        _require_known(unknown, "flag", flags, foreign)
+    namespace, stray = parser.parse_known_args(own)
+    _require_known(stray, "flag", flags, foreign)
     # Of --flag=-- argparse makes no value at all, in a list.
     empty = [name for name, value in vars(namespace).items() if value == []]
     if empty:
@@ -75,12 +88,28 @@ def parse_options(option_classes: Sequence[type], argv: Sequence[str], prog: str
     values = given
     if given.get("config"):
         replaced = {other for name in given for other in fields[name].metadata["instead_of"]}
-        of_file = load_yaml_options(Path(given["config"]), option_classes)
+        of_file = load_yaml_options(config_file(given["config"]), option_classes, foreign)
         values = {name: value for name, value in of_file.items() if name not in replaced} | given
     required = [name for name in required_options(option_classes) if name not in values]
     if required:
         raise UserError(f"missing {', '.join(flag_of(n) for n in required)}: required; --help explains")
     return instances_of(values, option_classes)
+
+
+def _without_unknown(argv: Sequence[str], fields: dict[str, dataclasses.Field]) -> tuple[list[str], list[str]]:
+    """The words of ours, and the flags that are not, each once; what stands behind such a flag are its values."""
+    flags = {"--help", *map(flag_of, fields), *(flag_of(f"no_{name}") for name, f in fields.items() if f.type is bool)}
+    own, unknown, is_own = [], {}, True
+    for word in argv:
+        name = word.split("=", 1)[0]
+        # As argparse tells a flag from a value.
+        if name in flags or (word.startswith("--") and word != "--" and " " not in word):
+            is_own = name in flags
+            if not is_own:
+                unknown.setdefault(name, word)
+        if is_own:
+            own.append(word)
+    return own, list(unknown.values())
 
 
 def required_options(option_classes: Sequence[type]) -> list[str]:
@@ -95,12 +124,14 @@ def instances_of(values: dict[str, Any], option_classes: Sequence[type]) -> tupl
     )
 
 
-def load_yaml_options(path: Path, option_classes: Sequence[type]) -> dict[str, Any]:
-    """Read a YAML preset (safe loader) and check every key and value against the options."""
+def load_yaml_options(
+    path: Path, option_classes: Sequence[type], foreign: Callable[[str], str | None] = lambda flag: None
+) -> dict[str, Any]:
+    """Read a YAML preset (safe loader) and check every key and value against the options; `foreign` as above."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise UserError(f"--config {path}: no such file; presets are in examples/configs") from error
+        raise UserError(f"--config {path}: no such file; presets are {', '.join(presets())}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: cannot be read as UTF-8 text ({error}); name another file") from error
     try:
@@ -109,18 +140,20 @@ def load_yaml_options(path: Path, option_classes: Sequence[type]) -> dict[str, A
         raise UserError(f"--config {path}: not valid YAML: {one_line(error, 400) or type(error).__name__}") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected 'option: value' lines, found a {type(values).__name__}")
-    return check_values(values, option_classes, where=f"--config {path}")
+    return check_values(values, option_classes, f"--config {path}", foreign)
 
 
-def check_values(values: dict[str, Any], option_classes: Sequence[type], where: str) -> dict[str, Any]:
+def check_values(
+    values: dict[str, Any],
+    option_classes: Sequence[type],
+    where: str,
+    foreign: Callable[[str], str | None] = lambda flag: None,
+) -> dict[str, Any]:
     """Convert plain values (from YAML or JSON) to the options' types; `where` opens the message of an error."""
     fields = _fields_by_name(option_classes)
-    checked = {}
-    for name, value in values.items():
-        if name not in fields:
-            raise UserError(f"{where}: {_unknown('option', name, list(fields))}")
-        checked[name] = _convert(name, value, fields[name], where)
-    return checked
+    unknown = [name for name in values if name not in fields]
+    _require_known(unknown, "option", list(fields), foreign, f"{where}: ")
+    return {name: _convert(name, value, fields[name], where) for name, value in values.items()}
 
 
 def check_rules(options: Any, rules: Sequence[tuple[str, bool, str]], name_of: Callable[[str], str] = flag_of) -> None:
@@ -277,8 +310,21 @@ class _Short(reprlib.Repr):
 _SHORT = _Short()
 
 
-def _unknown(kind: str, given: Any, known: list[str]) -> str:
+def _require_known(
+    unknown: list[Any], kind: str, known: list[str], foreign: Callable[[str], str | None], where: str = ""
+) -> None:
+    lines = [where + _unknown(kind, given, known, foreign) for given in unknown[:MOST_UNKNOWN]]
+    if len(unknown) > MOST_UNKNOWN:
+        lines.append(f"{where}and {len(unknown) - MOST_UNKNOWN} more that are unknown")
+    if lines:
+        raise UserError(*lines)
+
+
+def _unknown(kind: str, given: Any, known: list[str], foreign: Callable[[str], str | None]) -> str:
     name = shown(given)
+    answer = foreign(flag_of(given.split("=", 1)[0].removeprefix("--"))) if isinstance(given, str) else None
+    if answer is not None:
+        return f"{name}: {answer}"
     near = difflib.get_close_matches(name.split("=")[0], known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"unknown {kind} {name}: {hint}--help lists every flag"

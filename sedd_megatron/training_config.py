@@ -1,6 +1,6 @@
 """How a run trains, on which data, and what it keeps and logs: the options that no model has."""
 
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -109,16 +109,30 @@ class WeightedCorpus(NamedTuple):
 class DataOptions:
     """Data"""
 
-    data_path: tuple[str, ...] = option(
-        MISSING,
+    data_path: tuple[str, ...] | None = option(
+        None,
         "prefix of a .bin/.idx pair, as printed by sedd_megatron.prepare_data; or a blend of several, weights and "
-        "prefixes in turn: 0.7 data/a 0.3 data/b",
+        "prefixes in turn: 0.7 data/a 0.3 data/b; --split cuts each",
     )
-    split: str = option("969,30,1", "weights of training, validation and test windows, for each corpus of a blend")
+    train_data_path: tuple[str, ...] | None = option(
+        None, "in place of --data-path: a prefix or a blend that is trained on whole"
+    )
+    valid_data_path: tuple[str, ...] | None = option(None, "with --train-data-path: what is validated on, if anything")
+    test_data_path: tuple[str, ...] | None = option(None, "with --train-data-path: test windows, if any")
+    mock_data: bool = option(
+        False, "made-up windows in place of data, to try a layout or a machine; needs --tokenizer-type NullTokenizer"
+    )
+    split: str = option(
+        "969,30,1", "weights of training, validation and test windows of --data-path, for each corpus of a blend"
+    )
     num_workers: int | None = option(
         None, f"loader processes per rank, {_if_not_given(NUM_WORKERS)}; with 0 training makes its batches itself"
     )
-    tokenizer_type: str | None = option(None, "only for data that has no tokenizer beside it: as for prepare_data")
+    tokenizer_type: str | None = option(
+        None,
+        "only for data that has no tokenizer beside it: as for prepare_data, or NullTokenizer for bare token ids",
+    )
+    vocab_size: int | None = option(None, "number of token ids (NullTokenizer)")
     tokenizer_model: str | None = option(None, "its model file or folder")
     vocab_file: str | None = option(None, "its vocabulary (GPT2BPETokenizer)")
     merge_file: str | None = option(None, "its merges (GPT2BPETokenizer)")
@@ -177,6 +191,25 @@ class LoggingOptions:
     log_interval: int = option(100, "steps between progress lines")
     log_dir: str | None = option(None, "folder for metrics.jsonl; the save folder if not given")
     tensorboard_dir: str | None = option(None, "folder for TensorBoard; needs the extra 'log'")
+
+
+@dataclass(frozen=True)
+class ProfilingOptions:
+    """Profiling"""
+
+    timing_log_level: int = option(
+        0,
+        "1: time passes, reductions and the optimizer, which makes the ranks wait for each other; 2: each micro-batch "
+        "too",
+    )
+    log_throughput: bool = option(False, "write the operations per second and device to metrics.jsonl as well")
+    profile: bool = option(False, "write what host and device do, by torch's profiler, into the log folder")
+    profile_step_start: int = option(10, "steps of the run before those that are profiled")
+    profile_step_end: int = option(12, "the last step that is profiled")
+    profile_ranks: tuple[int, ...] = option((0,), "ranks that are profiled, each into a file of its own")
+    manual_gc: bool = option(False, "collect Python's garbage at steps that all ranks have in common, and at no other")
+    manual_gc_interval: int = option(0, "with --manual-gc: steps between collections; 0 for none")
+    manual_gc_eval: bool = option(True, "with --manual-gc: collect before and after a validation")
 
 
 @dataclass(frozen=True)

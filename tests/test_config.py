@@ -288,6 +288,6 @@ def test_transformer_engine_is_refused_where_it_cannot_run(precision, flag):
     cpu_backend.install()
     from sedd_megatron.model.layer_spec import check_transformer_engine
 
-    with pytest.raises(UserError, match=f"{flag} needs a GPU and Transformer Engine, and there is no GPU; install"):
+    with pytest.raises(UserError, match=f"{flag} needs a GPU and Transformer Engine, and there is no GPU; on a GPU"):
         check_transformer_engine(precision, torch.device("cpu"))
     check_transformer_engine(PrecisionOptions(), torch.device("cpu"))

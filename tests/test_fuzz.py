@@ -21,13 +21,14 @@ cpu_backend.install()
 from lm_eval.utils import simple_parse_args_string  # noqa: E402
 
 from sedd_megatron import convert, evaluate, generate, harness_model, prepare_data, sample_quality  # noqa: E402
-from sedd_megatron.arguments import parse_pretrain_options, weighted_corpora  # noqa: E402
-from sedd_megatron.config import GROUPS, ConfigFile, LayoutOptions  # noqa: E402
+from sedd_megatron.arguments import corpora_by_flag, parse_pretrain_options, weighted_corpora  # noqa: E402
+from sedd_megatron.config import GROUPS, ConfigFile, LayoutOptions, ParallelOptions  # noqa: E402
+from sedd_megatron.data.splits import open_parts  # noqa: E402
 from sedd_megatron.data.tokenizers import ByteTokenizer, CharTokenizer  # noqa: E402
-from sedd_megatron.data.windows import open_windows  # noqa: E402
 from sedd_megatron.generation.requests import TextRequest, read_requests  # noqa: E402
 from sedd_megatron.generation.settings import SamplingOptions  # noqa: E402
 from sedd_megatron.options import flag_of, load_yaml_options, parse_options  # noqa: E402
+from sedd_megatron.training_config import DataOptions, ProfilingOptions  # noqa: E402
 from tests.training.test_convert import published_folder  # noqa: E402
 
 # What stands in the folder that the commands are started in.
@@ -78,13 +79,14 @@ def typed(option_classes: Sequence[type]) -> st.SearchStrategy[list[str]]:
 
 
 def ends_well(call: Callable[[], object]) -> None:
-    """With nothing, or with a UserError of one line that a terminal only shows."""
-    line = None
+    """With nothing, or with a UserError of one line that a terminal only shows; several for what is unknown."""
+    lines = []
     try:
         call()
     except UserError as error:
-        line = str(error)
-    if line is not None:
+        lines = str(error).split("\nerror: ")
+    assert len(lines) <= 51
+    for line in lines:
         assert 10 < len(line) < 12_000
         assert not [character for character in line if unicodedata.category(character) in ("Cc", "Cs")], line
 
@@ -105,9 +107,9 @@ def folder(tmp_path_factory):
 
 def pretrain_check(argv: Sequence[str]) -> None:
     options = parse_pretrain_options(argv)
-    if weighted_corpora(options.data)[0].prefix == CORPUS:
-        open_windows(weighted_corpora(options.data), seq_length=options.model.seq_length, split=options.data.split,
-                     num_tokens=256, seed=options.training.seed)  # fmt: skip
+    if {corpus.prefix for corpus in weighted_corpora(options.data)} == {CORPUS}:
+        open_parts(corpora_by_flag(options.data), seq_length=options.model.seq_length, split=options.data.split,
+                   num_tokens=256, seed=options.training.seed)  # fmt: skip
 
 
 def prepare_check(argv: Sequence[str]) -> None:
@@ -126,6 +128,8 @@ OF_TEXTS = (TextRequest, SamplingOptions)
 COMMANDS = {
     "pretrain": (pretrain_check, (ConfigFile, *GROUPS),
                  ["--data-path", CORPUS, "--seq-length", "16", "--global-batch-size", "8", "--split", "1,1,1"], 800),
+    "pretrain by part": (pretrain_check, (ConfigFile, DataOptions, ProfilingOptions, ParallelOptions),
+                         ["--train-data-path", CORPUS, "--seq-length", "16", "--global-batch-size", "8"], 300),
     "generate": (generate.check, (generate.GenerateOptions, *OF_TEXTS, LayoutOptions), ["--load", MODEL], 600),
     "evaluate": (evaluate.check, (evaluate.EvaluateOptions, LayoutOptions), ["--load", MODEL], 500),
     "prepare_data": (prepare_check, (prepare_data.PrepareOptions,),
@@ -150,6 +154,23 @@ def test_any_flags_end_well(command):
     @given(typed(option_classes))
     def of_flags(words):
         ends_well(lambda: check([*base, *words]))
+
+    of_flags()
+
+
+def test_any_flags_of_megatron_end_well(folder):
+    """With whatever values, among ours; and as keys of a YAML file."""
+    names = (Path(__file__).parent / "fixtures" / "megatron_flags.txt").read_text(encoding="utf-8").split()
+    values = st.sampled_from(NUMBERS + REALS + NAMES) | st.text(max_size=9)
+    foreign = st.tuples(st.sampled_from(names), st.lists(values, max_size=3)).map(lambda pair: [pair[0], *pair[1]])
+    words = st.lists(foreign, max_size=8).map(lambda lists: [word for words in lists for word in words])
+
+    @cases(300)
+    @given(words, typed((ConfigFile, *GROUPS)))
+    def of_flags(theirs, ours):
+        ends_well(lambda: pretrain_check(["--data-path", CORPUS, *theirs, *ours]))
+        keys = {word.strip("-").replace("-", "_"): 1 for word in theirs}
+        read_yaml(folder, yaml.safe_dump(keys, allow_unicode=True).encode("utf-8", "surrogatepass"))
 
     of_flags()
 

@@ -77,8 +77,8 @@ def common_tokenizer(prefixes: Sequence[str]) -> Tokenizer:
         difference = _first_difference(folders[0], folder)
         if difference is not None:
             raise UserError(
-                f"--data-path {prefix}: its tokenizer is not that of {prefixes[0]}: {difference}; prepare it again "
-                f"with --tokenizer-model {folders[0]}"
+                f"{prefix}: its tokenizer is not that of {prefixes[0]}: {difference}; prepare it again with "
+                f"--tokenizer-model {folders[0]}"
             )
     return tokenizer
 

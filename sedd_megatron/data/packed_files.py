@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import IO, Any
 
 from sedd_megatron.errors import UserError
+from sedd_megatron.wording import how_to_install
 
 PACKED_SUFFIXES = (".gz", ".bz2", ".zst")
 LONGEST_SIGN = 10  # bytes at the beginning of a file that tell its packing
@@ -97,6 +98,6 @@ def _zstd(where: str) -> Any:
             from backports import zstd
     except ImportError as error:
         raise UserError(
-            f"{where}: is packed by zstd, which needs the package backports.zstd: pip install 'sedd_megatron[data]'"
+            f"{where}: is packed by zstd, which needs the package backports.zstd: {how_to_install('data')}"
         ) from error
     return zstd

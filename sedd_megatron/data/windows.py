@@ -108,7 +108,13 @@ class Windows(NamedTuple):
 
 
 def open_windows(
-    corpora: Sequence[WeightedCorpus], *, seq_length: int, split: str, num_tokens: int | None, seed: int
+    corpora: Sequence[WeightedCorpus],
+    *,
+    seq_length: int,
+    split: str,
+    num_tokens: int | None,
+    seed: int,
+    flag: str = "--data-path",
 ) -> Windows:
     """Open PREFIX.bin/.idx of each corpus, check every token, and split its windows.
 
@@ -119,11 +125,12 @@ def open_windows(
         split: three weights like 969,30,1.
         num_tokens: of the tokenizer; reads the files once, at about a gigabyte per second. None leaves the tokens to
             check_tokens, for ranks to share.
+        flag: what names the corpora.
 
     Raises:
         UserError: missing or damaged files, tokens outside the vocabulary, fewer tokens than a window, a bad split.
     """
-    opened = [_open_corpus(prefix, seq_length, split, seed, number) for number, (_, prefix) in enumerate(corpora)]
+    opened = [_open_corpus(prefix, seq_length, split, seed, number, flag) for number, (_, prefix) in enumerate(corpora)]
     parts = []
     for datasets in zip(*opened, strict=True):
         there = [i for i, dataset in enumerate(datasets) if len(dataset) > 0]
@@ -138,12 +145,12 @@ def open_windows(
     return windows
 
 
-def _open_corpus(prefix: str, seq_length: int, split: str, seed: int, number: int) -> Windows:
-    tokens = open_tokens(prefix)
+def _open_corpus(prefix: str, seq_length: int, split: str, seed: int, number: int, flag: str) -> Windows:
+    tokens = open_tokens(prefix, flag)
     num_windows = len(tokens) // seq_length
     if num_windows == 0:
         raise UserError(
-            f"--data-path {prefix}: has {counted(len(tokens), 'token')}, fewer than one window of --seq-length "
+            f"{flag} {prefix}: has {counted(len(tokens), 'token')}, fewer than one window of --seq-length "
             f"{seq_length}; prepare more text or lower it"
         )
     parts = []

@@ -27,6 +27,7 @@ from sedd_megatron.data.hub_datasets import datasets_library
 from sedd_megatron.errors import UserError, one_line
 from sedd_megatron.evaluation import detokenizers
 from sedd_megatron.evaluation.detokenizers import Detokenizer
+from sedd_megatron.wording import how_to_install
 
 SUFFIXES = (".parquet", ".jsonl", ".txt")
 # Where the hub keeps its own Parquet copy of a data set whose repository has only a script.
@@ -167,8 +168,8 @@ def _parquet_rows(path: Path, corpus: Corpus) -> Iterator[str]:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise UserError(
-            f"{path}: reading Parquet needs the package pyarrow; pip install 'sedd_megatron[data]', or give the corpus "
-            "as .jsonl or .txt"
+            f"{path}: reading Parquet needs the package pyarrow; {how_to_install('data')}, or give the corpus as "
+            ".jsonl or .txt"
         ) from error
     try:
         file = parquet.ParquetFile(path)

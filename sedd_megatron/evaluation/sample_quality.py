@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sedd_megatron.errors import UserError, one_line
 from sedd_megatron.evaluation.intervals import Interval
+from sedd_megatron.wording import how_to_install
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -190,7 +191,7 @@ def load_judge(name: str, device: str = "auto", batch_size: int = 8) -> Judge:
         import transformers
     except ImportError as error:
         raise UserError(
-            f"--judge {name}: needs the package transformers; pip install 'sedd_megatron[quality]', or leave it out"
+            f"--judge {name}: needs the package transformers; {how_to_install('quality')}, or leave it out"
         ) from error
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -255,7 +256,7 @@ def mauve_function() -> Callable[..., Any]:
         from mauve import compute_mauve
     except ImportError as error:
         raise UserError(
-            "--reference: MAUVE needs the package mauve-text; pip install 'sedd_megatron[quality]', or leave it out"
+            f"--reference: MAUVE needs the package mauve-text; {how_to_install('quality')}, or leave it out"
         ) from error
     return compute_mauve
 

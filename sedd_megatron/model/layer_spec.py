@@ -11,6 +11,7 @@ from sedd_megatron.config import PrecisionOptions
 from sedd_megatron.errors import UserError
 from sedd_megatron.model.conditioning import NormScale
 from sedd_megatron.model.dit_layer import BidirectionalAttention, DiTLayer, DiTSelfAttention
+from sedd_megatron.wording import how_to_install
 
 # The first GPUs whose matrix units take each recipe's FP8: Ada and Hopper; block scaling from Hopper on.
 FP8_COMPUTE_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0)}
@@ -89,8 +90,8 @@ def check_transformer_engine(precision: PrecisionOptions, device: torch.device) 
     if not transformer_engine_runs_on(device):
         missing = "GPU" if device.type != "cuda" else "Transformer Engine"
         raise UserError(
-            f"{flag} needs a GPU and Transformer Engine, and there is no {missing}; install the extra 'gpu' on a GPU "
-            "machine, or leave the flag out"
+            f"{flag} needs a GPU and Transformer Engine, and there is no {missing}; on a GPU machine "
+            f"{how_to_install('gpu')} --no-build-isolation, or leave the flag out"
         )
     needed = FP8_COMPUTE_CAPABILITY[precision.recipe] if precision.fp8_format else (0, 0)
     found = torch.cuda.get_device_capability(device)

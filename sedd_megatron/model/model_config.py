@@ -58,6 +58,8 @@ def transformer_config(
         fp8_amax_history_len=precision.fp8_amax_history_len,
         fp8_amax_compute_algo=precision.fp8_amax_compute_algo,
         fp8_param=precision.fp8_param_gather,
+        # Its buffers have training's sizes.
+        tp_comm_overlap=parallel.tp_comm_overlap and for_training,
         **_layout_fields(model, parallel, device),
     )
     # Not a field: Megatron asks for it by getattr before it sums the sigma embedding's gradients over the pipeline

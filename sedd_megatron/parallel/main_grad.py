@@ -22,10 +22,13 @@ def install_gradient_accumulation() -> None:
     if layers._grad_accum_fusion_available:
         return
 
-    def wgrad_gemm_accum_fp32(inputs: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
+    def wgrad_gemm_accum(inputs: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
         add_product(main_grad, grad_output.t(), inputs)
 
-    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=wgrad_gemm_accum_fp32)
+    # By main_grad's precision Megatron calls the one or the other (--grad-reduce-in-bf16).
+    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(
+        wgrad_gemm_accum_fp32=wgrad_gemm_accum, wgrad_gemm_accum_fp16=wgrad_gemm_accum
+    )
     layers._grad_accum_fusion_available = True
 
 
@@ -59,8 +62,12 @@ class _EmbeddingIntoMainGrad(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output):
         (index,) = ctx.saved_tensors
-        rows = grad_output.flatten(0, -2).to(ctx.weight.main_grad.dtype)
-        ctx.weight.main_grad.index_add_(0, index.flatten(), rows)
+        rows, total = grad_output.flatten(0, -2).float(), ctx.weight.main_grad
+        # Thousands of rows of one token, as of the mask, added one by one in bf16 would come to a stop.
+        summed = total if total.dtype == torch.float32 else torch.zeros(total.shape)
+        summed.index_add_(0, index.flatten(), rows)
+        if summed is not total:
+            total += summed
         mark_added_to_main_grad(ctx.weight)
         return None, None
 

@@ -145,7 +145,7 @@ def _wrap_for_data_parallel(
 ) -> list[DistributedDataParallel]:
     parallel = options.parallel
     config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=not parallel.grad_reduce_in_bf16,
         check_for_nan_in_grad=False,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,

@@ -9,16 +9,22 @@ from sedd_megatron.parallel.groups import is_first_rank
 from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.metrics import MetricsWriter
 from sedd_megatron.training.metrics_file import MetricsFile
+from sedd_megatron.training.profiling import StepProbe
 from sedd_megatron.training.step import largest_of_any_rank, read_numbers, require_finite
 from sedd_megatron.training.stop_requests import StopRequests
 from sedd_megatron.training.validation import validate
 
 
-def validate_if_due(run: TrainingRun, windows: Windows, metrics: MetricsWriter | None, requests: StopRequests) -> int:
+def validate_if_due(
+    run: TrainingRun, windows: Windows, metrics: MetricsWriter | None, requests: StopRequests, probe: StepProbe
+) -> int:
     """Validate, unless that is not due; returns the signal that broke it off, or 0."""
     interval = run.options.logging.eval_interval
     is_due = interval > 0 and run.iteration % interval == 0
-    return _evaluate(run, "validation", windows.valid, metrics, requests) if is_due else 0
+    if not is_due:
+        return 0
+    with probe.around_validation():
+        return _evaluate(run, "validation", windows.valid, metrics, requests)
 
 
 def compute_test_loss(run: TrainingRun, windows: Windows, metrics: MetricsWriter | None, requests: StopRequests) -> int:

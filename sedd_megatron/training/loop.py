@@ -20,6 +20,7 @@ from sedd_megatron.training.held_out import compute_test_loss, evaluate_alone, v
 from sedd_megatron.training.iterators import training_iterators
 from sedd_megatron.training.metrics import MetricsWriter
 from sedd_megatron.training.metrics_file import MetricsFile, writer_name
+from sedd_megatron.training.profiling import StepProbe, profiling
 from sedd_megatron.training.run_folder import FoundCheckpoint
 from sedd_megatron.training.run_lock import RunLock
 from sedd_megatron.training.saving import RunSaver, open_saver
@@ -64,7 +65,8 @@ def train(
         metrics = _open_metrics(run)
         requests.start_waiting()
         try:
-            _train_and_save(run, windows, saver, metrics, requests)
+            with profiling(run, _log_folder(options)) as probe:
+                _train_and_save(run, windows, saver, metrics, requests, probe)
         except UserError:
             # On every rank alike.
             if saver is not None:
@@ -83,18 +85,21 @@ def _train_and_save(
     saver: RunSaver | None,
     metrics: MetricsWriter | None,
     requests: StopRequests,
+    probe: StepProbe,
 ) -> None:
     options, first_iteration, (end, last_sample) = run.options, run.iteration, run.end
     request, digests = 0, None
     if on_first_rank(lambda: metrics is not None and metrics.lacks_validation(run.iteration)):
-        request = validate_if_due(run, windows, metrics, requests)
-    batches = training_iterators(run, windows.train)
+        request = validate_if_due(run, windows, metrics, requests, probe)
+    batches = probe.timed(training_iterators(run, windows.train))
     if is_first_rank():
         digests = check_in_background([prefix for _, prefix in weighted_corpora(options.data)])
     while run.iteration < end and not request:
         fault, first_sample = None if digests is None else digests.fault(), run.consumed_samples
         flags = [requests.requested, saver is not None and saver.is_writing, fault is not None]
+        probe.before_step()
         step, (request, writing, is_damaged) = train_step(run, batches, flags)
+        step |= probe.after_step(step)
         if is_damaged:
             raise _damaged_data(fault or "the data is not what was written")
         if metrics is not None:
@@ -103,7 +108,7 @@ def _train_and_save(
         if saver is not None and not writing:
             saver.finish()
         # Who asked the run to end may not wait for more than a checkpoint; what is left out is done on resuming.
-        request = request or validate_if_due(run, windows, metrics, requests)
+        request = request or validate_if_due(run, windows, metrics, requests, probe)
         is_last = request or run.iteration == end
         if saver is not None and not is_last and run.iteration % options.checkpoint.save_interval == 0:
             saver.save(run)
@@ -138,14 +143,19 @@ def _open_metrics(run: TrainingRun) -> MetricsWriter | None:
     if run.groups.device.type == "cuda":
         tflop_per_token = trained_flops_per_token(run) / 1e12 / torch.distributed.get_world_size()
         peak = peak_tflops(torch.cuda.get_device_name(run.groups.device), options.precision.fp8_format is not None)
-    save, log_dir = options.checkpoint.save, options.logging.log_dir or options.checkpoint.save
+    save, log_dir = options.checkpoint.save, _log_folder(options)
     file = None
-    if log_dir:
+    if log_dir is not None:
         # A save folder belongs to one run. A log folder may be shared, and what others wrote there is not cut.
-        path = Path(log_dir) / "metrics.jsonl"
+        path = log_dir / "metrics.jsonl"
         if save is None:
             file = MetricsFile(path, None, "a run that does not save")
         else:
             root = Path(save).resolve()
             file = MetricsFile(path, run.iteration, None if path.resolve().parent == root else writer_name(root))
     return MetricsWriter(options.logging, file, run.end.iteration, run.iteration, tflop_per_token, peak)
+
+
+def _log_folder(options: PretrainOptions) -> Path | None:
+    folder = options.logging.log_dir or options.checkpoint.save
+    return None if folder is None else Path(folder)

@@ -9,6 +9,7 @@ from typing import Any
 from sedd_megatron.errors import UserError, say
 from sedd_megatron.training.metrics_file import MetricsFile
 from sedd_megatron.training_config import LoggingOptions
+from sedd_megatron.wording import how_to_install
 
 
 def open_tensorboard(directory: str | None, iteration: int = 0) -> Any:
@@ -39,7 +40,7 @@ def check_tensorboard(directory: str) -> None:
     try:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
-        raise UserError(f"--tensorboard-dir {directory} needs TensorBoard; pip install 'sedd_megatron[log]'") from error
+        raise UserError(f"--tensorboard-dir {directory} needs TensorBoard; {how_to_install('log')}") from error
 
 
 def _give_up_tensorboard(error: OSError) -> None:

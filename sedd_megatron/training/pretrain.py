@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from sedd_megatron.arguments import weighted_corpora
+from sedd_megatron.arguments import corpora_by_flag, weighted_corpora
 from sedd_megatron.config import PretrainOptions
 from sedd_megatron.data.blend import common_tokenizer
 from sedd_megatron.data.corpus import find_corpus
+from sedd_megatron.data.mock import mock_windows
+from sedd_megatron.data.null_tokenizer import NullTokenizer
 from sedd_megatron.data.preparation import Preparation, preparation_of
+from sedd_megatron.data.splits import check_tokens_of_parts, open_parts
 from sedd_megatron.data.tokenizer_folder import DESCRIPTION
 from sedd_megatron.data.tokenizers import Tokenizer, build_tokenizer
-from sedd_megatron.data.windows import Windows, check_tokens, open_windows
+from sedd_megatron.data.windows import Windows
 from sedd_megatron.errors import UserError, one_line, say
 from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.parallel.groups import (
@@ -26,7 +29,9 @@ from sedd_megatron.parallel.groups import (
     raise_on_every_rank,
     ranks_share_a_machine,
     started_ranks,
+    tell,
 )
+from sedd_megatron.parallel.user_buffers import check_user_buffers, user_buffers
 
 if TYPE_CHECKING:
     from sedd_megatron.training.run_folder import FoundCheckpoint
@@ -78,20 +83,26 @@ def _open_inputs(options: PretrainOptions, device: torch.device) -> Inputs:
     from sedd_megatron.model.layer_spec import check_transformer_engine
 
     check_transformer_engine(options.precision, device)
-    tokenizer, corpora = data_tokenizer(options), weighted_corpora(options.data)
+    check_user_buffers(options.parallel, device)
+    tokenizer, seq_length, seed = data_tokenizer(options), options.model.seq_length, options.training.seed
     is_verified = options.verify.verify_layout
     # A verification begins on each rank alone; in training all ranks share the reading.
     is_read_here = is_verified or started_ranks() == 1
-    windows = open_windows(
-        corpora,
-        seq_length=options.model.seq_length,
-        split=options.data.split,
-        num_tokens=tokenizer.num_tokens if is_read_here else None,
-        seed=options.training.seed,
-    )
+    if options.data.mock_data:
+        tell(["--mock-data: every window is made up, and what is learned from them is good for nothing else"])
+        windows, preparation = mock_windows(tokenizer.num_tokens, seq_length, seed), Preparation()
+    else:
+        windows = open_parts(
+            corpora_by_flag(options.data),
+            seq_length=seq_length,
+            split=options.data.split,
+            num_tokens=tokenizer.num_tokens if is_read_here else None,
+            seed=seed,
+        )
+        preparation = preparation_of([prefix for _, prefix in weighted_corpora(options.data)])
     if not is_verified:
         _check_outputs(options)
-    return Inputs(tokenizer, windows, preparation_of([prefix for _, prefix in corpora]))
+    return Inputs(tokenizer, windows, preparation)
 
 
 def _train(options: PretrainOptions, inputs: Inputs, groups: ParallelGroups) -> None:
@@ -101,14 +112,15 @@ def _train(options: PretrainOptions, inputs: Inputs, groups: ParallelGroups) -> 
     tokenizer, windows, preparation = inputs
     if started_ranks() > 1:
         with errors_of_all_ranks():
-            check_tokens(windows, tokenizer.num_tokens, torch.distributed.get_rank(), started_ranks())
+            check_tokens_of_parts(windows, tokenizer.num_tokens, torch.distributed.get_rank(), started_ranks())
     is_saved = options.checkpoint.save is not None and not options.training.skip_train
     lock = RunLock(Path(options.checkpoint.save)) if is_saved and is_first_rank() else None
     try:
         # One rank looks for all: what lies on the disk may change from one look to the next.
         choose = choose_evaluated if options.training.skip_train else choose_start
         found = on_first_rank(lambda: choose(options, tokenizer, lock))
-        train(options, windows, tokenizer, found, groups, preparation, lock)
+        with user_buffers(options, groups):
+            train(options, windows, tokenizer, found, groups, preparation, lock)
     finally:
         if lock is not None:
             lock.release()
@@ -121,8 +133,9 @@ def data_tokenizer(options: PretrainOptions) -> Tokenizer:
         UserError: there is none, or both; the flags would give the data's tokens another meaning.
     """
     data, prefixes = options.data, [prefix for _, prefix in weighted_corpora(options.data)]
-    for prefix in prefixes:
-        find_corpus(prefix)
+    for flag, corpora in corpora_by_flag(data).items():
+        for _, prefix in corpora:
+            find_corpus(prefix, flag)
     if data.tokenizer_type is None:
         return common_tokenizer(prefixes)
     for prefix in prefixes:
@@ -131,6 +144,8 @@ def data_tokenizer(options: PretrainOptions) -> Tokenizer:
                 f"--tokenizer-type {data.tokenizer_type}: {prefix} has its own tokenizer beside it, which counts; "
                 "leave the flag out"
             )
+    if data.vocab_size is not None:
+        return NullTokenizer(data.vocab_size)
     return build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file)
 
 

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sedd_megatron.arguments import weighted_corpora
+from sedd_megatron.arguments import PARTS, corpora_by_flag
 from sedd_megatron.config import GROUPS, ModelOptions, PretrainOptions
 from sedd_megatron.data.digests import DIGESTED, file_record, written_digests
 from sedd_megatron.data.null_tokenizer import NullTokenizer
@@ -34,21 +34,23 @@ REPORTED = (
     "lr_wsd_decay_style lr_wsd_decay_iters lr_wsd_decay_samples lr_warmup_iters lr_warmup_samples lr_warmup_fraction "
     "lr_warmup_init clip_grad adam_beta1 adam_beta2 adam_eps weight_decay ema_decay ema_interval"
 ).split()
+# In place of a corpus: made-up data is the same wherever its seed is.
+MOCK = {"share": "1", "sample": "mock data", "digests": None}
 # Of a file of data without digests, this many blocks of this many bytes, evenly spaced, stand for all of it.
 BLOCKS, BLOCK_BYTES = 64, 1 << 16
 
 
 def describe_run(options: PretrainOptions, num_tokens: int) -> dict[str, Any]:
     """What of a run is kept in its checkpoints to know it again, but for the tokenizer: options, size of the
-    vocabulary, and of each corpus its share, the digests beside it if there are any, and one of its sizes and a sample
-    of its bytes.
+    vocabulary, and of each corpus its share, the digests beside it if there are any, one of its sizes and a sample of
+    its bytes, and which part of the data it is where --split does not decide that.
     """
-    corpora = weighted_corpora(options.data)
-    total = sum(weight for weight, _ in corpora)
-    data = [
-        {"share": str(weight / total), "sample": _sample_digest(prefix), "digests": _token_digests(prefix)}
-        for weight, prefix in corpora
-    ]
+    data = [] if not options.data.mock_data else [MOCK]
+    for flag, corpora in corpora_by_flag(options.data).items():
+        total = sum(weight for weight, _ in corpora)
+        for weight, prefix in corpora:
+            found = {"share": str(weight / total), "sample": _sample_digest(prefix), "digests": _token_digests(prefix)}
+            data.append(found if flag == flag_of("data_path") else found | {"part": flag})
     return {"options": options.to_dict(), "num_tokens": num_tokens, "data": data}
 
 
@@ -119,8 +121,8 @@ def first_difference(
         if name == "data_path":
             if _is_same_data(theirs[name], ours[name]):
                 continue
-            words = f"was trained on other data than {flag_of(name)} {' '.join(own['options'][name])}"
-            if _listed(saved["options"][name]) == _listed(own["options"][name]):
+            words = f"was trained on other data than {_data_flags(own)}"
+            if _data_flags(saved) == _data_flags(own) and not own["options"]["mock_data"]:
                 words += ", whose content has changed since"
         else:
             words = f"was trained with {flag_of(name)} {theirs[name]}, this run has {ours[name]}"
@@ -137,9 +139,9 @@ def changes(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:
     for name in own["options"]["allow_changed"]:
         if name in ours and theirs[name] != ours[name] and name != "data_path":
             found.append(f"{flag_of(name)} {theirs[name]} -> {ours[name]}")
-    before, now = (" ".join(_listed(state["options"]["data_path"])) for state in (saved, own))
+    before, now = _data_flags(saved), _data_flags(own)
     if before != now:
-        found.append(f"{flag_of('data_path')} {before} -> {now}")
+        found.append(f"{before} -> {now.removeprefix(flag_of('data_path') + ' ')}")
     return found
 
 
@@ -151,6 +153,14 @@ def has_no_run(state: dict[str, Any]) -> bool:
 def _listed(value: Any) -> list[str]:
     # A string in the checkpoints of before 0.4, which knew no blends.
     return [value] if isinstance(value, str) else list(value)
+
+
+def _data_flags(state: dict[str, Any]) -> str:
+    """The flags that name a run's data, with their values; an older checkpoint knows --data-path alone."""
+    options = state["options"]
+    named = [name for name in ("data_path", *PARTS) if options.get(name)]
+    flags = [f"{flag_of(name)} {' '.join(_listed(options[name]))}" for name in named]
+    return " ".join(flags) or flag_of("mock_data")
 
 
 def _comparable(state: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +179,7 @@ def _comparable(state: dict[str, Any]) -> dict[str, Any]:
 def _is_same_data(theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> bool:
     """Digests count where both have them: a copy may have been made without them."""
     return len(theirs) == len(ours) and all(
-        (one["share"], one["sample"]) == (other["share"], other["sample"])
+        (one["share"], one["sample"], one.get("part")) == (other["share"], other["sample"], other.get("part"))
         and (None in (one["digests"], other["digests"]) or one["digests"] == other["digests"])
         for one, other in zip(theirs, ours, strict=True)
     )

@@ -47,7 +47,7 @@ def cost_line(run: TrainingRun) -> str:
     )
     memory = {
         "weights": sum(p.numel() * (1 if is_float8tensor(p) else p.element_size()) for p in parameters),
-        "gradients": 4 * sum(p.numel() for p in parameters),
+        "gradients": (2 if options.parallel.grad_reduce_in_bf16 else 4) * sum(p.numel() for p in parameters),
         # Adam's moments, and in bfloat16 the master weights.
         "optimizer": updated * (12 if options.precision.bf16 else 8),
         "moving average": 4 * updated,

@@ -12,6 +12,7 @@ from sedd_megatron.config import ParallelOptions, PretrainOptions
 from sedd_megatron.data.tokenizers import Tokenizer
 from sedd_megatron.data.windows import Windows
 from sedd_megatron.parallel.groups import ParallelGroups, parallel_groups, raise_on_every_rank
+from sedd_megatron.parallel.user_buffers import user_buffers
 from sedd_megatron.training.build import TrainingRun, build_run
 from sedd_megatron.training.checkpoint_format import Shard, host_copy
 from sedd_megatron.training.iterators import training_iterators
@@ -50,7 +51,8 @@ def verify_layout(options: PretrainOptions, windows: Windows, tokenizer: Tokeniz
         run, expected_steps = _train(alone, windows, tokenizer, groups)
         expected_weights = _whole_weights(run)
         del run
-    with parallel_groups(options.parallel, options.parallel.num_model_chunks(options.model.num_layers)) as groups:
+    num_chunks = options.parallel.num_model_chunks(options.model.num_layers)
+    with parallel_groups(options.parallel, num_chunks) as groups, user_buffers(options, groups):
         # A rank that could not begin has come here at once, with its reason.
         raise_on_every_rank(None)
         run, steps = _train(options, windows, tokenizer, groups)
