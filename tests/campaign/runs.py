@@ -135,7 +135,8 @@ def metrics(log_dir: Path) -> dict[tuple[str, int], dict[str, Any]]:
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for line in (log_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line, parse_constant=_no_json)
-        key = ("validation" if "validation_loss" in record else "training", record["iteration"])
+        kinds = [kind for kind in ("validation", "test") if f"{kind}_loss" in record] or ["training"]
+        key = (kinds[0], record["iteration"])
         if key in found:
             raise ValueError(f"metrics.jsonl has {key} twice")
         found[key] = {name: value for name, value in record.items() if name not in CLOCKS}

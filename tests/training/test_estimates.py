@@ -132,3 +132,14 @@ def test_progress_line_gives_the_speed_of_a_device_and_its_share_of_the_peak(cap
         {"iteration": 1, "loss": 1.0, "learning_rate": 0.1, "grad_norm": 1.0}, num_tokens=1000, tokens_left=9000
     )
     assert "TFLOP" not in capsys.readouterr().out
+
+
+def test_the_time_left_is_that_of_the_tokens_left(capsys):
+    from sedd_megatron.training.metrics import MetricsWriter
+    from sedd_megatron.training_config import LoggingOptions
+
+    writer = MetricsWriter(LoggingOptions(log_interval=1), None, 3)
+    # In ten minutes 1000 tokens; the two steps that are left have 9000.
+    writer.window_start -= 600
+    writer.train_step({"iteration": 1, "loss": 1.0, "learning_rate": 0.1, "grad_norm": 1.0}, 1000, tokens_left=9000)
+    assert re.search(r"iteration 1/3 .* 1:30:0\d left", capsys.readouterr().out)
