@@ -24,9 +24,7 @@ from sedd_megatron.training_config import (
 class ConfigFile:
     """Configuration file"""
 
-    config: str | None = option(
-        None, "YAML file with any of the options below, or a preset's name; flags override it"
-    )
+    config: str | None = option(None, "YAML file with any of the options below, or a preset's name; flags override it")
 
 
 @dataclass(frozen=True)
