@@ -16,6 +16,7 @@ from sedd_megatron.layout_rules import (
     check_model_layout,
     check_precision,
     check_recompute,
+    check_vocabulary_fits,
     check_weights_fit,
     data_parallel_size_of,
 )
@@ -64,6 +65,7 @@ def check_options(options: PretrainOptions, world_size: int) -> None:
     _check_ranges(options)
     check_model_layout(options.model, options.parallel)
     check_weights_fit(options.model, options.parallel)
+    check_vocabulary_fits(options)
     check_diffusion(options.diffusion)
     check_recompute(options.recompute, options.precision)
     check_precision(options.precision, options.parallel)

@@ -214,6 +214,18 @@ def check_layout(layout: LayoutOptions, name_of: Callable[[str], str] = flag_of)
     )
 
 
+def check_vocabulary_fits(options: PretrainOptions) -> None:
+    """The same of --vocab-size, which no tokenizer bounds: embedding and head, in float32."""
+    num_tokens, width = options.data.vocab_size or 0, options.model.hidden_size
+    needed = 2 * 4 * num_tokens * width // options.parallel.tensor_model_parallel_size
+    there = psutil.virtual_memory().total
+    require(
+        needed <= there,
+        f"--vocab-size {num_tokens} of --hidden-size {width} is {needed / 2**30:,.0f} GiB of embedding and head on "
+        f"each rank, and this machine has {there / 2**30:,.0f}; lower it",
+    )
+
+
 def check_weights_fit(model: ModelOptions, parallel: ParallelOptions) -> None:
     """Refuse a model whose layers alone, in float32, are more than this machine's memory, before any of it is taken."""
     width, inner = model.hidden_size, model.mlp_hidden_size

@@ -4,6 +4,7 @@ when Python collects garbage. Megatron-LM's flags; without them a step is as it 
 
 import contextlib
 import gc
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ class StepProbe:
         if self.run.iteration == self.first_iteration:
             return
         rank = torch.distributed.get_rank()
-        path = self.folder / f"profile-rank{rank}-steps{self.first_iteration + 1}-{self.run.iteration}.json.gz"
+        path = unused_path(self.folder, f"profile-rank{rank}-steps{self.first_iteration + 1}-{self.run.iteration}")
         try:
             profiler.export_chrome_trace(str(path))
         except (OSError, RuntimeError) as error:
@@ -135,6 +136,12 @@ class StepProbe:
         parts = ", ".join(f"{name} {seconds * 1000:.1f}" for name, seconds in slowest.items())
         tell([f"milliseconds per step on the slowest rank: {parts}"])
         return {f"{name.replace('-', '_')}_seconds": seconds for name, seconds in slowest.items()}
+
+
+def unused_path(folder: Path, stem: str) -> Path:
+    """Where a profile goes: no other run's, which may share the folder, is replaced."""
+    names = itertools.chain([stem], (f"{stem}.{number}" for number in itertools.count(2)))
+    return next(path for name in names if not (path := folder / f"{name}.json.gz").exists())
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from sedd_megatron.data.windows import open_windows
 from sedd_megatron.errors import UserError
 
 LENGTH = 8
+NULL = ["--tokenizer-type", "NullTokenizer"]
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,7 @@ def test_every_part_is_checked_and_each_file_once(prefixes, monkeypatch):
         (["--mock-data", "--tokenizer-type", "NullTokenizer"], "--tokenizer-type NullTokenizer needs --vocab-size"),
         (["--data-path", "a", "--vocab-size", "9"], "--vocab-size 9 belongs to --tokenizer-type NullTokenizer;"),
         (["--data-path", "a", "--vocab-size", "0"], "--vocab-size 0 must be at least 1"),
+        ([*NULL, "--mock-data", "--vocab-size", "2000000000"], "--vocab-size 2000000000 of --hidden-size 768 is"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(flags, text):
