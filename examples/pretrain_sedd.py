@@ -1,12 +1,22 @@
 """Train a score entropy discrete diffusion model: torchrun --nproc-per-node N examples/pretrain_sedd.py [--config
-YAML] [flags].
+YAML] [flags]. On a cluster: examples/slurm/train.sbatch.
 """
 
 import sys
 
-from sedd_megatron.arguments import parse_pretrain_options
 from sedd_megatron.errors import run_command
-from sedd_megatron.training.pretrain import pretrain
+from sedd_megatron.training.stop_requests import StopRequests
+
+
+def main() -> int:
+    """Train as the command line says."""
+    with StopRequests() as requests:
+        # These take seconds, and whoever asks meanwhile for an end is heard.
+        from sedd_megatron.arguments import parse_pretrain_options
+        from sedd_megatron.training.pretrain import pretrain
+
+        return pretrain(parse_pretrain_options(sys.argv[1:]), requests)
+
 
 if __name__ == "__main__":
-    run_command(lambda: pretrain(parse_pretrain_options(sys.argv[1:])))
+    run_command(main)

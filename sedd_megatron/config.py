@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from sedd_megatron.options import check_values, option
-from sedd_megatron.training_config import CheckpointOptions, DataOptions, LoggingOptions, TrainingOptions, VerifyOptions
+from sedd_megatron.training_config import (
+    CheckpointOptions,
+    DataOptions,
+    EndingOptions,
+    LoggingOptions,
+    TrainingOptions,
+    VerifyOptions,
+)
 
 
 @dataclass(frozen=True)
@@ -146,6 +153,7 @@ class PretrainOptions:
     training: TrainingOptions
     data: DataOptions
     checkpoint: CheckpointOptions
+    ending: EndingOptions
     logging: LoggingOptions
     verify: VerifyOptions
 

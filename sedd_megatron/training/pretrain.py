@@ -31,6 +31,7 @@ from sedd_megatron.parallel.groups import (
 if TYPE_CHECKING:
     from sedd_megatron.training.run_folder import FoundCheckpoint
     from sedd_megatron.training.run_lock import RunLock
+    from sedd_megatron.training.stop_requests import StopRequests
 
 
 class Inputs(NamedTuple):
@@ -41,8 +42,9 @@ class Inputs(NamedTuple):
     preparation: Preparation
 
 
-def pretrain(options: PretrainOptions) -> int:
-    """Train, or verify the layout, as `options` say; returns the exit code, 1 for a layout that failed.
+def pretrain(options: PretrainOptions, requests: "StopRequests | None" = None) -> int:
+    """Train, or verify the layout, as `options` say; returns the exit code, 1 for a layout that failed. `requests` has
+    heard signals since the command began.
 
     Mistakes in flags, in the layout and in the ranks' devices end a rank by itself, before anything is taken. What lies
     on the disk and what is installed may differ between machines: a rank that finds a mistake there tells the others
@@ -70,7 +72,7 @@ def pretrain(options: PretrainOptions) -> int:
     num_chunks = options.parallel.num_model_chunks(options.model.num_layers)
     with parallel_groups(options.parallel, num_chunks) as groups:
         raise_on_every_rank(own_error)
-        _train(options, inputs, groups)
+        _train(options, inputs, groups, requests)
     return 0
 
 
@@ -94,7 +96,8 @@ def _open_inputs(options: PretrainOptions, device: torch.device) -> Inputs:
     return Inputs(tokenizer, windows, preparation_of([prefix for _, prefix in corpora]))
 
 
-def _train(options: PretrainOptions, inputs: Inputs, groups: ParallelGroups) -> None:
+def _train(options: PretrainOptions, inputs: Inputs, groups: ParallelGroups, requests: "StopRequests | None") -> None:
+    from sedd_megatron.training.ending import nothing_left
     from sedd_megatron.training.loop import train
     from sedd_megatron.training.run_lock import RunLock
 
@@ -106,7 +109,8 @@ def _train(options: PretrainOptions, inputs: Inputs, groups: ParallelGroups) -> 
     try:
         # One rank looks for all: what lies on the disk may change from one look to the next.
         found = on_first_rank(lambda: choose_start(options, tokenizer, lock))
-        train(options, windows, tokenizer, found, groups, preparation, lock)
+        if not nothing_left(options, found):
+            train(options, windows, tokenizer, found, groups, preparation, lock, requests)
     finally:
         if lock is not None:
             lock.release()
