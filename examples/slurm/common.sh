@@ -1,4 +1,5 @@
 # shellcheck shell=bash
+# shellcheck disable=SC2034 # what it sets, they read
 # What the job scripts beside it share; sourced by them. They run with the repository, which is the folder that the job
 # was submitted from, or REPOSITORY; with PYTHON, or .venv's there, or python3; in a container where CONTAINER_IMAGE
 # names one (container.sh).
@@ -8,8 +9,6 @@ fail() {
     exit 2
 }
 
-[ -f "$REPOSITORY/examples/pretrain_sedd.py" ] ||
-    fail "$REPOSITORY: no examples/pretrain_sedd.py there; submit from the root of the repository, or give REPOSITORY=DIR"
 TRAIN="$REPOSITORY/examples/pretrain_sedd.py"
 CONTAINER=()
 if [ -n "${CONTAINER_IMAGE:-}" ]; then

@@ -1,4 +1,5 @@
 # shellcheck shell=bash
+# shellcheck disable=SC2034 # what it sets, they read
 # Runs the steps of the other scripts in a container by pyxis, which adds these flags to srun; sourced by common.sh
 # where CONTAINER_IMAGE is given:
 #     CONTAINER_IMAGE=nvcr.io#nvidia/pytorch:25.10-py3 CONTAINER_MOUNTS=/data:/data \

@@ -16,8 +16,8 @@ import psutil
 from tests.distributed.launch import REPOSITORY, free_ports
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
-# Not found: a job that has ended stays in slurmctld's memory for MinJobAge seconds.
-MIN_JOB_AGE = 3600
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+MIN_JOB_AGE = 3600  # seconds for which slurmctld remembers a job that has ended
 CONFIGURATION = """
 ClusterName=tests
 SlurmctldHost=localhost
@@ -37,6 +37,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 ReturnToService=2
+SlurmdParameters=config_overrides
 JobRequeue=1
 KillWait=15
 MinJobAge={min_job_age}
@@ -66,9 +67,9 @@ def why_not_here() -> str | None:
 class Cluster:
     """One node and one partition; `submit` starts a script of examples/slurm."""
 
-    def __init__(self, folder: Path, requeue_seconds: int = 1, cpus: int = 2) -> None:
-        """`requeue_seconds` after which a requeued job may start again: 120 is Slurm's default, the life of a job's
-        credential.
+    def __init__(self, folder: Path, requeue_seconds: int = 6, cpus: int = 8) -> None:
+        """`requeue_seconds` after which a requeued job may start again: the life of a job's credential, in Slurm 120 by
+        default and 6 at least. `cpus` are promised, whatever the machine has.
         """
         self.folder = folder
         self.configuration = folder / "slurm.conf"
@@ -146,11 +147,12 @@ class Cluster:
         """Wait until something holds.
 
         Raises:
-            TimeoutError: with what the job has said.
+            TimeoutError: it does not, or a job that was to bring it about has ended; with what that has said.
         """
         deadline = time.monotonic() + seconds
         while not holds():
-            if time.monotonic() > deadline:
+            has_ended = number is not None and self.job(number)["JobState"] in ENDED and not holds()
+            if has_ended or time.monotonic() > deadline:
                 said = "" if number is None else f": {self.state(number)}\n{self.log(number)[-3000:]}"
                 raise TimeoutError(f"waited {seconds} s for {what}{said}")
             time.sleep(0.1)
@@ -176,7 +178,7 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running_cluster(folder: Path, requeue_seconds: int = 1) -> Iterator[Cluster]:
+def running_cluster(folder: Path, requeue_seconds: int = 6) -> Iterator[Cluster]:
     """A cluster in this folder, for as long as the `with` lasts."""
     cluster = Cluster(folder, requeue_seconds)
     try:
