@@ -165,24 +165,24 @@ def _waits_for_the_first_rank() -> bool:
     # One second apart, so that only one of those that waited says the line.
     with contextlib.suppress(KeyboardInterrupt):
         time.sleep(SECONDS_FOR_THE_FIRST_RANK + int(os.environ.get("LOCAL_RANK", "0")))
-    return not _first_task_has_ended()
+    return not _another_task_has_ended()
 
 
-def _first_task_has_ended() -> bool:
-    """Whether the first task of a Slurm step's node is gone, so that it has spoken: srun ends the others only by
+def _another_task_has_ended() -> bool:
+    """Whether of a Slurm step's tasks on this node one is gone, which has spoken then: srun ends the others only by
     --kill-on-bad-exit.
     """
-    if not is_of_a_step(os.environ) or os.environ["LOCAL_RANK"] == "0":
+    if not is_of_a_step(os.environ):
         return False
     import psutil
 
-    step, local_ranks = psutil.Process(os.getppid()), []
+    step, tasks = psutil.Process(os.getppid()), 0
     if step.name() != "slurmstepd":
         return False  # started through a script: who its neighbours are is not known
     for task in step.children():
         with contextlib.suppress(psutil.Error):
-            local_ranks.append(task.environ().get("SLURM_LOCALID"))
-    return "0" not in local_ranks
+            tasks += "SLURM_PROCID" in task.environ()
+    return tasks < int(os.environ["LOCAL_WORLD_SIZE"])
 
 
 def _flush() -> None:

@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -200,6 +202,26 @@ def test_a_mistake_is_said_once_by_whichever_rank(cluster, job):
     said = job.ends("FAILED 0")
     assert said.count("error: --num-attention-heads 2 is not a multiple of --tensor-model-parallel-size 5") == 1
     assert "Traceback" not in said
+
+
+# What each rank does, and whether srun ends the others.
+SLOW_TO_END = "try:\n    raise UserError('a mistake')\nfinally:\n    time.sleep(0 if rank else 1)"
+ONE_WITHOUT_THE_ERROR = "if rank == 0:\n    time.sleep(12)\nelse:\n    raise UserError('a mistake')"
+
+
+@pytest.mark.parametrize("body", [SLOW_TO_END, ONE_WITHOUT_THE_ERROR], ids=["slow to end", "one without it"])
+@pytest.mark.parametrize("flags", [["--kill-on-bad-exit=1"], []], ids=["killed", "alone"])
+def test_srun_shows_the_line_once_whichever_rank_has_it_first(body, flags, cluster, tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import os, time\nfrom sedd_megatron.errors import UserError, run_command\n"
+        f"def main():\n    rank = int(os.environ['RANK'])\n{textwrap.indent(body, '    ')}\nrun_command(main)\n"
+    )
+    command = ["srun", "-n3", *flags, sys.executable, str(script)]
+    environment = cluster.environment | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.count("error: a mistake\n") == 1, done.stderr
 
 
 def test_torchrun_s_code_is_not_believed(cluster, job, unbroken):
