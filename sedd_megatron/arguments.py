@@ -189,7 +189,7 @@ def _check_ranges(options: PretrainOptions) -> None:
         "num_layers_per_virtual_pipeline_stage context_parallel_size ddp_bucket_size fp8_amax_history_len "
         "recompute_num_layers micro_batch_size global_batch_size lr_decay_iters lr_decay_samples "
         "lr_wsd_decay_iters lr_wsd_decay_samples ema_interval save_interval keep_last keep_every "
-        "max_save_failures eval_iters log_interval verify_layout_steps vocab_size"
+        "max_save_failures exit_interval eval_iters log_interval verify_layout_steps vocab_size"
     ).split()
     at_least_zero = (
         "ckpt_step loss_chunk_rows train_iters train_samples lr min_lr lr_warmup_iters lr_warmup_samples "
@@ -205,13 +205,17 @@ def _check_ranges(options: PretrainOptions) -> None:
         (at_least_one, lambda v: v >= 1, "at least 1"),
         (at_least_zero, lambda v: v >= 0, "at least 0"),
         (below_one, lambda v: 0 <= v < 1, "at least 0 and below 1"),
-        (["adam_eps", "verify_layout_tolerance"], lambda v: v > 0, "above 0"),
+        (["adam_eps", "exit_duration_in_mins", "verify_layout_tolerance"], lambda v: v > 0, "above 0"),
         (counts, lambda v: v <= MOST, f"at most {MOST:,}"),
         (samples, lambda v: v <= MOST_SAMPLES, f"at most {MOST_SAMPLES:,}"),
     ):
         for name in names:
             value = values[name]
             require(value is None or holds(value), f"{flag_of(name)} {value} must be {rule}")
+    require(
+        options.ending.exit_signal_handler,
+        "--no-exit-signal-handler: a run that is asked to end always saves; leave it out",
+    )
     checkpoint = options.checkpoint
     require(
         checkpoint.keep_every is None or checkpoint.keep_last is not None,

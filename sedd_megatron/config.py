@@ -13,6 +13,7 @@ from sedd_megatron.options import check_values, option
 from sedd_megatron.training_config import (
     CheckpointOptions,
     DataOptions,
+    EndingOptions,
     LoggingOptions,
     ProfilingOptions,
     TrainingOptions,
@@ -157,6 +158,7 @@ class PretrainOptions:
     training: TrainingOptions
     data: DataOptions
     checkpoint: CheckpointOptions
+    ending: EndingOptions
     logging: LoggingOptions
     profiling: ProfilingOptions
     verify: VerifyOptions

@@ -10,6 +10,8 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator
 
+from sedd_megatron.launcher import FROM_TORCHRUN, ends_with_the_first, is_of_a_step, rank_variables
+
 # What asks a process to end; training saves first.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 SECONDS_FOR_THE_FIRST_RANK = 5.0  # to end and say why
@@ -109,10 +111,13 @@ def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's main function and exit with what it returns; a UserError becomes one line on stderr and exit
     code 2, Ctrl-C exit code 130.
 
-    Every rank ends with 2, or by torchrun once another has; only the first rank of each node prints, so that the line
-    is not repeated by its neighbours. Where that one does not have the error, another one prints.
+    It first gives a task of a step of Slurm, or of mpirun, the variables of torchrun's ranks.
+
+    Every rank ends with 2, or by its launcher once another has; only one of those whose words come to one log prints
+    (of each machine under torchrun, of all under srun and mpirun), so that the line is not repeated by its neighbours.
+    Where that one does not have the error, another one prints.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if FROM_TORCHRUN in os.environ:
         # Killed, torchrun takes no rank with it, and they would train on beside those of the next start. No one else's
         # processes: what nohup started has to outlive its shell. torchrun starts its ranks from its main thread; one
         # that died before this line is missed at the rendezvous, whose store it kept.
@@ -122,11 +127,12 @@ def run_command(main: Callable[[], int | None]) -> None:
             # A log that takes no UTF-8 ends no run over a folder's name.
             stream.reconfigure(errors="backslashreplace")
     try:
+        _take_rank()
         code = main()
         with output_errors():
             _flush()
     except UserError as error:
-        is_said = os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, LostRankError)
+        is_said = _speaks_first() or isinstance(error, LostRankError)
         if is_said:
             say(f"error: {error}", to_stderr=True)
         if _waits_for_the_first_rank() and not is_said:
@@ -142,17 +148,46 @@ def run_command(main: Callable[[], int | None]) -> None:
     sys.exit(code)
 
 
+def _take_rank() -> None:
+    try:
+        os.environ.update(rank_variables(os.environ))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _speaks_first() -> bool:
+    """Whether this rank says an error's line without waiting whether another does."""
+    is_one_log = ends_with_the_first(os.environ) and FROM_TORCHRUN not in os.environ
+    return os.environ.get("RANK" if is_one_log else "LOCAL_RANK", "0") == "0"
+
+
 def _waits_for_the_first_rank() -> bool:
-    """Under torchrun, let the first rank of the node have the last word: torchrun ends all ranks as soon as one has
-    ended. Returns whether this rank has waited for it in vain.
+    """Let the rank that speaks first have the last word where the launcher ends all ranks as soon as one has ended.
+    Returns whether this rank has waited for it in vain.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if local_rank == 0 or "TORCHELASTIC_RUN_ID" not in os.environ:
+    if _speaks_first() or not ends_with_the_first(os.environ):
         return False
     # One second apart, so that only one of those that waited says the line.
     with contextlib.suppress(KeyboardInterrupt):
-        time.sleep(SECONDS_FOR_THE_FIRST_RANK + local_rank)
-    return True
+        time.sleep(SECONDS_FOR_THE_FIRST_RANK + int(os.environ.get("LOCAL_RANK", "0")))
+    return not _another_task_has_ended()
+
+
+def _another_task_has_ended() -> bool:
+    """Whether of a Slurm step's tasks on this node one is gone, which has spoken then: srun ends the others only by
+    --kill-on-bad-exit.
+    """
+    if not is_of_a_step(os.environ):
+        return False
+    import psutil
+
+    step, tasks = psutil.Process(os.getppid()), 0
+    if step.name() != "slurmstepd":
+        return False  # started through a script: who its neighbours are is not known
+    for task in step.children():
+        with contextlib.suppress(psutil.Error):
+            tasks += "SLURM_PROCID" in task.environ()
+    return tasks < int(os.environ["LOCAL_WORLD_SIZE"])
 
 
 def _flush() -> None:

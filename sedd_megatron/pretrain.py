@@ -2,14 +2,22 @@
 
 import sys
 
-from sedd_megatron.arguments import parse_pretrain_options
 from sedd_megatron.errors import run_command
-from sedd_megatron.training.pretrain import pretrain
+from sedd_megatron.training.stop_requests import StopRequests
 
 
 def main() -> None:
     """Train as the command line says."""
-    run_command(lambda: pretrain(parse_pretrain_options(sys.argv[1:])))
+    run_command(_train)
+
+
+def _train() -> int:
+    with StopRequests() as requests:
+        # These take seconds, and whoever asks meanwhile for an end is heard.
+        from sedd_megatron.arguments import parse_pretrain_options
+        from sedd_megatron.training.pretrain import pretrain
+
+        return pretrain(parse_pretrain_options(sys.argv[1:]), requests)
 
 
 if __name__ == "__main__":

@@ -183,6 +183,17 @@ class CheckpointOptions:
 
 
 @dataclass(frozen=True)
+class EndingOptions:
+    """Stopping before the last step, saved"""
+
+    exit_duration_in_mins: float | None = option(
+        None, "stop after the step in which this many minutes since the start of the first rank are over"
+    )
+    exit_interval: int | None = option(None, "stop after each iteration that is a multiple of this")
+    exit_signal_handler: bool = option(True, "stop at SIGTERM, SIGINT, SIGHUP or SIGUSR1; always on")
+
+
+@dataclass(frozen=True)
 class LoggingOptions:
     """Validation and logging"""
 

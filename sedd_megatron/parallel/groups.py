@@ -20,6 +20,7 @@ from packaging.version import Version
 
 from sedd_megatron.config import ParallelOptions
 from sedd_megatron.errors import LostRankError, UserError, one_line, say
+from sedd_megatron.launcher import has_gpus_of_its_own, is_first_rank
 from sedd_megatron.layout_rules import data_parallel_size_of
 from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.parallel.main_grad import install_gradient_accumulation
@@ -106,6 +107,9 @@ def choose_device(device: str) -> torch.device:
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     # Judged by the node's number of ranks and not by this one's, so that every rank of the node ends.
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if count > 0 and has_gpus_of_its_own(os.environ):
+        check_torch_for_gpu(torch.__version__)
+        return torch.device("cuda", local_rank % count)
     if local_ranks <= count:
         check_torch_for_gpu(torch.__version__)
         return torch.device("cuda", local_rank)
@@ -130,7 +134,7 @@ def check_torch_for_gpu(version: str) -> None:
 
 
 def started_ranks() -> int:
-    """Number of ranks that torchrun, or whoever it was, has started; known before any group is made."""
+    """Number of ranks that torchrun, srun, or whoever it was, has started; known before any group is made."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -139,16 +143,11 @@ def ranks_share_a_machine() -> bool:
     return started_ranks() in (1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def is_first_rank() -> bool:
-    """Whether this process is the first of all, which speaks and writes for them; known before any group is made."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 @contextlib.contextmanager
 def parallel_groups(
     options: ParallelOptions, num_model_chunks: int = 1, world_size: int | None = None
 ) -> Iterator[ParallelGroups]:
-    """Join the ranks that torchrun (or nothing: a single process) started, and leave at the end.
+    """Join the ranks that torchrun, srun or mpirun (or nothing: a single process) started, and leave at the end.
 
     `num_model_chunks` is the number of interleaved pipeline stages on each rank; `world_size` 1 leaves this process by
     itself, whatever torchrun started.
@@ -318,7 +317,15 @@ def _join_ranks(device: torch.device, world_size: int, timeout: timedelta) -> No
         store = _store_of_this_start(rank, world_size, timeout)
         torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     else:
-        torch.distributed.init_process_group(backend, timeout=timeout)
+        try:
+            torch.distributed.init_process_group(backend, timeout=timeout)
+        except torch.distributed.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise UserError(
+                f"MASTER_PORT {os.environ['MASTER_PORT']}: another program of this machine listens there; give every "
+                "rank another one by MASTER_PORT=..."
+            ) from error
 
 
 def _store_of_this_start(rank: int, world_size: int, timeout: timedelta) -> torch.distributed.Store:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sedd_megatron.errors import UserError, one_line
+from sedd_megatron.launcher import slurm_job, slurm_restarts
 from sedd_megatron.training.checkpoint_format import sync_file, write_synced
 from sedd_megatron.training.processes import launcher
 from sedd_megatron.training.run_folder import (
@@ -121,7 +122,7 @@ def go_on_from(found: FoundCheckpoint, is_named: bool, launchers: Collection[str
         final.symlink_to(found.folder.name)
         sync_file(root)
     if is_named:
-        mark = {"to": found.folder.name, "launchers": sorted(launchers), "job": os.environ.get("SLURM_JOB_ID")}
+        mark = {"to": found.folder.name, "launchers": sorted(launchers), "job": slurm_job(os.environ)}
         write_synced(root / WENT_BACK, json.dumps(mark) + "\n")
         sync_file(root)
     # After the mark, which tells by the name whether this was done.
@@ -157,9 +158,9 @@ def _is_done(mark: Path, name: str) -> bool:
     try:
         if content["to"] != name:
             return False
-        # A job that Slurm starts again has another torchrun.
-        is_requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-        same_job = is_requeued and content["job"] is not None and content["job"] == os.environ.get("SLURM_JOB_ID")
+        # A job that Slurm starts again has another torchrun, or none.
+        job = slurm_job(os.environ)
+        same_job = job is not None and slurm_restarts(os.environ) > 0 and content["job"] == job
         return same_job or launcher() in content["launchers"]
     except (KeyError, TypeError):
         return False

@@ -1,6 +1,6 @@
 """The training loop, from options to the last checkpoint."""
 
-import signal
+import contextlib
 from pathlib import Path
 
 import torch
@@ -12,9 +12,10 @@ from sedd_megatron.data.preparation import Preparation
 from sedd_megatron.data.tokenizers import Tokenizer
 from sedd_megatron.data.windows import Windows
 from sedd_megatron.errors import UserError, forget_unsaid
-from sedd_megatron.parallel.groups import ParallelGroups, is_first_rank, on_first_rank, tell
+from sedd_megatron.parallel.groups import ParallelGroups, is_first_rank, on_first_rank
 from sedd_megatron.training.build import TrainingRun, build_run
 from sedd_megatron.training.checkpoint import resume
+from sedd_megatron.training.ending import asked_to_stop, at_exit_interval, end_run
 from sedd_megatron.training.estimates import peak_tflops
 from sedd_megatron.training.held_out import compute_test_loss, evaluate_alone, validate_if_due
 from sedd_megatron.training.iterators import training_iterators
@@ -38,17 +39,19 @@ def train(
     groups: ParallelGroups,
     preparation: Preparation,
     lock: RunLock | None = None,
+    requests: StopRequests | None = None,
 ) -> TrainingRun:
     """Train to the run's end, or until a signal asks to save and leave; returns the finished run. With --skip-train
     evaluate it as it is loaded.
 
     `preparation` of the data is kept in its checkpoints; where it is unknown, that of the one which was found.
+    `requests` listens already where the command has heard signals since it began.
 
     Raises:
         UserError: a damaged checkpoint, data that is not what was written, a loss that is not finite, or a disk that
             refuses one save after another; the checkpoints before stay as they are.
     """
-    with StopRequests() as requests:
+    with StopRequests() if requests is None else contextlib.nullcontext(requests) as requests:
         run = build_run(options, tokenizer, groups)
         if found is not None:
             found = resume(run, found)
@@ -96,7 +99,7 @@ def _train_and_save(
         digests = check_in_background([prefix for _, prefix in weighted_corpora(options.data)])
     while run.iteration < end and not request:
         fault, first_sample = None if digests is None else digests.fault(), run.consumed_samples
-        flags = [requests.requested, saver is not None and saver.is_writing, fault is not None]
+        flags = [asked_to_stop(run, requests, end), saver is not None and saver.is_writing, fault is not None]
         probe.before_step()
         step, (request, writing, is_damaged) = train_step(run, batches, flags)
         step |= probe.after_step(step)
@@ -108,7 +111,7 @@ def _train_and_save(
         if saver is not None and not writing:
             saver.finish()
         # Who asked the run to end may not wait for more than a checkpoint; what is left out is done on resuming.
-        request = request or validate_if_due(run, windows, metrics, requests, probe)
+        request = request or validate_if_due(run, windows, metrics, requests, probe) or at_exit_interval(run, end)
         is_last = request or run.iteration == end
         if saver is not None and not is_last and run.iteration % options.checkpoint.save_interval == 0:
             saver.save(run)
@@ -118,12 +121,9 @@ def _train_and_save(
         on_first_rank(lambda: _require_as_written(digests, seconds))
     if saver is not None:
         saver.save_last(run)
-    if not request and run.iteration > first_iteration:
-        request = compute_test_loss(run, windows, metrics, requests)
-    if request:
-        saved = f"saved iteration {run.iteration} and " if saver is not None else ""
-        stopped = f"stopped at iteration {run.iteration} of {end}"
-        tell([f"{signal.Signals(request).name}: {saved}{stopped}"])
+    # A start that finds nothing to train was broken off before it had said that it is finished.
+    request = request or compute_test_loss(run, windows, metrics, requests)
+    end_run(run, end, request, first_iteration)
 
 
 def _require_as_written(digests: DigestCheck, seconds: float) -> None:

@@ -36,6 +36,7 @@ from sedd_megatron.parallel.user_buffers import check_user_buffers, user_buffers
 if TYPE_CHECKING:
     from sedd_megatron.training.run_folder import FoundCheckpoint
     from sedd_megatron.training.run_lock import RunLock
+    from sedd_megatron.training.stop_requests import StopRequests
 
 
 class Inputs(NamedTuple):
@@ -46,8 +47,9 @@ class Inputs(NamedTuple):
     preparation: Preparation
 
 
-def pretrain(options: PretrainOptions) -> int:
-    """Train, or verify the layout, as `options` say; returns the exit code, 1 for a layout that failed.
+def pretrain(options: PretrainOptions, requests: "StopRequests | None" = None) -> int:
+    """Train, or verify the layout, as `options` say; returns the exit code, 1 for a layout that failed. `requests` has
+    heard signals since the command began.
 
     Mistakes in flags, in the layout and in the ranks' devices end a rank by itself, before anything is taken. What lies
     on the disk and what is installed may differ between machines: a rank that finds a mistake there tells the others
@@ -75,7 +77,7 @@ def pretrain(options: PretrainOptions) -> int:
     num_chunks = options.parallel.num_model_chunks(options.model.num_layers)
     with parallel_groups(options.parallel, num_chunks) as groups:
         raise_on_every_rank(own_error)
-        _train(options, inputs, groups)
+        _train(options, inputs, groups, requests)
     return 0
 
 
@@ -105,7 +107,8 @@ def _open_inputs(options: PretrainOptions, device: torch.device) -> Inputs:
     return Inputs(tokenizer, windows, preparation)
 
 
-def _train(options: PretrainOptions, inputs: Inputs, groups: ParallelGroups) -> None:
+def _train(options: PretrainOptions, inputs: Inputs, groups: ParallelGroups, requests: "StopRequests | None") -> None:
+    from sedd_megatron.training.ending import nothing_left
     from sedd_megatron.training.loop import train
     from sedd_megatron.training.run_lock import RunLock
 
@@ -119,8 +122,9 @@ def _train(options: PretrainOptions, inputs: Inputs, groups: ParallelGroups) -> 
         # One rank looks for all: what lies on the disk may change from one look to the next.
         choose = choose_evaluated if options.training.skip_train else choose_start
         found = on_first_rank(lambda: choose(options, tokenizer, lock))
-        with user_buffers(options, groups):
-            train(options, windows, tokenizer, found, groups, preparation, lock)
+        if options.training.skip_train or not nothing_left(options, found):
+            with user_buffers(options, groups):
+                train(options, windows, tokenizer, found, groups, preparation, lock, requests)
     finally:
         if lock is not None:
             lock.release()

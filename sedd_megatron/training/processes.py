@@ -6,8 +6,7 @@ from pathlib import Path
 
 import psutil
 
-# What torchrun gives to all that it starts.
-FROM_TORCHRUN = "TORCHELASTIC_RUN_ID"
+from sedd_megatron.launcher import FROM_TORCHRUN
 
 
 def this_machine() -> str:

@@ -6,6 +6,8 @@ is taken over once its owner is known to be dead:
 
 - On the same machine: no process of that number is there, or it is one that began at another time, or nobody has yet
   asked for the exit status of it.
+- An owner of an earlier start of this job of Slurm, which ends a job's processes before it requeues it (those on a
+  node that it has lost look, as every owner does, before each checkpoint).
 - On another machine, or in a container with process numbers of its own, a process cannot be looked for; nor can another
   user's be on a machine that hides them (hidepid), where it looks as one that is not there. A thread of the
   owner touches the file every BEAT_SECONDS; a start that finds the lock watches it for WATCH_SECONDS, whatever the
@@ -31,6 +33,7 @@ from pathlib import Path
 import psutil
 
 from sedd_megatron.errors import UserError, one_line, say
+from sedd_megatron.launcher import slurm_job, slurm_restarts
 from sedd_megatron.training.checkpoint_format import write_synced
 from sedd_megatron.training.processes import started_at, this_machine
 
@@ -51,14 +54,17 @@ class Owner:
     since: str
     token: str  # of this one start
     folder: int | None = None  # the inode of the folder where it was made; older locks lack it
+    job: str | None = None  # of Slurm, and
+    restarts: int = 0  # how often that was requeued before
 
     @classmethod
     def of_this_process(cls) -> "Owner":
         """This process, since now."""
         pid, now = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
         return cls(
-            socket.gethostname(), this_machine(), pid, started_at(psutil.Process(pid)), now, secrets.token_hex(8)
-        )
+            socket.gethostname(), this_machine(), pid, started_at(psutil.Process(pid)), now, secrets.token_hex(8),
+            job=slurm_job(os.environ), restarts=slurm_restarts(os.environ),
+        )  # fmt: skip
 
     @classmethod
     def unknown(cls, inode: int) -> "Owner":
@@ -164,6 +170,8 @@ class RunLock:
                 right.unlink(missing_ok=True)
 
     def _is_alive(self, owner: Owner, path: Path, own: Path) -> bool:
+        if owner.job is not None and owner.job == self.owner.job and owner.restarts < self.owner.restarts:
+            return False
         # Of a copy its run knows nothing. Watched all the same: some file systems number a folder anew.
         if owner.machine != self.owner.machine or self._is_copy(owner):
             return self._is_touched(owner, path)

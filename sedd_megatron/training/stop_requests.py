@@ -8,7 +8,7 @@ import time
 from types import TracebackType
 
 from sedd_megatron.errors import STOP_SIGNALS, say
-from sedd_megatron.parallel.groups import is_first_rank
+from sedd_megatron.launcher import is_first_rank
 
 # Slurm signals every process of a step, and a torchrun among them passes on at once what it got: that is one request.
 SAME_REQUEST_SECONDS = 1.0
@@ -16,17 +16,20 @@ _END = b"\0"  # no signal has this number
 
 
 class StopRequests:
-    """Notes SIGTERM, SIGINT, SIGHUP and SIGUSR1 while a run is built and trained; used in a `with`, on the main thread.
+    """Notes SIGTERM, SIGINT, SIGHUP and SIGUSR1 of a run, from before the imports that take seconds until it ends; used
+    in a `with`, on the main thread.
 
-    Before `start_waiting` a signal ends the process at once, for there is nothing to save. After it the first one is
-    noted in `requested`, and a later one ends the process at once: the checkpoints on disk are whole at any moment.
-    A signal that the process was started to ignore (SIGHUP under nohup, SIGINT behind a shell's &) stays ignored.
+    Before `start_waiting` a signal ends the process at once with 0, for there is nothing to save. After it the first
+    one is noted in `requested`, and a later one ends the process at once: the checkpoints on disk are whole at any
+    moment. A signal that the process was started to ignore (SIGHUP under nohup, SIGINT behind a shell's &) stays
+    ignored.
 
     A thread of its own listens, because Python runs handlers only between two instructions of the main thread, which
     may wait for another rank for minutes.
     """
 
     def __init__(self) -> None:
+        self.began_at = time.monotonic()  # --exit-duration-in-mins counts from here
         self.requested = 0  # the first signal's number; 0 while there is none
         self._requested_at = 0.0
         self._is_waiting = False
@@ -64,13 +67,14 @@ class StopRequests:
             if number not in self._handlers:
                 continue
             if not self._is_waiting:
-                self._end(number, "ended before the first step")
+                # What was asked is done; by another code a launcher would kill this rank's neighbours, and say failed.
+                self._end(number, "ended before the first step", 0)
             elif not self.requested:
                 self.requested, self._requested_at = number, time.monotonic()
             elif time.monotonic() - self._requested_at > SAME_REQUEST_SECONDS:
-                self._end(number, "asked again, ended at once; the checkpoints of before are whole")
+                self._end(number, "asked again, ended at once; the checkpoints of before are whole", 128 + number)
 
-    def _end(self, number: int, what: str) -> None:
+    def _end(self, number: int, what: str, code: int) -> None:
         if is_first_rank():
             say(f"{signal.Signals(number).name}: {what}", to_stderr=True)
-        os._exit(128 + number)
+        os._exit(code)

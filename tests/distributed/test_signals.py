@@ -24,7 +24,8 @@ def test_each_signal_to_one_rank_saves_and_ends_them_all(tmp_path, byte_corpus):
         assert steps in ([1, 2, 3], [1, 2, 3, 4])
         assert (folder / "latest_checkpointed_iteration.txt").read_text().strip() == str(len(steps))
         assert all(tensor.isfinite().all() for tensor in whole_tensors(folder / f"iter_{len(steps):07d}").values())
-        line = f"{name.split()[0]}: saved iteration {len(steps)} and stopped at iteration {len(steps)} of 1000\n"
+        last = folder / f"iter_{len(steps):07d}"
+        line = f"{name.split()[0]}: stopped at iteration {len(steps)} of 1000, saved {last}\n"
         assert line in said
-    assert said.count(" and stopped at ") == len(jobs)
-    assert " and stopped at " not in other
+    assert said.count(": stopped at ") == len(jobs)
+    assert ": stopped at " not in other

@@ -29,6 +29,7 @@ def groups():
 @pytest.fixture
 def under(monkeypatch):
     """Has this process be started by a launcher, and perhaps by Slurm."""
+    monkeypatch.delenv("SLURM_CLUSTER_NAME", raising=False)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
 

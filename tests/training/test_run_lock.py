@@ -53,6 +53,34 @@ def leave(folder, owner: Owner) -> None:
     (folder / FILE).write_text(json.dumps(asdict(owner)))
 
 
+def test_a_requeued_job_of_slurm_knows_that_its_former_start_is_dead(tmp_path):
+    """On whatever node that was, without watching; a start of another job, or a later one of this, may live."""
+    job = {"job": "cluster 71", "machine": "of another node", "process": 1}
+    for owner, restarts, is_dead in (
+        (replace(Owner.of_this_process(), **job, token="0"), 1, True),
+        (replace(Owner.of_this_process(), **job, token="1", restarts=1), 2, True),
+        (replace(Owner.of_this_process(), **job | {"job": "cluster 72"}, token="2"), 1, False),
+        (replace(Owner.of_this_process(), **job, token="3", restarts=1), 1, False),
+    ):
+        leave(tmp_path, owner)
+        lock = RunLock(tmp_path, **QUICK)
+        lock.owner = replace(lock.owner, job="cluster 71", restarts=restarts)
+        start = time.monotonic()
+        assert "whose run is dead" in lock.acquire()[0]
+        assert (time.monotonic() - start < QUICK["watch_seconds"]) == is_dead
+        lock.release()
+
+
+def test_a_lock_names_the_job_that_holds_it(tmp_path, monkeypatch):
+    for name, value in (("SLURM_CLUSTER_NAME", "c"), ("SLURM_JOB_ID", "71"), ("SLURM_RESTART_COUNT", "2")):
+        monkeypatch.setenv(name, value)
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    held = json.loads((tmp_path / FILE).read_text())
+    assert (held["job"], held["restarts"]) == ("c 71", 2)
+    lock.release()
+
+
 def test_a_live_run_is_named_and_keeps_its_lock(tmp_path, other_process):
     owner = owner_of(other_process.pid)
     leave(tmp_path, owner)

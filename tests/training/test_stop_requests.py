@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.commands import ENVIRONMENT
+from tests.commands import ENVIRONMENT, EXAMPLE
 
 SCRIPT = """
 import os, signal, sys, threading, time
@@ -36,7 +36,7 @@ with StopRequests() as requests:
 signal.raise_signal(number)
 """
 CASES = {
-    "before the first step": (signal.SIGUSR1, False, (0.1,), 138, "", "SIGUSR1: ended before the first step\n"),
+    "before the first step": (signal.SIGUSR1, False, (0.1,), 0, "", "SIGUSR1: ended before the first step\n"),
     # The process ends by the signal itself, as it does where nobody listens.
     "once": (signal.SIGHUP, True, (0.1,), -1, "1\n", ""),
     "twice at once, by torchrun and Slurm": (signal.SIGTERM, True, (0.1, 0.0), -15, "15\n", ""),
@@ -69,3 +69,15 @@ def test_a_signal_is_noted_once_and_obeyed_the_second_time(name, outcomes):
 
 def test_a_run_under_nohup_stays_deaf_to_the_hangup(outcomes):
     assert outcomes["nohup"] == (0, "0\n", "")
+
+
+def test_the_command_hears_signals_before_it_imports_torch(tmp_path):
+    """Of all that is imported, torch takes longest; here it does not come at all."""
+    (tmp_path / "torch.py").write_text("import time\nprint('torch', flush=True)\ntime.sleep(60)\n")
+    environment = ENVIRONMENT | {"PYTHONPATH": f"{tmp_path}:{ENVIRONMENT['PYTHONPATH']}"}
+    command = [sys.executable, str(EXAMPLE), "--data-path", "none"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "torch\n"
+    process.terminate()
+    assert process.communicate(timeout=30) == ("", "SIGTERM: ended before the first step\n")
+    assert process.returncode == 0
