@@ -128,7 +128,8 @@ def _check_ranges(options: PretrainOptions) -> None:
         "keep_every max_save_failures eval_iters log_interval verify_layout_steps"
     ).split()
     at_least_zero = (
-        "loss_chunk_rows train_iters lr min_lr lr_warmup_iters clip_grad weight_decay seed num_workers eval_interval"
+        "loss_chunk_rows train_iters lr min_lr lr_warmup_iters clip_grad weight_decay seed num_workers eval_interval "
+        "max_skipped_steps check_replicas_interval"
     ).split()
     below_one = ["hidden_dropout", "adam_beta1", "adam_beta2", "ema_decay"]
     values = options.to_dict()
@@ -139,6 +140,7 @@ def _check_ranges(options: PretrainOptions) -> None:
         (at_least_zero, lambda v: v >= 0, "at least 0"),
         (below_one, lambda v: 0 <= v < 1, "at least 0 and below 1"),
         (["adam_eps", "verify_layout_tolerance"], lambda v: v > 0, "above 0"),
+        (["spike_factor"], lambda v: v > 1, "above 1"),
         (counts, lambda v: v <= MOST, f"at most {MOST:,}"),
     ):
         for name in names:
@@ -150,6 +152,13 @@ def _check_ranges(options: PretrainOptions) -> None:
         f"--keep-every {checkpoint.keep_every} keeps more than --keep-last does, which is not given, so that all is "
         "kept; add --keep-last, or leave it out",
     )
+    faults = options.faults
+    for name in ("spike_factor", "max_skipped_steps"):
+        require(
+            faults.check_for_nan_in_loss_and_grad or not values[name],
+            f"{flag_of(name)} {values[name]} goes on after a step that --no-check-for-nan-in-loss-and-grad does not "
+            "look into; leave one of them out",
+        )
     training = options.training
     require(
         training.ema_interval <= max(training.train_iters, 1),

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from sedd_megatron.options import check_values, option
-from sedd_megatron.training_config import CheckpointOptions, DataOptions, LoggingOptions, TrainingOptions, VerifyOptions
+from sedd_megatron.training_config import (
+    CheckpointOptions,
+    DataOptions,
+    FaultOptions,
+    LoggingOptions,
+    TrainingOptions,
+    VerifyOptions,
+)
 
 
 @dataclass(frozen=True)
@@ -148,6 +155,7 @@ class PretrainOptions:
     checkpoint: CheckpointOptions
     logging: LoggingOptions
     verify: VerifyOptions
+    faults: FaultOptions
 
     def to_dict(self) -> dict[str, Any]:
         """Every option by its name, as kept in checkpoints."""

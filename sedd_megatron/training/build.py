@@ -1,7 +1,8 @@
 """Everything a training run consists of, built from the options: model, DDP, optimizer, schedule, EMA."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -34,11 +35,17 @@ from sedd_megatron.training.main_parameters import (
     gather_parameters,
     main_parameters,
 )
+from sedd_megatron.training.recent_steps import RecentSteps
+
+if TYPE_CHECKING:
+    from sedd_megatron.training.step_guard import StepGuard
 
 
 @dataclass
 class TrainingRun:
-    """One rank's state of a training run; iteration and consumed_samples are all the progress there is."""
+    """One rank's state of a training run. All the progress there is: iteration, consumed_samples, and what became of
+    the steps up to there.
+    """
 
     options: PretrainOptions
     groups: ParallelGroups
@@ -54,6 +61,14 @@ class TrainingRun:
     num_microbatches: int
     iteration: int = 0
     consumed_samples: int = 0
+    skipped_steps: int = 0  # of the iterations, those without an update of the parameters
+    recent: RecentSteps = field(default_factory=RecentSteps)
+    guard: "StepGuard | None" = None  # what becomes of a bad step; None: it ends the run
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates of the parameters so far."""
+        return self.iteration - self.skipped_steps
 
     def gather_parameters(self) -> None:
         """Bring the last step's parameters to every replica, where they would come with the next forward pass."""

@@ -36,6 +36,7 @@ from sedd_megatron.training.checkpoint_reading import read_shards
 from sedd_megatron.training.going_back import go_on_from, named_checkpoint
 from sedd_megatron.training.main_parameters import adam_moments, set_adam_step
 from sedd_megatron.training.processes import launcher
+from sedd_megatron.training.recent_steps import RecentSteps
 from sedd_megatron.training.run_folder import (
     FoundCheckpoint,
     checkpoint_name,
@@ -266,6 +267,8 @@ def _progress(run: TrainingRun) -> dict[str, Any]:
         "consumed_samples": run.consumed_samples,
         "scheduler_samples": run.scheduler.num_steps,
         "ema_last_update": run.ema.last_update,
+        "skipped_steps": run.skipped_steps,
+        "recent_steps": run.recent.state(),
     }
 
 
@@ -353,11 +356,14 @@ def load_checkpoint(run: TrainingRun, directory: Path, body: dict[str, Any]) -> 
     weights_prefix = MASTER_PREFIX if has_masters and not run.options.precision.bf16 else ""
     read_shards(directory, body, run_shards(run, weights_prefix, MASTER_PREFIX if has_masters else ""))
     state = body["state"]
-    set_adam_step(run.optimizer, state["iteration"])
     run.iteration = state["iteration"]
+    # Older checkpoints know neither.
+    run.skipped_steps = state.get("skipped_steps", 0)
+    run.recent = RecentSteps.of(state.get("recent_steps", {}))
+    set_adam_step(run.optimizer, run.optimizer_steps)
     run.consumed_samples = state["consumed_samples"]
     # Older checkpoints tell the interval alone, which may have changed within one; those of before 0.6 not even that.
-    last_update = run.iteration - run.iteration % state["options"].get("ema_interval", 1)
+    last_update = run.optimizer_steps - run.optimizer_steps % state["options"].get("ema_interval", 1)
     run.ema.last_update = state.get("ema_last_update", last_update)
     # The schedule depends on the number of samples alone, so that a resumed run may also change its options.
     run.scheduler.num_steps = 0

@@ -19,10 +19,12 @@ from sedd_megatron.training.estimates import peak_tflops
 from sedd_megatron.training.iterators import training_iterators
 from sedd_megatron.training.metrics import MetricsWriter
 from sedd_megatron.training.metrics_file import MetricsFile, writer_name
+from sedd_megatron.training.replicas import check_replicas
 from sedd_megatron.training.run_folder import FoundCheckpoint
 from sedd_megatron.training.run_lock import RunLock
 from sedd_megatron.training.saving import RunSaver, open_saver
 from sedd_megatron.training.step import find_fp8_scales, largest_of_any_rank, read_numbers, require_finite, train_step
+from sedd_megatron.training.step_guard import StepGuard
 from sedd_megatron.training.stop_requests import StopRequests
 from sedd_megatron.training.summary import print_summary, trained_flops_per_token
 from sedd_megatron.training.validation import compile_validation, validate
@@ -82,6 +84,8 @@ def _train_and_save(
     if on_first_rank(lambda: metrics is not None and metrics.lacks_validation(run.iteration)):
         request = _validate_if_due(run, windows, metrics, requests)
     batches = training_iterators(run, windows.train)
+    if options.faults.check_for_nan_in_loss_and_grad:
+        run.guard = StepGuard(run, windows.train)
     if is_first_rank():
         digests = check_in_background([prefix for _, prefix in weighted_corpora(options.data)])
     while run.iteration < options.training.train_iters and not request:
@@ -92,6 +96,8 @@ def _train_and_save(
             raise _damaged_data(fault or "the data is not what was written")
         if metrics is not None:
             metrics.train_step(step, options.training.global_batch_size * options.model.seq_length)
+        if _is_due(run.iteration, options.faults.check_replicas_interval):
+            check_replicas(run)
         if saver is not None and not writing:
             saver.finish()
         # Who asked the run to end may not wait for more than a checkpoint; what is left out is done on resuming.

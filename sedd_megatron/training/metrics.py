@@ -73,7 +73,13 @@ class MetricsWriter:
         self.window_start, self.window_tokens, self.window_steps = time.monotonic(), 0, 0
 
     def train_step(self, metrics: dict[str, Any], num_tokens: int) -> None:
-        """Record one step; every `log_interval` steps print a line whose speed is the mean since the last one."""
+        """Record one step; every `log_interval` steps print a line whose speed is the mean since the last one.
+        One that was skipped has a line in the file, and no point on any curve.
+        """
+        if "skipped" in metrics:
+            if self.file is not None:
+                self.file.write(metrics)
+            return
         self._write(metrics)
         self.window_tokens += num_tokens
         self.window_steps += 1

@@ -31,7 +31,7 @@ FIXED = (
 REPORTED = (
     "hidden_dropout bf16 transformer_impl fp8_format fp8_recipe fp8_amax_history_len fp8_amax_compute_algo "
     "fp8_param_gather train_iters lr min_lr lr_decay_style lr_decay_iters lr_warmup_iters clip_grad adam_beta1 "
-    "adam_beta2 adam_eps weight_decay ema_decay ema_interval"
+    "adam_beta2 adam_eps weight_decay ema_decay ema_interval spike_factor"
 ).split()
 # Of a file of data without digests, this many blocks of this many bytes, evenly spaced, stand for all of it.
 BLOCKS, BLOCK_BYTES = 64, 1 << 16
