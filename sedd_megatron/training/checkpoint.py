@@ -359,7 +359,7 @@ def load_checkpoint(run: TrainingRun, directory: Path, body: dict[str, Any]) -> 
     run.iteration = state["iteration"]
     # Older checkpoints know neither.
     run.skipped_steps = state.get("skipped_steps", 0)
-    run.recent = RecentSteps.of(state.get("recent_steps", {}))
+    run.recent = RecentSteps(state.get("recent_steps"))
     set_adam_step(run.optimizer, run.optimizer_steps)
     run.consumed_samples = state["consumed_samples"]
     # Older checkpoints tell the interval alone, which may have changed within one; those of before 0.6 not even that.

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -19,6 +19,7 @@ from sedd_megatron.training.forward_step import make_forward_step
 from sedd_megatron.training.iterators import training_iterators
 from sedd_megatron.training.main_parameters import copy_main_parameters_to_model
 from sedd_megatron.training.optimizer_step import squared_gradient_norm, update_parameters
+from sedd_megatron.training.recent_steps import StepResult
 
 
 def find_fp8_scales(run: TrainingRun, dataset: WindowDataset) -> None:
@@ -56,7 +57,7 @@ def train_step(
     squared_norm = squared_gradient_norm(run.optimizer, run.groups.device)
     # The one wait for the device. What follows is queued without another, so that the host is ahead of the optimizer
     # and makes the next step's batch meanwhile: a wait after it would leave the device idle there instead.
-    result, largest = read_result(losses, squared_norm, run.groups, flags)
+    result, largest = read_result(losses, squared_norm, run, flags)
     seconds = time.monotonic() - start
     if run.guard is None:
         require_finite("loss", result.loss, run.iteration + 1)
@@ -65,7 +66,7 @@ def train_step(
         return run.guard.skip(run, fault, losses, result), largest
     update_parameters(run.optimizer, squared_norm)
     run.ema.update(run.optimizer_steps + 1)
-    run.recent.add(result.loss, result.grad_norm)
+    run.recent.add(result)
     run.iteration += 1
     run.consumed_samples += options.training.global_batch_size
     run.scheduler.step(increment=options.training.global_batch_size)
@@ -80,30 +81,25 @@ def train_step(
     return metrics, largest
 
 
-class StepResult(NamedTuple):
-    """What a step is judged by."""
-
-    loss: float  # nats per token
-    grad_norm: float  # before clipping
-
-
 def read_result(
-    losses: list[dict[str, Any]], squared_norm: Tensor, groups: ParallelGroups, flags: Sequence[int] = ()
+    losses: list[dict[str, Any]], squared_norm: Tensor, run: TrainingRun, flags: Sequence[int] = ()
 ) -> tuple[StepResult, list[int]]:
     """A step's result, and of this rank's flags the largest of any rank; one wait for the device. Collective.
 
     Replicas should have the same result. Where a fault makes them differ every rank gets the largest, or what is not a
     number, for all have to judge alike.
     """
-    own = torch.stack([mean_loss(losses, groups), squared_norm])
+    device = run.groups.device
+    rank_norm = [] if run.guard is None else [run.guard.gradient_norm()]
+    own = torch.stack([mean_loss(losses, run.groups), squared_norm.sqrt(), *rank_norm])
     largest = torch.cat([
         own.nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf),
-        to_device(torch.tensor(flags, dtype=torch.float64), groups.device),
+        to_device(torch.tensor(flags, dtype=torch.float64), device),
     ])  # fmt: skip
     torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
     # On the rank that has it, NaN stays NaN.
-    loss, square, *flags = read_numbers(torch.where(own.isfinite(), largest[:2], own), largest[2:])
-    return StepResult(loss, square**0.5), [int(flag) for flag in flags]
+    numbers = read_numbers(torch.where(own.isfinite(), largest[: len(own)], own), largest[len(own) :])
+    return StepResult(*numbers[: len(own)]), [int(flag) for flag in numbers[len(own) :]]
 
 
 def read_numbers(*numbers: Tensor) -> list[float]:

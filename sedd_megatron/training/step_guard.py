@@ -21,9 +21,9 @@ from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.checkpoint_format import write_synced
 from sedd_megatron.training.iterators import training_iterators
 from sedd_megatron.training.optimizer_step import squared_gradient_norm
-from sedd_megatron.training.recent_steps import spike
+from sedd_megatron.training.recent_steps import StepResult
 from sedd_megatron.training.run_folder import checkpoint_name
-from sedd_megatron.training.step import StepResult, begin_training_pass, forward_backward, read_numbers, read_result
+from sedd_megatron.training.step import begin_training_pass, forward_backward, read_numbers, read_result
 
 FOLDER = "skipped_steps"
 # How far a replay may be off, relative. A CPU gives the same bits. A GPU's kernels may add in another order, and
@@ -53,6 +53,10 @@ class LocalGradientNorms:
             start_grad_sync(group, *arguments, **keywords)
 
         return noted_start
+
+    def norm(self) -> Tensor:
+        """That of all buckets together in the last pass: scalar float64."""
+        return torch.linalg.vector_norm(torch.cat(self._norms).double())
 
     def read(self) -> list[float]:
         """The norms of the last step, on the host."""
@@ -89,27 +93,26 @@ class RankReport:
 
 
 class StepGuard:
-    """Judges a run's steps. Every method but the first is collective over all ranks, which all judge alike."""
+    """Judges a run's steps. All ranks judge alike."""
 
     def __init__(self, run: TrainingRun, dataset: WindowDataset) -> None:
         """`dataset` is what the run trains on: a batch is made again from it."""
         self._dataset = dataset
         self._norms = LocalGradientNorms(run.ddp_chunks)
 
+    def gradient_norm(self) -> Tensor:
+        """The norm of this rank's own gradients in the last pass: scalar float64 on the device. Not collective."""
+        return self._norms.norm()
+
     def fault(self, run: TrainingRun, result: StepResult) -> str | None:
         """In words, why a step with this result is not to be taken; None if it may be."""
-        factor = run.options.faults.spike_factor
-        before = (run.recent.losses, run.recent.grad_norms)
-        for name, value, last in zip(("loss", "gradient norm"), result, before, strict=True):
-            if not math.isfinite(value):
-                return f"the {name} is {value}"
-            found = spike(name, value, last, factor) if factor is not None else None
-            if found is not None:
-                return found
-        return None
+        return run.recent.fault(result, run.options.faults.spike_factor)
 
     def skip(self, run: TrainingRun, fault: str, losses: list[dict[str, Any]], result: StepResult) -> dict[str, Any]:
-        """Replay the step whose result this is, write it down, and go on after it; its line of metrics.jsonl.
+        """Replay the step whose result this is, write it down, and go on after it. Collective over all ranks.
+
+        Returns:
+            Its line of metrics.jsonl.
 
         Raises:
             UserError: it is one more than --max-skipped-steps.
@@ -152,7 +155,7 @@ class StepGuard:
         run.optimizer.zero_grad()
         losses = forward_backward(run, batches, forward_only=False)
         squared_norm = squared_gradient_norm(run.optimizer, run.groups.device)
-        result, _ = read_result(losses, squared_norm, run.groups)
+        result, _ = read_result(losses, squared_norm, run)
         groups = run.groups
         own = RankReport(
             rank=torch.distributed.get_rank(),
