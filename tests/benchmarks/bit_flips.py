@@ -4,7 +4,8 @@
 
 Each layout trains a tiny model on gloo ranks, and in every second step a random exponent bit (or the sign) of a random
 element of a random parameter's gradient flips on a random rank, before the reduction. Whether a flip matters is judged
-from metrics.jsonl alone. Then one random bit of any kind flips in a parameter between two steps.
+from metrics.jsonl alone. Then random bits of all kinds flip in what the ranks keep, one at a time, and replicas are
+compared. Last, what the guard costs a step of the tiny preset where nothing is wrong.
 """
 
 import argparse
@@ -14,16 +15,22 @@ import random
 import statistics
 import sys
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from sedd_megatron.arguments import parse_pretrain_options, weighted_corpora
 from sedd_megatron.data.corpus import write_corpus
 from sedd_megatron.data.tokenizers import ByteTokenizer
+from sedd_megatron.data.windows import open_windows
+from sedd_megatron.parallel import cpu_backend
+from sedd_megatron.parallel.groups import groups_of_this_process
 from tests.benchmarks.pairs import Lines, write_table
 from tests.distributed.bit_flips import Flip
-from tests.distributed.launch import launch
+from tests.distributed.launch import REPOSITORY, launch
 from tests.distributed.layouts import CP2, DIST_OPT, MODEL, OVERLAP, PP2, SP, TP2, VPP
 
 GOAL = "100 of 100"
@@ -40,6 +47,8 @@ LAYOUTS = {
     "VPP2 x DP2 distributed optimizer": (4, [*PP2, *VPP, *DIST_OPT]),
     "TP2 x DP2": (4, TP2),
 }
+KEPT_LAYOUTS = ("TP2 x DP2", "VPP2 x DP2 distributed optimizer")
+TINY = REPOSITORY / "examples" / "configs" / "tiny.yaml"
 SMALL = "--hidden-size 16 --cond-dim 8 --seq-length 8 --hidden-dropout 0".split()
 
 
@@ -112,6 +121,8 @@ def named_ranks(folder: Path, iteration: int) -> list[int]:
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--flips", type=int, default=400, help="in all layouts together")
+    parser.add_argument("--kept", type=int, default=100, help="flips in what is kept, in each of two layouts")
+    parser.add_argument("--pairs", type=int, default=15, help="of steps with and without the guard; 0 for none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args(argv)
@@ -130,16 +141,80 @@ def main(argv: Sequence[str]) -> None:
             for what in ("flips", "bad", "found", "named", "false_alarms"):
                 setattr(total, what, getattr(total, what) + getattr(found, what))
             total.kinds += found.kinds
-    lines.say(_row("together", total))
-    lines.say("")
+        lines.say(_row("together", total))
+        lines.say("")
+        _say_verdict(lines, total)
+        if arguments.kept:
+            lines.say("")
+            for name in KEPT_LAYOUTS:
+                lines.say(_kept_line(name, arguments.kept, corpus, root))
+        if arguments.pairs:
+            lines.say("")
+            lines.say(_cost(arguments.pairs, corpus))
+    write_table("Bit flips", "tests.benchmarks.bit_flips", argv, arguments.output, lines)
+
+
+def _say_verdict(lines: Lines, total: Counts) -> None:
     bits = ", ".join(f"bit {bit}: {number}" for bit, number in sorted(total.kinds.items(), reverse=True))
     lines.say(f"Goal: {GOAL}. Found and named: {total.named} of {total.bad} ({bits}).")
     lines.say(
         f"The other {total.flips - total.bad} made no number larger than --spike-factor {SPIKE_FACTOR:g} times the "
         "usual one (a bit that was set, a sign, an element near 0): such a step is taken, as nobody can tell it by its "
-        "size. Replicas stay equal after it."
+        "size. Where it makes ranks differ that hold the same, --check-replicas-interval finds it."
     )
-    write_table("Bit flips in gradients", "tests.benchmarks.bit_flips", argv, arguments.output, lines)
+
+
+def _kept_line(name: str, flips: int, corpus: Path, root: Path) -> str:
+    num_ranks, flags = LAYOUTS[name]
+    output = root / "kept.json"
+    arguments = [*MODEL, *SMALL, *flags, "--data-path", str(corpus), "--check-replicas-interval", "1"]
+    launch("run_replicas.py", num_ranks, [(arguments, flips, str(output))], timeout=3000)
+    found = json.loads(output.read_text())
+    shared = [flip for flip in found if flip["holders"] > 1]
+    named = [flip for flip in shared if flip["message"] and f"rank {flip['rank']} on" in flip["message"]]
+    false_alarms = sum(flip["message"] is not None for flip in found) - len(named)
+    return (
+        f"Any bit of weights, moments and average, {name}: {len(found)} flips, {len(shared)} of them in what another "
+        f"rank holds too. Found by --check-replicas-interval and named, of two that differ both: {len(named)} of "
+        f"{len(shared)}; false alarms: {false_alarms}."
+    )
+
+
+def _cost(pairs: int, corpus: Path) -> str:
+    """CPU time of a step with the guard over one without, in turns."""
+    cpu_backend.install()
+    from sedd_megatron.training.build import build_run
+    from sedd_megatron.training.iterators import training_iterators
+    from sedd_megatron.training.step import train_step
+    from sedd_megatron.training.step_guard import StepGuard
+
+    options = parse_pretrain_options(["--config", str(TINY), "--data-path", str(corpus), "--device", "cpu"])
+    groups, steps = groups_of_this_process(options.parallel), []
+    windows = open_windows(weighted_corpora(options.data), seq_length=options.model.seq_length, split="1,0,0",
+                           num_tokens=256, seed=0)  # fmt: skip
+    for is_guarded in (True, False):
+        run = build_run(options, ByteTokenizer(), groups)
+        run.guard = StepGuard(run, windows.train) if is_guarded else None
+        steps.append(partial(train_step, run, training_iterators(run, windows.train)))
+    ratios, seconds = [], []
+    for step in steps:
+        step()
+    for _ in range(pairs):
+        guarded, plain = (_cpu_seconds(step) for step in steps)
+        ratios.append(guarded / plain)
+        seconds.append(plain)
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return (
+        f"A good step of the tiny preset takes {middle:.4f} times the CPU time that it takes without the guard (median "
+        f"of {pairs} pairs in turns, quartiles {low:.4f} and {high:.4f}; {statistics.median(seconds):.2f} s a step; "
+        "goal below 1.01)."
+    )
+
+
+def _cpu_seconds(step: Callable[[], object]) -> float:
+    start = time.process_time()
+    step()
+    return time.process_time() - start
 
 
 def _row(name: str, counts: Counts) -> str:
