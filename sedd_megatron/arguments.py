@@ -22,7 +22,7 @@ from sedd_megatron.layout_rules import (
 )
 from sedd_megatron.megatron_flags import answer_of
 from sedd_megatron.options import flag_of, parse_options
-from sedd_megatron.training_config import CheckpointOptions, DataOptions, WeightedCorpus
+from sedd_megatron.training_config import CheckpointOptions, DataOptions, FaultOptions, WeightedCorpus
 from sedd_megatron.training_schedule import check_batch_sizes, check_training_schedule
 
 MOST_NOISE = 80.0
@@ -194,7 +194,7 @@ def _check_ranges(options: PretrainOptions) -> None:
     at_least_zero = (
         "ckpt_step loss_chunk_rows train_iters train_samples lr min_lr lr_warmup_iters lr_warmup_samples "
         "lr_warmup_init clip_grad weight_decay seed num_workers eval_interval timing_log_level profile_step_start "
-        "profile_step_end manual_gc_interval"
+        "profile_step_end manual_gc_interval max_skipped_steps check_replicas_interval"
     ).split()
     below_one = ["hidden_dropout", "adam_beta1", "adam_beta2", "ema_decay", "lr_warmup_fraction"]
     samples = ["train_samples", "lr_decay_samples", "lr_warmup_samples", "lr_wsd_decay_samples"]
@@ -206,6 +206,7 @@ def _check_ranges(options: PretrainOptions) -> None:
         (at_least_zero, lambda v: v >= 0, "at least 0"),
         (below_one, lambda v: 0 <= v < 1, "at least 0 and below 1"),
         (["adam_eps", "exit_duration_in_mins", "verify_layout_tolerance"], lambda v: v > 0, "above 0"),
+        (["spike_factor"], lambda v: v > 1, "above 1"),
         (counts, lambda v: v <= MOST, f"at most {MOST:,}"),
         (samples, lambda v: v <= MOST_SAMPLES, f"at most {MOST_SAMPLES:,}"),
     ):
@@ -224,6 +225,17 @@ def _check_ranges(options: PretrainOptions) -> None:
     )
     check_training_schedule(options.training)
     _check_start(checkpoint)
+    _check_faults(options.faults)
+
+
+def _check_faults(faults: FaultOptions) -> None:
+    for name in ("spike_factor", "max_skipped_steps"):
+        value = getattr(faults, name)
+        require(
+            faults.check_for_nan_in_loss_and_grad or not value,
+            f"{flag_of(name)} {value} goes on after a step that --no-check-for-nan-in-loss-and-grad does not look "
+            "into; leave one of them out",
+        )
 
 
 def _check_start(checkpoint: CheckpointOptions) -> None:

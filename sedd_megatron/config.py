@@ -14,6 +14,7 @@ from sedd_megatron.training_config import (
     CheckpointOptions,
     DataOptions,
     EndingOptions,
+    FaultOptions,
     LoggingOptions,
     ProfilingOptions,
     TrainingOptions,
@@ -162,6 +163,7 @@ class PretrainOptions:
     logging: LoggingOptions
     profiling: ProfilingOptions
     verify: VerifyOptions
+    faults: FaultOptions
 
     def to_dict(self) -> dict[str, Any]:
         """Every option by its name, as kept in checkpoints."""

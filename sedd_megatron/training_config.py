@@ -224,6 +224,24 @@ class ProfilingOptions:
 
 
 @dataclass(frozen=True)
+class FaultOptions:
+    """Steps and ranks that go wrong"""
+
+    check_for_nan_in_loss_and_grad: bool = option(
+        True,
+        "replay a step whose loss or gradient norm is not finite, and name the rank that computed otherwise; without "
+        "it the run just ends there",
+    )
+    spike_factor: float | None = option(
+        None, "a loss or gradient norm above this many times the median of the last steps is treated so too"
+    )
+    max_skipped_steps: int = option(0, "such steps that a run may go on without, before one more ends it")
+    check_replicas_interval: int = option(
+        0, "steps between comparisons of what several ranks hold alike, bit for bit; 0 for none"
+    )
+
+
+@dataclass(frozen=True)
 class VerifyOptions:
     """Check of a layout, instead of a training run"""
 

@@ -5,10 +5,8 @@ parallel_state.
 import atexit
 import contextlib
 import os
-import re
 import sys
 import time
-import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,10 +17,11 @@ import torch
 from packaging.version import Version
 
 from sedd_megatron.config import ParallelOptions
-from sedd_megatron.errors import LostRankError, UserError, one_line, say
+from sedd_megatron.errors import UserError, say
 from sedd_megatron.launcher import has_gpus_of_its_own, is_first_rank
 from sedd_megatron.layout_rules import data_parallel_size_of
 from sedd_megatron.parallel import cpu_backend
+from sedd_megatron.parallel.lost_ranks import RollCall, lost_rank
 from sedd_megatron.parallel.main_grad import install_gradient_accumulation
 from sedd_megatron.wording import counted
 
@@ -170,8 +169,10 @@ def parallel_groups(
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     install_gradient_accumulation()
+    roll_call = RollCall()
     try:
         _join_ranks(device, world_size, timedelta(minutes=options.distributed_timeout_minutes))
+        roll_call.begin()
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=options.tensor_model_parallel_size,
             pipeline_model_parallel_size=options.pipeline_model_parallel_size,
@@ -183,31 +184,14 @@ def parallel_groups(
         )
         yield ParallelGroups(ProcessGroupCollection.use_mpu_process_groups(), device)
     except RuntimeError as error:
-        raise _lost_rank(error) or error from error
+        raise lost_rank(error, roll_call) or error from error
     finally:
+        roll_call.end()
         parallel_state.destroy_model_parallel()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         if device.type == "cuda":
             _forget_fp8_state()
-
-
-def _lost_rank(error: RuntimeError) -> LostRankError | None:
-    """What a collective's error means to a person; None for any other error. NCCL's time-outs end a process by
-    themselves.
-    """
-    # Gloo has no class of its own: "[.../gloo/transport/tcp/pair.cc:538] Connection closed by peer [10.0.0.2]:4711", or
-    # "Gloo connectFullMesh failed with [...". No message of others names its source so.
-    from_gloo = re.search(r"\[\S*\bgloo/\S+\] (.*?)(\. This is|$)", str(error), re.DOTALL)
-    if from_gloo is None and not isinstance(error, torch.distributed.DistError):
-        return None
-    said = one_line(RuntimeError(from_gloo[1]) if from_gloo else error)
-    frames = traceback.extract_tb(error.__traceback__)
-    where = [frame.name for frame in frames if "megatron" in frame.filename][-1]
-    return LostRankError(
-        f"rank {os.environ.get('RANK', '0')} waited in {where} for a rank that is gone or stands still: {said}; look "
-        "for the reason on that rank, and start again"
-    )
 
 
 def _forget_fp8_state() -> None:

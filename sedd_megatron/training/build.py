@@ -1,7 +1,8 @@
 """Everything a training run consists of, built from the options: model, DDP, optimizer, schedule, EMA."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -33,12 +34,18 @@ from sedd_megatron.training.main_parameters import (
     gather_parameters,
     main_parameters,
 )
+from sedd_megatron.training.recent_steps import RecentSteps
 from sedd_megatron.training_schedule import Progress, batch_size_at, end_of, learning_rate_samples
+
+if TYPE_CHECKING:
+    from sedd_megatron.training.step_guard import StepGuard
 
 
 @dataclass
 class TrainingRun:
-    """One rank's state of a training run; iteration and consumed_samples are all the progress there is."""
+    """One rank's state of a training run. All the progress there is: iteration, consumed_samples, and what became of
+    the steps up to there.
+    """
 
     options: PretrainOptions
     groups: ParallelGroups
@@ -53,6 +60,14 @@ class TrainingRun:
     ema: ExponentialMovingAverage
     iteration: int = 0
     consumed_samples: int = 0
+    skipped_steps: int = 0  # of the iterations, those without an update of the parameters
+    recent: RecentSteps = field(default_factory=RecentSteps)
+    guard: "StepGuard | None" = None  # what becomes of a bad step; None: it ends the run
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates of the parameters so far."""
+        return self.iteration - self.skipped_steps
 
     @property
     def batch_size(self) -> int:

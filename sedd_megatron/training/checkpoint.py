@@ -37,6 +37,7 @@ from sedd_megatron.training.going_back import go_on_from, named_checkpoint
 from sedd_megatron.training.main_parameters import adam_moments, set_adam_step
 from sedd_megatron.training.part_to_load import Part, part_to_load
 from sedd_megatron.training.processes import launcher
+from sedd_megatron.training.recent_steps import RecentSteps
 from sedd_megatron.training.run_folder import (
     FoundCheckpoint,
     checkpoint_name,
@@ -268,6 +269,8 @@ def _progress(run: TrainingRun) -> dict[str, Any]:
         "consumed_samples": run.consumed_samples,
         "scheduler_samples": run.scheduler.num_steps,
         "ema_last_update": run.ema.last_update,
+        "skipped_steps": run.skipped_steps,
+        "recent_steps": run.recent.state(),
     }
 
 
@@ -360,12 +363,15 @@ def load_checkpoint(run: TrainingRun, directory: Path, body: dict[str, Any], par
     if part is Part.WEIGHTS:
         run.ema.restart()
         return
-    if part is Part.RUN:
-        set_adam_step(run.optimizer, state["iteration"])
     run.iteration = state["iteration"]
+    # Older checkpoints know neither.
+    run.skipped_steps = state.get("skipped_steps", 0)
+    run.recent = RecentSteps(state.get("recent_steps"))
+    if part is Part.RUN:
+        set_adam_step(run.optimizer, run.optimizer_steps)
     run.consumed_samples = state["consumed_samples"]
     # Older checkpoints tell the interval alone, which may have changed within one; those of before 0.6 not even that.
-    last_update = run.iteration - run.iteration % state["options"].get("ema_interval", 1)
+    last_update = run.optimizer_steps - run.optimizer_steps % state["options"].get("ema_interval", 1)
     run.ema.last_update = state.get("ema_last_update", last_update)
     # The schedule depends on the number of samples alone, so that a resumed run may also change its options.
     run.scheduler.num_steps = 0

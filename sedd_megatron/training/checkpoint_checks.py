@@ -36,6 +36,10 @@ def check_body(body: dict[str, Any]) -> None:
     _require(isinstance(state["options"], dict), "its options are not a table")
     last_update = state.get("ema_last_update", 0)
     _require(_is_size(last_update) and last_update <= state["iteration"], f"ema_last_update is {last_update!r}")
+    skipped = state.get("skipped_steps", 0)
+    _require(_is_size(skipped) and skipped <= state["iteration"], f"skipped_steps is {skipped!r}")
+    for name, values in state.get("recent_steps", {}).items():
+        _require(all(isinstance(value, float) for value in values), f"{name} of the recent steps are no numbers")
     for name, record in [*files.items(), *state["tokenizer_files"].items()]:
         _require(Path(name).name == name and name != ".." and "\0" not in name, f"{name!r} is no plain file name")
         _require(_is_size(record["bytes"]) and isinstance(record["sha256"], str), f"the record of {name} is malformed")

@@ -22,10 +22,12 @@ from sedd_megatron.training.iterators import training_iterators
 from sedd_megatron.training.metrics import MetricsWriter
 from sedd_megatron.training.metrics_file import MetricsFile, writer_name
 from sedd_megatron.training.profiling import StepProbe, profiling
+from sedd_megatron.training.replicas import check_replicas_if_due
 from sedd_megatron.training.run_folder import FoundCheckpoint
 from sedd_megatron.training.run_lock import RunLock
 from sedd_megatron.training.saving import RunSaver, open_saver
 from sedd_megatron.training.step import find_fp8_scales, train_step
+from sedd_megatron.training.step_guard import StepGuard
 from sedd_megatron.training.stop_requests import StopRequests
 from sedd_megatron.training.summary import print_summary, trained_flops_per_token
 from sedd_megatron.training.validation import compile_validation
@@ -95,6 +97,8 @@ def _train_and_save(
     if on_first_rank(lambda: metrics is not None and metrics.lacks_validation(run.iteration)):
         request = validate_if_due(run, windows, metrics, requests, probe)
     batches = probe.timed(training_iterators(run, windows.train))
+    if options.faults.check_for_nan_in_loss_and_grad:
+        run.guard = StepGuard(run, windows.train)
     if is_first_rank():
         digests = check_in_background([prefix for _, prefix in weighted_corpora(options.data)])
     while run.iteration < end and not request:
@@ -108,6 +112,7 @@ def _train_and_save(
         if metrics is not None:
             samples = (run.consumed_samples - first_sample, last_sample - run.consumed_samples)
             metrics.train_step(step, *(number * options.model.seq_length for number in samples))
+        check_replicas_if_due(run)
         if saver is not None and not writing:
             saver.finish()
         # Who asked the run to end may not wait for more than a checkpoint; what is left out is done on resuming.

@@ -76,7 +76,12 @@ class MetricsWriter:
     def train_step(self, metrics: dict[str, Any], num_tokens: int, tokens_left: int) -> None:
         """Record one step of `num_tokens`; every `log_interval` steps print a line whose speed is the mean since the
         last one, and the time that it gives to the `tokens_left`: in a ramp the steps that are left are the long ones.
+        One that was skipped has a line in the file, and no point on any curve.
         """
+        if "skipped" in metrics:
+            if self.file is not None:
+                self.file.write(metrics)
+            return
         self._write(metrics)
         self.window_tokens += num_tokens
         iteration = metrics["iteration"]

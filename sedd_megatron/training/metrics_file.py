@@ -48,7 +48,9 @@ class MetricsFile:
 
     def write(self, record: dict[str, Any]) -> None:
         """Add a record; a number that is not finite, for which JSON has no word, becomes null."""
-        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        finite = {
+            name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in record.items()
+        }
         self._waiting.append(json.dumps(finite, allow_nan=False).encode() + b"\n")
         if self._failed_at is None or time.monotonic() - self._failed_at > SECONDS_BETWEEN_TRIES:
             self._write_waiting()

@@ -11,33 +11,32 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def step_optimizer(optimizer: MegatronOptimizer, device: torch.device) -> Tensor:
-    """Clip the gradients to the optimizer's clip_grad (0: leave them) and update the parameters. Collective.
-
-    A norm that is not finite is returned like any other, and the parameters are then spoilt.
-
-    Returns:
-        Scalar float64 on the device: the square of the norm of all gradients before clipping, the same on every rank.
+def squared_gradient_norm(optimizer: MegatronOptimizer, device: torch.device) -> Tensor:
+    """The square of the norm of all gradients, which are then where the optimizer takes them: scalar float64 on the
+    device, the same on every rank. Collective.
     """
     (inner,) = optimizer.chained_optimizers
     # Its answer is about the loss scaling of fp16, which there is none of.
     optimizer.prepare_grads()
-    square = _squared_norm_over_ranks(inner, device)
+    # Megatron's choice: each parameter once, however many ranks hold it.
+    gradients = inner.get_main_grads_for_grad_norm()
+    norm = NORM[device.type](gradients) if gradients else torch.zeros((), device=device)
+    square = norm.float().square()
+    torch.distributed.all_reduce(square, group=inner.get_grad_stats_parallel_group())
+    return square.double()
+
+
+@torch.no_grad()
+def update_parameters(optimizer: MegatronOptimizer, squared_norm: Tensor) -> None:
+    """Clip the gradients, whose norm's square this is, to the optimizer's clip_grad (0: leave them), and update the
+    parameters. Collective. A norm that is not finite spoils them.
+    """
+    (inner,) = optimizer.chained_optimizers
     gradients = [parameter.grad for parameter in inner.get_parameters() if parameter.grad is not None]
     # A rank's share of the distributed optimizer may be empty.
     if gradients and inner.config.clip_grad > 0:
-        CLIP[device.type](gradients, square.sqrt(), inner.config.clip_grad)
+        CLIP[squared_norm.device.type](gradients, squared_norm.sqrt(), inner.config.clip_grad)
     optimizer.step_with_ready_grads()
-    return square
-
-
-def _squared_norm_over_ranks(optimizer: MegatronOptimizer, device: torch.device) -> Tensor:
-    # Megatron's choice: each parameter once, however many ranks hold it.
-    gradients = optimizer.get_main_grads_for_grad_norm()
-    norm = NORM[device.type](gradients) if gradients else torch.zeros((), device=device)
-    square = norm.float().square()
-    torch.distributed.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
-    return square.double()
 
 
 def norm_by_blocks(tensors: Sequence[Tensor]) -> Tensor:

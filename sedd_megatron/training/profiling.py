@@ -69,7 +69,7 @@ class StepProbe:
         interval = self.options.manual_gc_interval
         if interval and iteration % interval == 0:
             gc.collect()
-        if self.options.log_throughput:
+        if self.options.log_throughput and "tokens_per_second" in metrics:  # one that was skipped has no speed
             added["tflops_per_device"] = metrics["tokens_per_second"] * self.tflop_per_token
         is_told = iteration % self.run.options.logging.log_interval == 0
         if self.timers is not None and (is_told or iteration == self.run.end.iteration):

@@ -32,7 +32,7 @@ REPORTED = (
     "hidden_dropout bf16 transformer_impl fp8_format fp8_recipe fp8_amax_history_len fp8_amax_compute_algo "
     "fp8_param_gather train_iters train_samples lr min_lr lr_decay_style lr_decay_iters lr_decay_samples "
     "lr_wsd_decay_style lr_wsd_decay_iters lr_wsd_decay_samples lr_warmup_iters lr_warmup_samples lr_warmup_fraction "
-    "lr_warmup_init clip_grad adam_beta1 adam_beta2 adam_eps weight_decay ema_decay ema_interval"
+    "lr_warmup_init clip_grad adam_beta1 adam_beta2 adam_eps weight_decay ema_decay ema_interval spike_factor"
 ).split()
 # In place of a corpus: made-up data is the same wherever its seed is.
 MOCK = {"share": "1", "sample": "mock data", "digests": None}

@@ -18,7 +18,8 @@ from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.forward_step import make_forward_step
 from sedd_megatron.training.iterators import training_iterators
 from sedd_megatron.training.main_parameters import copy_main_parameters_to_model
-from sedd_megatron.training.optimizer_step import step_optimizer
+from sedd_megatron.training.optimizer_step import squared_gradient_norm, update_parameters
+from sedd_megatron.training.recent_steps import StepResult
 
 
 def find_fp8_scales(run: TrainingRun, dataset: WindowDataset) -> None:
@@ -45,33 +46,60 @@ def train_step(
         different steps would wait for each other forever. Equal on every rank.
 
     Raises:
-        UserError: a loss or a gradient norm that is not finite; the parameters and their average are then spoilt.
+        UserError: a loss or a gradient norm that is not finite, or a spike, if the run's guard does not go on without
+            the step. It is not taken then: parameters, optimizer, average and schedule are as before.
     """
     batch_size, start = run.batch_size, time.monotonic()
     begin_training_pass(run)
     run.optimizer.zero_grad()
     losses = forward_backward(run, batches, forward_only=False)
     learning_rate = run.optimizer.param_groups[0]["lr"]
-    squared_norm = step_optimizer(run.optimizer, run.groups.device)
-    run.ema.update(run.iteration + 1)
-    # The one wait for the device, when all of the step is in its queue.
-    numbers = read_numbers(mean_loss(losses, run.groups), squared_norm, largest_of_any_rank(flags, run.groups))
+    squared_norm = squared_gradient_norm(run.optimizer, run.groups.device)
+    # The one wait for the device. What follows is queued without another, so that the host is ahead of the optimizer
+    # and makes the next step's batch meanwhile: a wait after it would leave the device idle there instead.
+    result, largest = read_result(losses, squared_norm, run, flags)
     seconds = time.monotonic() - start
-    loss, grad_norm, largest = numbers[0], numbers[1] ** 0.5, numbers[2:]
-    require_finite("loss", loss, run.iteration + 1)
-    require_finite("gradient norm", grad_norm, run.iteration + 1)
+    if run.guard is None:
+        require_finite("loss", result.loss, run.iteration + 1)
+        require_finite("gradient norm", result.grad_norm, run.iteration + 1)
+    elif (fault := run.guard.fault(run, result)) is not None:
+        return run.guard.skip(run, fault, losses, result), largest
+    update_parameters(run.optimizer, squared_norm)
+    run.ema.update(run.optimizer_steps + 1)
+    run.recent.add(result)
     run.iteration += 1
     run.consumed_samples += batch_size
     run.scheduler.step(increment=batch_size)
     metrics = {
         "iteration": run.iteration,
-        "loss": loss,
+        "loss": result.loss,
         "learning_rate": learning_rate,
-        "grad_norm": grad_norm,
+        "grad_norm": result.grad_norm,
         "tokens_per_second": batch_size * run.options.model.seq_length / seconds,
         "consumed_samples": run.consumed_samples,
     }
-    return metrics, [int(flag) for flag in largest]
+    return metrics, largest
+
+
+def read_result(
+    losses: list[dict[str, Any]], squared_norm: Tensor, run: TrainingRun, flags: Sequence[int] = ()
+) -> tuple[StepResult, list[int]]:
+    """A step's result, and of this rank's flags the largest of any rank; one wait for the device. Collective.
+
+    Replicas should have the same result. Where a fault makes them differ every rank gets the largest, or what is not a
+    number, for all have to judge alike.
+    """
+    device = run.groups.device
+    rank_norm = [] if run.guard is None else [run.guard.gradient_norm()]
+    own = torch.stack([mean_loss(losses, run.groups), squared_norm.sqrt(), *rank_norm])
+    largest = torch.cat([
+        own.nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf),
+        to_device(torch.tensor(flags, dtype=torch.float64), device),
+    ])  # fmt: skip
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    # On the rank that has it, NaN stays NaN.
+    numbers = read_numbers(torch.where(own.isfinite(), largest[: len(own)], own), largest[len(own) :])
+    return StepResult(*numbers[: len(own)]), [int(flag) for flag in numbers[len(own) :]]
 
 
 def read_numbers(*numbers: Tensor) -> list[float]:

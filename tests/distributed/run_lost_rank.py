@@ -1,5 +1,5 @@
-"""A run in which rank 1 stands still or dies in its third step; a job is the command line, the signal by name, and the
-minutes of the time-out, which a test wants shorter than a person may have them.
+"""A run in which a rank stands still or dies in its third step; a job is the command line, the signal by name, whose it
+is, and the minutes of the time-out, which a test wants shorter than a person may have them.
 """
 
 from dataclasses import replace
@@ -11,13 +11,13 @@ from tests.distributed.launch import own_jobs
 from tests.distributed.signalled_step import signal_in_third_step
 
 
-def train(arguments: list[str], name: str, minutes: float) -> int:
+def train(arguments: list[str], name: str, rank: int, minutes: float) -> int:
     options = parse_pretrain_options(arguments)
     parallel = replace(options.parallel, distributed_timeout_minutes=minutes)
-    with signal_in_third_step(name):
+    with signal_in_third_step(name, rank):
         return pretrain(replace(options, parallel=parallel))
 
 
 if __name__ == "__main__":
-    ((arguments, name, minutes),) = own_jobs()
-    run_command(lambda: train(arguments, name, minutes))
+    ((arguments, name, rank, minutes),) = own_jobs()
+    run_command(lambda: train(arguments, name, rank, minutes))

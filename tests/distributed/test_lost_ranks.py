@@ -11,27 +11,36 @@ import pytest
 
 from tests.commands import ENVIRONMENT, train_command
 from tests.distributed.launch import start
-from tests.distributed.layouts import DIST_OPT, MODEL
+from tests.distributed.layouts import DIST_OPT, MODEL, PP2, TP2
 
-# The time-out, how long the other rank is waited for once one has ended, and what that one says.
+RESET = r"(Connection reset by peer|Connection closed by peer \[[\d.:]+\]:\d+)"
+# Layout and ranks, the signal and whose it is, the time-out, how long the others are waited for once one has
+# ended, and what they say of whom.
+GONE = "rank {}, which is gone or stands still: .*"
 FAULTS = {
-    "SIGSTOP": (0.2, 0, "Timed out waiting 12000ms for recv operation to complete"),
-    "SIGKILL": (10, 20, r".*(Connection reset by peer|Connection closed by peer \[[\d.:]+\]:\d+)"),
+    "stopped": (DIST_OPT, 2, "SIGSTOP", 1, 0.2, 0, GONE.format(1) + "Timed out waiting 12000ms for recv operation"),
+    "killed": ([*PP2, *DIST_OPT], 4, "SIGKILL", 2, 10, 30, GONE.format(2) + RESET),
+    # It holds the store by which the ranks ask each other.
+    "first": (TP2, 2, "SIGKILL", 0, 10, 30, "a rank that is gone or stands still, as the ranks' store is, .*" + RESET),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_rank_ends_with_one_line_when_another_is_lost(name, tmp_path, byte_corpus):
-    minutes, patience, reason = FAULTS[name]
+def test_the_others_end_with_one_line_that_names_the_rank(name, tmp_path, byte_corpus):
+    layout, num_ranks, signal_name, lost, minutes, patience, reason = FAULTS[name]
     # A loader process has copies of its rank's connections.
-    arguments = [*MODEL, *DIST_OPT, "--data-path", str(byte_corpus), "--save", str(tmp_path), "--save-interval", "2",
+    arguments = [*MODEL, *layout, "--data-path", str(byte_corpus), "--save", str(tmp_path), "--save-interval", "2",
                  "--train-iters", "9", "--eval-interval", "0", "--num-workers", "1"]  # fmt: skip
-    codes, (said, _) = start("run_lost_rank.py", 2, [(arguments, name, minutes)], patience=patience)
-    assert codes == [2, -signal.SIGKILL], said
-    (line,) = [line for line in said.splitlines() if "error" in line.lower()]
-    pattern = rf"error: rank 0 waited in \w+ for a rank that is gone or stands still: {reason}; look for the reason on"
-    assert re.match(pattern, line), line
-    assert "Traceback" not in said
+    job = (arguments, signal_name, lost, minutes)
+    codes, outputs = start("run_lost_rank.py", num_ranks, [job], patience=patience)
+    assert codes == [-signal.SIGKILL if rank == lost else 2 for rank in range(num_ranks)], outputs
+    for rank, said in enumerate(outputs):
+        if rank != lost:
+            (line,) = [line for line in said.splitlines() if "error" in line.lower()]
+            place = r"\w+( \(\w+ among ranks [\d, ]+\))?"
+            assert re.match(f"error: rank {rank} waited in {place} for {reason}", line), line
+            assert line.endswith("; look for the reason there, and start again")
+        assert "Traceback" not in said
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text().strip() == "2"
 
 
