@@ -129,7 +129,8 @@ def _validate_if_due(run: TrainingRun, windows: Windows, metrics: MetricsWriter 
 
     def is_broken_off() -> bool:
         nonlocal request
-        request = int(read_numbers(largest_of_any_rank([requests.requested], run.groups))[0])
+        ((largest,),) = read_numbers(largest_of_any_rank([requests.requested], run.groups))
+        request = int(largest)
         return request > 0
 
     loss = validate(run, windows.valid, is_broken_off)

@@ -1,5 +1,6 @@
 """One optimizer step, and the passes over a batch that it and validation share."""
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,13 @@ from sedd_megatron.training.forward_step import make_forward_step
 from sedd_megatron.training.iterators import training_iterators
 from sedd_megatron.training.main_parameters import copy_main_parameters_to_model
 from sedd_megatron.training.optimizer_step import step_optimizer
+from sedd_megatron.training.step_statistics import (
+    NUM_BANDS,
+    StepWatch,
+    largest_log_score,
+    parameters_by_part,
+    step_metrics,
+)
 
 
 def find_fp8_scales(run: TrainingRun, dataset: WindowDataset) -> None:
@@ -50,14 +58,19 @@ def train_step(
     options, start = run.options, time.monotonic()
     begin_training_pass(run)
     run.optimizer.zero_grad()
-    losses = forward_backward(run, batches, forward_only=False)
+    watch = StepWatch(run.groups.device)
+    losses = forward_backward(run, [watch.timed(own) for own in batches], forward_only=False)
     learning_rate = run.optimizer.param_groups[0]["lr"]
-    squared_norm = step_optimizer(run.optimizer, run.groups.device)
+    squares = step_optimizer(run.optimizer, run.groups.device, parameters_by_part(run.main_parameters))
     run.ema.update(run.iteration + 1)
     # The one wait for the device, when all of the step is in its queue.
-    numbers = read_numbers(mean_loss(losses, run.groups), squared_norm, largest_of_any_rank(flags, run.groups))
+    means, squares, largest = read_numbers(
+        mean_numbers(losses, run.groups),
+        squares,
+        largest_of_any_rank([*flags, *watch.host_numbers()], run.groups, largest_log_score(losses, run.groups.device)),
+    )
     seconds = time.monotonic() - start
-    loss, grad_norm, largest = numbers[0], numbers[1] ** 0.5, numbers[2:]
+    loss, grad_norm = means[0], squares[0] ** 0.5
     require_finite("loss", loss, run.iteration + 1)
     require_finite("gradient norm", grad_norm, run.iteration + 1)
     run.iteration += 1
@@ -71,12 +84,14 @@ def train_step(
         "tokens_per_second": options.training.global_batch_size * options.model.seq_length / seconds,
         "consumed_samples": run.consumed_samples,
     }
-    return metrics, [int(flag) for flag in largest]
+    metrics |= step_metrics(means, squares[1:], largest[len(flags) :], run.graph)
+    return metrics, [int(flag) for flag in largest[: len(flags)]]
 
 
-def read_numbers(*numbers: Tensor) -> list[float]:
-    """The elements of float64 tensors, one after the other, on the host; it waits once for all that the device does."""
-    return torch.cat([number.view(-1) for number in numbers]).tolist()
+def read_numbers(*numbers: Tensor) -> list[list[float]]:
+    """The elements of 1-D float64 tensors on the host; it waits once for all that the device does."""
+    elements = iter(torch.cat(numbers).tolist())
+    return [list(itertools.islice(elements, len(tensor))) for tensor in numbers]
 
 
 def begin_training_pass(run: TrainingRun) -> None:
@@ -87,7 +102,7 @@ def begin_training_pass(run: TrainingRun) -> None:
 
 
 def forward_backward(run: TrainingRun, batches: list[Iterator[MicroBatch]], forward_only: bool) -> list[dict[str, Any]]:
-    """Megatron's schedule over one global batch; the last stage's losses by micro-batch, nats per token."""
+    """Megatron's schedule over one global batch; by micro-batch what the last stage says, as in forward_step.py."""
     return get_forward_backward_func()(
         forward_step_func=make_forward_step(
             run.graph,
@@ -104,23 +119,23 @@ def forward_backward(run: TrainingRun, batches: list[Iterator[MicroBatch]], forw
     )
 
 
-def mean_loss(losses: list[dict[str, Any]], groups: ParallelGroups) -> Tensor:
-    """Mean over micro-batches, replicas and parts of the sequence, to every rank: scalar float64 on the device, which
-    does not depend on how they are split.
+def mean_numbers(losses: list[dict[str, Any]], groups: ParallelGroups) -> Tensor:
+    """Mean of `loss_numbers` over micro-batches, replicas and parts of the sequence, to every rank: float64 on the
+    device, first the loss; it does not depend on how they are split.
     """
-    mean = torch.zeros((), dtype=torch.float64, device=groups.device)
+    mean = torch.zeros(2 + 2 * NUM_BANDS, dtype=torch.float64, device=groups.device)
     if groups.is_last_stage:
-        mean += torch.stack([loss["loss"].double() for loss in losses]).mean()
+        mean += torch.stack([loss["numbers"] for loss in losses]).mean(0)
         torch.distributed.all_reduce(mean, group=groups.collection.dp_cp)
         mean /= groups.collection.dp_cp.size()
     torch.distributed.all_reduce(mean, group=groups.collection.pp)
     return mean
 
 
-def largest_of_any_rank(flags: Sequence[int], groups: ParallelGroups) -> Tensor:
-    largest = to_device(torch.tensor(flags, dtype=torch.float64), groups.device)
-    if flags:
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+def largest_of_any_rank(numbers: Sequence[float], groups: ParallelGroups, *on_device: Tensor) -> Tensor:
+    """Elementwise, of this rank's numbers on the host and then those on the device: 1-D float64 on the device."""
+    largest = torch.cat([to_device(torch.tensor(numbers, dtype=torch.float64), groups.device), *on_device])
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
     return largest
 
 
