@@ -1,12 +1,15 @@
 """From the command line to checked options: every rule that needs no cluster, and its one line for people."""
 
+import dataclasses
 import os
 import re
 from collections.abc import Sequence
 from fractions import Fraction
 
 from sedd_megatron.config import GROUPS, ConfigFile, DiffusionOptions, PretrainOptions
-from sedd_megatron.errors import require
+from sedd_megatron.diffusion.graph import find_for_graph, make_graph
+from sedd_megatron.diffusion.sampler import SAMPLERS
+from sedd_megatron.errors import UserError, require
 from sedd_megatron.layout_rules import (
     MOST,
     check_fp8_sizes,
@@ -65,6 +68,7 @@ def check_options(options: PretrainOptions, world_size: int) -> None:
         f"--distributed-timeout-minutes {minutes} must be at least {LEAST_MINUTES_TO_SAVE} with --save, whose lock the "
         "first rank may watch for a minute while the others wait; raise it",
     )
+    check_logging(options)
     training = options.training
     per_step = training.micro_batch_size * data_parallel_size
     require(
@@ -92,6 +96,27 @@ def check_diffusion(diffusion: DiffusionOptions) -> None:
     require(
         diffusion.sigma_max <= MOST_NOISE,
         f"--sigma-max {diffusion.sigma_max} must be at most {MOST_NOISE}: beyond it exp(sigma) is not a float32 number",
+    )
+
+
+def check_logging(options: PretrainOptions) -> None:
+    """Check that what is logged has somewhere to go, and the sampler of --sample-interval its graph."""
+    logging = options.logging
+    for service, needs in (("wandb", "wandb_project"), ("mlflow", "mlflow_experiment")):
+        for field in dataclasses.fields(logging):
+            value = getattr(logging, field.name)
+            require(
+                value is None or not field.name.startswith(service) or getattr(logging, needs) is not None,
+                f"{flag_of(field.name)} {value} says nothing without {flag_of(needs)}; add that, or leave it out",
+            )
+    try:
+        graph = make_graph(options.diffusion.graph, 2)
+        find_for_graph(SAMPLERS, logging.sampler_for(options.diffusion.graph), graph, flag_of("sampler"))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    require(
+        logging.sample_interval == 0 or bool(options.checkpoint.save or logging.log_dir),
+        f"--sample-interval {logging.sample_interval} has no folder for its samples; add --save or --log-dir",
     )
 
 
@@ -125,10 +150,11 @@ def _check_ranges(options: PretrainOptions) -> None:
         "num_layers hidden_size num_attention_heads ffn_hidden_size seq_length cond_dim make_vocab_size_divisible_by "
         "num_layers_per_virtual_pipeline_stage context_parallel_size ddp_bucket_size fp8_amax_history_len "
         "recompute_num_layers micro_batch_size global_batch_size lr_decay_iters ema_interval save_interval keep_last "
-        "keep_every max_save_failures eval_iters log_interval verify_layout_steps"
+        "keep_every max_save_failures eval_iters log_interval num_samples sampling_steps verify_layout_steps"
     ).split()
     at_least_zero = (
-        "loss_chunk_rows train_iters lr min_lr lr_warmup_iters clip_grad weight_decay seed num_workers eval_interval"
+        "loss_chunk_rows train_iters lr min_lr lr_warmup_iters clip_grad weight_decay seed num_workers eval_interval "
+        "sample_interval"
     ).split()
     below_one = ["hidden_dropout", "adam_beta1", "adam_beta2", "ema_decay"]
     values = options.to_dict()

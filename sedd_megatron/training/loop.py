@@ -18,14 +18,17 @@ from sedd_megatron.training.checkpoint import resume
 from sedd_megatron.training.estimates import peak_tflops
 from sedd_megatron.training.iterators import training_iterators
 from sedd_megatron.training.metrics import MetricsWriter
-from sedd_megatron.training.metrics_file import MetricsFile, writer_name
+from sedd_megatron.training.metrics_file import MetricsFile, run_id_of, writer_name
 from sedd_megatron.training.run_folder import FoundCheckpoint
 from sedd_megatron.training.run_lock import RunLock
+from sedd_megatron.training.samples import draw_samples_if_due
 from sedd_megatron.training.saving import RunSaver, open_saver
 from sedd_megatron.training.step import find_fp8_scales, largest_of_any_rank, read_numbers, require_finite, train_step
 from sedd_megatron.training.stop_requests import StopRequests
 from sedd_megatron.training.summary import print_summary, trained_flops_per_token
+from sedd_megatron.training.trackers import open_trackers
 from sedd_megatron.training.validation import compile_validation, validate
+from sedd_megatron.training_config import METRICS
 
 
 def train(
@@ -96,6 +99,7 @@ def _train_and_save(
             saver.finish()
         # Who asked the run to end may not wait for more than a checkpoint; what is left out is done on resuming.
         request = request or _validate_if_due(run, windows, metrics, requests)
+        request = request or draw_samples_if_due(run, lambda: _request_to_any_rank(run, requests))
         is_last = request or run.iteration == options.training.train_iters
         if saver is not None and not is_last and _is_due(run.iteration, options.checkpoint.save_interval):
             saver.save(run)
@@ -129,8 +133,7 @@ def _validate_if_due(run: TrainingRun, windows: Windows, metrics: MetricsWriter 
 
     def is_broken_off() -> bool:
         nonlocal request
-        ((largest,),) = read_numbers(largest_of_any_rank([requests.requested], run.groups))
-        request = int(largest)
+        request = _request_to_any_rank(run, requests)
         return request > 0
 
     loss = validate(run, windows.valid, is_broken_off)
@@ -140,6 +143,11 @@ def _validate_if_due(run: TrainingRun, windows: Windows, metrics: MetricsWriter 
     if metrics is not None:
         metrics.validation({"iteration": run.iteration, "validation_loss": loss})
     return 0
+
+
+def _request_to_any_rank(run: TrainingRun, requests: StopRequests) -> int:
+    ((largest,),) = read_numbers(largest_of_any_rank([requests.requested], run.groups))
+    return int(largest)
 
 
 def _open_metrics(run: TrainingRun) -> MetricsWriter | None:
@@ -153,13 +161,16 @@ def _open_metrics(run: TrainingRun) -> MetricsWriter | None:
     file = None
     if log_dir:
         # A save folder belongs to one run. A log folder may be shared, and what others wrote there is not cut.
-        path = Path(log_dir) / "metrics.jsonl"
+        path = Path(log_dir) / METRICS
         if save is None:
             file = MetricsFile(path, None, "a run that does not save")
         else:
             root = Path(save).resolve()
             file = MetricsFile(path, run.iteration, None if path.resolve().parent == root else writer_name(root))
-    return MetricsWriter(options.logging, file, options.training.train_iters, run.iteration, tflop_per_token, peak)
+    trackers = open_trackers(options, None if save is None else run_id_of(Path(save)))
+    return MetricsWriter(
+        options.logging, file, options.training.train_iters, run.iteration, tflop_per_token, peak, trackers
+    )
 
 
 def _is_due(iteration: int, interval: int) -> bool:
