@@ -11,7 +11,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["sedd_megatron", "sedd_megatron.*"]),
-    package_data={"sedd_megatron.generation": ["trace.html"]},
+    package_data={"sedd_megatron.generation": ["trace.html"], "sedd_megatron.reporting": ["report.html"]},
     install_requires=[
         "torch>=2.8",
         "megatron-core>=0.16,<0.17",

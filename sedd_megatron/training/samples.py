@@ -99,9 +99,8 @@ def draw_samples(run: TrainingRun, is_broken_off: Callable[[], bool] = lambda: F
         if is_broken_off():
             raise _BrokenOffError
 
-    settings = SamplingSettings(
-        sampler=logging.sampler_for(run.options.diffusion.graph), num_steps=logging.sampling_steps
-    )
+    sampler = logging.sampler_for(run.options.diffusion.graph)
+    settings = SamplingSettings(sampler=sampler, num_steps=logging.sampling_steps)
     # The same draws every time: what differs from one interval to the next is the model.
     draws = Draws([run.options.training.seed] * logging.num_samples, range(logging.num_samples))
     nothing = torch.zeros(logging.num_samples, length, dtype=torch.long, device=run.groups.device)
@@ -112,8 +111,8 @@ def draw_samples(run: TrainingRun, is_broken_off: Callable[[], bool] = lambda: F
         except _BrokenOffError:
             return None
         except ScoresNotFiniteError as error:
-            tell([f"warning: no samples at iteration {run.iteration}: scores at noise {error.sigma:.3g} are not finite"],
-                 to_stderr=True)  # fmt: skip
+            where = f"no samples at iteration {run.iteration}"
+            tell([f"warning: {where}: scores are not finite at sigma {error.sigma:.4g}"], to_stderr=True)
             return None
     return [run.tokenizer.decode(states) for states in result.states.tolist()]
 

@@ -22,7 +22,8 @@ from tests.distributed.layouts import (
 CASES = [(layout, "absorb") for layout in LAYOUTS] + [(layout, "uniform") for layout in UNIFORM_LAYOUTS]
 ONE = {"one": (1, [])}
 PARTS = "embedding sigma_embedding modulation norm attention mlp head".split()
-STEP_FIELDS = [*(f"loss_band_{band}" for band in range(8)), *(f"grad_norm_{part}" for part in PARTS)]
+STEP_FIELDS = [*(f"loss_band_{band}" for band in range(8)), *(f"grad_norm_{part}" for part in PARTS),
+               "masked_share", "moved_share", "largest_log_score"]  # fmt: skip
 
 
 def launch_by_ranks(jobs: list[tuple[int, list[str]]]) -> None:
@@ -69,16 +70,15 @@ def last(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_curve(actual: Path, expected: Path, first: int = 0) -> None:
-    """Losses and gradient norms of every step from `first` on, by band and by part too."""
-    bands, parts = ([name for name in STEP_FIELDS if name.startswith(prefix)] for prefix in ("loss_", "grad_norm_"))
-    for name in ("loss", "grad_norm", *parts):
+    """Losses and gradient norms of every step from `first` on, and what they consist of."""
+    for name in ("loss", "grad_norm"):
         a, b = metrics(actual, name), metrics(expected, name)[first:]
         assert len(a) == len(b) == STEPS - first
         assert ((a - b).abs() <= 1e-6 * b.abs()).all(), (name, a, b)
-    for name in (*bands, "masked_share", "moved_share", "largest_log_score"):
+    for name in STEP_FIELDS:
         a, b = (step_values(folder, name) for folder in (actual, expected))
-        # Of few positions, by which little differences count for more.
-        torch.testing.assert_close(a, b[first:], rtol=2e-6, atol=1e-6, equal_nan=True)
+        # Of fewer numbers, whose rounding counts for more: a band's terms may cancel, a part's gradients be small.
+        torch.testing.assert_close(a, b[first:], rtol=3e-6, atol=1e-6, equal_nan=True, msg=name)
 
 
 def step_values(folder: Path, name: str) -> torch.Tensor:
