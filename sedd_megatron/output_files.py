@@ -2,11 +2,13 @@
 
 import contextlib
 import errno
+import json
 import os
 import secrets
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from sedd_megatron.errors import UserError
 
@@ -121,6 +123,13 @@ def write_whole(flag: str, path: Path, text: str) -> None:
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink()
+
+
+def script_json(data: Any) -> str:
+    """For a page's script: JSON in ASCII without a character that means anything to an HTML parser."""
+    text = json.dumps(data, separators=(",", ":"))
+    # Outside of its strings JSON has none of these, and inside them the escapes mean the same.
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _unwritable(flag: str, path: str | Path, error: OSError) -> UserError:

@@ -34,6 +34,7 @@ from sedd_megatron.parallel.groups import (
     tell,
 )
 from sedd_megatron.pretrained import PretrainedModel
+from sedd_megatron.training_config import LOST, METRICS, SAMPLES
 
 if TYPE_CHECKING:
     from sedd_megatron.model.sedd_model import SEDDModel
@@ -66,7 +67,7 @@ class SavedModel:
         """What a run keeps beside its checkpoints, each as what it is and its path."""
         from sedd_megatron.training import going_back, metrics_file, run_folder, run_lock
 
-        names = (run_folder.LATEST, going_back.WENT_BACK, run_lock.FILE, "metrics.jsonl", metrics_file.LOST,
+        names = (run_folder.LATEST, going_back.WENT_BACK, run_lock.FILE, METRICS, LOST, SAMPLES,
                  metrics_file.WRITERS, metrics_file.RUN_ID)  # fmt: skip
         return [("a file of the run", str(self.path.parent / name)) for name in names]
 

@@ -4,8 +4,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
+from sedd_megatron.diffusion.sampler import SAMPLERS
 from sedd_megatron.options import option
 
+# What a run writes for those who watch it, beside its checkpoints or into --log-dir.
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+# Records that came a second time after a restart.
+LOST = "metrics-lost.jsonl"
+# Of samples during training, for each graph.
+SAMPLER = {"absorb": "event-driven", "uniform": "analytic"}
 # What an option that is not given is on each kind of device.
 LOSS_CHUNK_ROWS = {"cuda": 8192, "cpu": 2048}
 NUM_WORKERS = {"cuda": 2, "cpu": 0}
@@ -202,6 +209,27 @@ class LoggingOptions:
     log_interval: int = option(100, "steps between progress lines")
     log_dir: str | None = option(None, "folder for metrics.jsonl; the save folder if not given")
     tensorboard_dir: str | None = option(None, "folder for TensorBoard; needs the extra 'log'")
+    wandb_project: str | None = option(None, "Weights & Biases project; needs the extra 'log'")
+    wandb_exp_name: str | None = option(None, "name of the run there; the save folder's if not given")
+    wandb_entity: str | None = option(None, "user or team there; the account's own if not given")
+    wandb_save_dir: str | None = option(None, "folder for its files; wandb in the save folder if not given")
+    mlflow_experiment: str | None = option(None, "MLflow experiment; needs the extra 'log'")
+    mlflow_run_name: str | None = option(None, "name of the run there; the save folder's if not given")
+    mlflow_tracking_uri: str | None = option(None, "MLflow's server; what MLFLOW_TRACKING_URI says if not given")
+    sample_interval: int = option(
+        0, "steps between samples that are drawn from the moving average, into samples.jsonl; 0 for none"
+    )
+    num_samples: int = option(4, "how many samples, each with the same draws every time")
+    sampling_steps: int = option(128, "steps from noise to text of these samples")
+    sampler: str | None = option(
+        None,
+        "how one of these steps is made; event-driven for the absorbing graph, analytic for the uniform if not given",
+        choices=tuple(SAMPLERS),
+    )
+
+    def sampler_for(self, graph: str) -> str:
+        """The sampler that counts for a graph of this name."""
+        return self.sampler or SAMPLER[graph]
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
 """A page that replays how samples came out of noise: one HTML file that needs neither a server nor a network."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sedd_megatron.output_files import write_whole
+from sedd_megatron.output_files import script_json, write_whole
 
 TEMPLATE = "trace.html"
 PLACEHOLDER = "__TRACE_DATA__"
@@ -52,7 +51,7 @@ def write_trace(
         UserError: the file cannot be written. What was at the path is still there, whole.
     """
     template = resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
-    data = _script_json(_page_data(traces, token_text, mask_token_id, settings))
+    data = script_json(_page_data(traces, token_text, mask_token_id, settings))
     write_whole("--trace", path, template.replace(PLACEHOLDER, data))
 
 
@@ -80,10 +79,3 @@ def _page_data(
             for trace in traces
         ],
     }
-
-
-def _script_json(data: Any) -> str:
-    """JSON in ASCII without a character that means anything to an HTML parser."""
-    text = json.dumps(data, separators=(",", ":"))
-    # Outside of its strings JSON has none of these, and inside them the escapes mean the same.
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -19,7 +19,7 @@ from sedd_megatron.diffusion.graph import AbsorbingGraph, UniformGraph
 from sedd_megatron.model.conditioning import Modulation, NormScale
 from sedd_megatron.model.fused_operations import modulated_norm
 from sedd_megatron.model.model_config import start_at_zero
-from sedd_megatron.parallel.fused_head import FusedHeadSettings, ScoreEntropyRows, fused_head_score_entropy
+from sedd_megatron.parallel.fused_head import FusedHeadSettings, HeadLoss, ScoreEntropyRows, fused_head_score_entropy
 from sedd_megatron.parallel.main_grad import add_product
 from sedd_megatron.parallel.score_tile import logit_at
 from sedd_megatron.parallel.vocab_parallel import zero_at_state
@@ -34,9 +34,9 @@ class VocabularyProjection(ColumnParallelLinear):
     One module for both: Megatron gathers the parameters of a module when it is called.
     """
 
-    def forward(self, hidden: Tensor, *fused: Any) -> tuple[Tensor, Tensor | None]:
-        """ColumnParallelLinear's answer, logits; or with `fused`, (factor, shift, rows, settings, eps), the scalar loss
-        of parallel/fused_head.py.
+    def forward(self, hidden: Tensor, *fused: Any) -> tuple[Tensor | HeadLoss, Tensor | None]:
+        """ColumnParallelLinear's answer, logits; or with `fused`, (factor, shift, rows, settings, eps), the loss of
+        parallel/fused_head.py.
         """
         if not fused:
             return super().forward(hidden)
@@ -76,7 +76,7 @@ class ScoreHead(MegatronModule):
 
     def loss(
         self, hidden_states: Tensor, conditioning: Tensor, rows: ScoreEntropyRows, settings: FusedHeadSettings
-    ) -> Tensor:
+    ) -> HeadLoss:
         """The rows' loss from hidden_states [S, B, H], without logits; other positions cost nothing from here on."""
         factor, shift = (vectors[0] for vectors in self._modulation(conditioning))
         if self.config.sequence_parallel:

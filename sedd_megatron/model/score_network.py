@@ -50,20 +50,25 @@ class ScoreNetwork:
         dtype: torch.dtype = torch.long,
     ) -> Tensor:
         """What the laws give, [R] of the dtype, for the asked positions of x_t [B, S]."""
-        shape = (x_t.shape[1], x_t.shape[0], self.model.config.hidden_size)
-        self.model.set_input_tensor(self.stages.recv_forward(shape, self.model.pre_process))
+        rows = self._asked_rows(x_t, sigma, asked)
         given = torch.empty(len(asked.index), dtype=dtype, device=x_t.device)
-        if self.model.post_process:
-            rows = self.rows(x_t, sigma, asked.table)[asked.row, asked.sequence]
+        if rows is not None:
             log_offset, own = log_score_offset(self.model.graph, sigma)[asked.sequence], x_t.flatten()[asked.index]
 
             def scores_of(part: slice | Tensor) -> Scores:
                 return self._scores(rows[part], log_offset[part], own[part])
 
             answers(scores_of, given, self.chunk_rows, law, again)
-        else:
-            self.stages.send_forward(self.model.trunk(x_t, sigma)[0], is_last_stage=False)
         return self._from_last_stage(given)
+
+    def _asked_rows(self, x_t: Tensor, sigma: Tensor, asked: Asked) -> Tensor | None:
+        """What the head multiplies at the asked positions, [R, H]; None on ranks without the head."""
+        shape = (x_t.shape[1], x_t.shape[0], self.model.config.hidden_size)
+        self.model.set_input_tensor(self.stages.recv_forward(shape, self.model.pre_process))
+        if self.model.post_process:
+            return self.rows(x_t, sigma, asked.table)[asked.row, asked.sequence]
+        self.stages.send_forward(self.model.trunk(x_t, sigma)[0], is_last_stage=False)
+        return None
 
     def _scores(self, rows: Tensor, log_offset: Tensor, own: Tensor) -> Scores:
         head, num_tokens = self.model.head, self.model.graph.num_tokens

@@ -19,7 +19,7 @@ from sedd_megatron.model.conditioning import SigmaEmbedding
 from sedd_megatron.model.model_config import padded_vocab_size, start_at_zero
 from sedd_megatron.model.score_head import ScoreHead, log_score_offset
 from sedd_megatron.model.token_embedding import TokenEmbedding
-from sedd_megatron.parallel.fused_head import FusedHeadSettings, ScoreEntropyRows
+from sedd_megatron.parallel.fused_head import FusedHeadSettings, HeadLoss, ScoreEntropyRows
 from sedd_megatron.parallel.groups import ParallelGroups
 from sedd_megatron.parallel.vocab_parallel import gather_log_score
 
@@ -92,14 +92,14 @@ class SEDDModel(MegatronModule):
         rows: ScoreEntropyRows | None = None,
         settings: FusedHeadSettings | None = None,
         dropout_keys: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | HeadLoss:
         """One stage: x_t [B, S / CP] int64, this context-parallel rank's part of the sequence; sigma [B] float32.
 
         Training with dropout needs the keys of its draws [B, 2] int64 (parallel/keyed_dropout.py).
 
         Returns:
-            Hidden states [S / CP, B, H] (over TP as well under sequence parallelism). On the last stage the scalar loss
-            of `rows`; or without them logits [B, S / CP, padded_vocab_size / TP] in the parameters' dtype.
+            Hidden states [S / CP, B, H] (over TP as well under sequence parallelism). On the last stage the loss of
+            `rows`; or without them logits [B, S / CP, padded_vocab_size / TP] in the parameters' dtype.
         """
         hidden_states, conditioning = self.trunk(x_t, sigma, dropout_keys)
         if not self.post_process:

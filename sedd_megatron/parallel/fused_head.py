@@ -44,6 +44,7 @@ class ScoreEntropyRows(NamedTuple):
     log_scale: Tensor  # log(weight of the sum of scores) - log_offset; -inf for a row that only fills a chunk
     log_sum: Tensor | None  # weight of the sum of log-scores; None where the graph has none
     target: Tensor  # weight of the log-score at x_0
+    log_offset: Tensor  # what a log-score is less than its logit
 
     def part(self, part: slice) -> "ScoreEntropyRows":
         """Some rows in a run."""
@@ -60,26 +61,37 @@ class FusedHeadSettings(NamedTuple):
     gradient_scale: float  # what backward will be called with
 
 
+class HeadLoss(NamedTuple):
+    """The loss, and for the log what the rows have told on the way; neither of these has a gradient."""
+
+    loss: Tensor  # scalar float32 (float64 for float64 weights of rows), the same on every rank of the group
+    of_sequences: Tensor  # [B] float64, the parts of it, the same on every rank
+    largest_log_score: Tensor  # scalar, of this rank's columns; -inf where no row counts
+
+
 class _FusedHeadScoreEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states, factor, shift, weight, bias, rows, settings, eps, tp_group, with_gradient):
         dtype = rows.target.dtype
         norm = _ChunkedNorm(hidden_states, factor, shift, eps, dtype, with_gradient)
-        head = _TiledHead(weight, bias, settings, tp_group.rank(), dtype, with_gradient)
+        head = _TiledHead(weight, bias, settings, tp_group.rank(), hidden_states.shape[1], dtype, with_gradient)
         for part in equal_parts(len(rows.position), settings.chunk_rows, ROW_MULTIPLE[weight.device.type]):
             _add_chunk(norm, head, rows.part(part))
         if tp_group.size() > 1:
-            torch.distributed.all_reduce(head.loss, group=tp_group)
+            sums = torch.cat([head.loss[None], head.loss_of_sequences])
+            torch.distributed.all_reduce(sums, group=tp_group)
+            head.loss, head.loss_of_sequences = sums[0], sums[1:]
         if with_gradient:
             ctx.gradients = [*norm.gradients, *(() if head.in_main_grad else head.gradients)]
             # Not as saved tensors: Megatron hangs its marks on the parameters themselves.
             ctx.in_main_grad = (weight, bias) if head.in_main_grad else ()
             ctx.gradient_scale = settings.gradient_scale
-        return head.loss.to(dtype)
+        ctx.mark_non_differentiable(head.loss_of_sequences, head.largest)
+        return head.loss.to(dtype), head.loss_of_sequences, head.largest
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output):
+    def backward(ctx, grad_output, *_):
         if not ctx.in_main_grad:
             gradients = [gradient * grad_output for gradient in ctx.gradients]
             return *gradients, None, None, None, None, None
@@ -106,11 +118,11 @@ def fused_head_score_entropy(
     settings: FusedHeadSettings,
     eps: float,
     tp_group: torch.distributed.ProcessGroup,
-) -> Tensor:
+) -> HeadLoss:
     """Weighted score entropy summed over the rows, without the terms that do not depend on the model.
 
     Costs three matrix products, of rows that count only, and for memory one tile, a few [chunk_rows, H] and the
-    gradient of the hidden states. Under tensor parallelism one number is summed over the ranks; the gradients with
+    gradient of the hidden states. Under tensor parallelism 1 + B numbers are summed over the ranks; the gradients with
     respect to the first three arguments are this shard's part, to be summed where these were copied to the ranks.
 
     Args:
@@ -123,13 +135,19 @@ def fused_head_score_entropy(
         rows: in any order.
         eps: of the norm.
         tp_group: the ranks that hold the other columns.
-
-    Returns:
-        Scalar float32 (float64 for float64 weights of rows), the same on every rank of the group.
     """
-    return _FusedHeadScoreEntropy.apply(
-        hidden_states, factor, shift, weight, bias, rows, settings, eps, tp_group, torch.is_grad_enabled()
+    return HeadLoss(
+        *_FusedHeadScoreEntropy.apply(
+            hidden_states, factor, shift, weight, bias, rows, settings, eps, tp_group, torch.is_grad_enabled()
+        )
     )
+
+
+def sum_by_sequence(values: Tensor, position: Tensor, num_sequences: int) -> Tensor:
+    """[C, ...] -> [B, ...]: the sums over the rows of each sequence; position [C] is one into the flattened [S, B]."""
+    sequences = torch.arange(num_sequences, device=position.device)
+    # A product with ones and zeros: an index_add_ of many rows into few has no fixed order on a GPU.
+    return (sequences[:, None] == position % num_sequences).to(values.dtype) @ values
 
 
 def equal_parts(count: int, largest: int, multiple: int) -> list[slice]:
@@ -147,7 +165,8 @@ def equal_parts(count: int, largest: int, multiple: int) -> list[slice]:
 def _add_chunk(norm: "_ChunkedNorm", head: "_TiledHead", rows: ScoreEntropyRows) -> None:
     """One chunk through norm and head, and back; nothing of it is left when this returns."""
     hidden, kept = norm.forward(rows.position)
-    grad_hidden = head.add(hidden, rows)
+    grad_hidden, row_loss = head.add(hidden, rows)
+    head.loss_of_sequences += sum_by_sequence(row_loss.double(), rows.position, norm.num_sequences)
     if grad_hidden is not None:
         norm.add_backward(grad_hidden, kept, rows.num_rows)
 
@@ -173,7 +192,7 @@ class _ChunkedNorm:
     ) -> None:
         self.hidden_states, self.eps, self.dtype = hidden_states.flatten(0, 1), eps, dtype
         self.factor, self.shift = factor.to(dtype), shift.to(dtype)
-        self.sequences = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        self.num_sequences = hidden_states.shape[1]
         self.gradients = None
         if with_gradient:
             # A row has one hidden state, but many rows share a factor and a shift: these are summed in float32.
@@ -181,7 +200,7 @@ class _ChunkedNorm:
 
     def forward(self, position: Tensor) -> tuple[Tensor, _KeptOfNorm]:
         """[C, H] in the hidden states' dtype, and what backward needs."""
-        sequence = position % len(self.sequences)
+        sequence = position % self.num_sequences
         chunk = self.hidden_states.index_select(0, position).to(self.dtype)
         normalized, *statistics = torch.native_layer_norm(chunk, chunk.shape[1:], None, None, self.eps)
         factor = self.factor.index_select(0, sequence)
@@ -193,8 +212,8 @@ class _ChunkedNorm:
         it is given.
         """
         grad_hidden_states, grad_factor, grad_shift = self.gradients
-        grad_shift += self._sum_by_sequence(grad_hidden, kept.position)
-        grad_factor += self._sum_by_sequence(kept.normalized.mul_(grad_hidden), kept.position)
+        grad_shift += sum_by_sequence(grad_hidden, kept.position, self.num_sequences)
+        grad_factor += sum_by_sequence(kept.normalized.mul_(grad_hidden), kept.position, self.num_sequences)
         grad_chunk, _, _ = torch.ops.aten.native_layer_norm_backward(
             grad_hidden.mul_(kept.factor), kept.chunk, kept.chunk.shape[1:], *kept.statistics, None, None,
             [True, False, False],
@@ -203,15 +222,10 @@ class _ChunkedNorm:
         # Copied, since a position has one row: sums are atomic on a GPU, and slower.
         flat.index_copy_(0, kept.position[:num_rows], grad_chunk[:num_rows].to(flat.dtype))
 
-    def _sum_by_sequence(self, values: Tensor, position: Tensor) -> Tensor:
-        """[C, H] -> [B, H]."""
-        # A product with ones and zeros: an index_add_ of many rows into few has no fixed order on a GPU.
-        return (self.sequences[:, None] == position % len(self.sequences)).to(values.dtype) @ values
-
 
 class _TiledHead:
-    """This rank's columns of the head, and the sums over its tiles: the loss, and `gradients` of weight and bias or
-    None.
+    """This rank's columns of the head, and what its tiles give: the loss, whole and of each sequence, the largest
+    log-score, and `gradients` of weight and bias or None.
     """
 
     def __init__(
@@ -220,6 +234,7 @@ class _TiledHead:
         bias: Tensor,
         settings: FusedHeadSettings,
         tp_rank: int,
+        num_sequences: int,
         dtype: torch.dtype,
         with_gradient: bool,
     ) -> None:
@@ -233,25 +248,41 @@ class _TiledHead:
         self.tiled_weight, self.tiled_bias = weight[:columns], bias[:columns]
         self.weight_sum: tuple[Tensor, Tensor] | None = None
         self.loss = torch.zeros((), dtype=torch.float64, device=weight.device)
+        self.loss_of_sequences = self.loss.new_zeros(num_sequences)
+        self.largest = torch.full((), -torch.inf, dtype=dtype, device=weight.device)
         self.in_main_grad, self.gradients, self.scale = hasattr(weight, "main_grad"), None, 1.0
         if with_gradient and self.in_main_grad:
             self.gradients, self.scale = (weight.main_grad, bias.main_grad), settings.gradient_scale
         elif with_gradient:
             self.gradients = torch.zeros_like(weight, dtype=dtype), torch.zeros_like(bias, dtype=dtype)
 
-    def add(self, hidden: Tensor, rows: ScoreEntropyRows) -> Tensor | None:
-        """Adds one chunk [C, H]; returns the gradient of its hidden states in the rows' dtype, if wanted."""
+    def add(self, hidden: Tensor, rows: ScoreEntropyRows) -> tuple[Tensor | None, Tensor]:
+        """Adds one chunk [C, H]; returns the gradient of its hidden states in the rows' dtype, if wanted, and the loss
+        of each row [C].
+        """
+        row_loss, largest = torch.zeros_like(rows.target), torch.zeros_like(rows.target)
         if len(self.weight) > 0:
-            self.loss += self._linear_terms(hidden, rows)
+            row_loss += self._linear_terms(hidden, rows)
+            self.loss += row_loss.sum(dtype=torch.float64)
         grad_hidden = torch.zeros_like(hidden, dtype=rows.target.dtype) if self.gradients is not None else None
         device = hidden.device.type
-        largest = max(TILE_ELEMENTS[device] // max(len(hidden), 1), MIN_TILE_COLUMNS)
-        for part in equal_parts(len(self.tiled_weight), largest, COLUMN_MULTIPLE[device]):
-            self._add_tile(hidden, rows, part, grad_hidden)
-        return grad_hidden
+        columns = max(TILE_ELEMENTS[device] // max(len(hidden), 1), MIN_TILE_COLUMNS)
+        for part in equal_parts(len(self.tiled_weight), columns, COLUMN_MULTIPLE[device]):
+            row_sums, tile_largest = self._add_tile(hidden, rows, part, grad_hidden)
+            row_loss += row_sums
+            largest = torch.maximum(largest, tile_largest)
+        if rows.num_rows > 0:
+            # A tile's numbers are scores times the row's weight.
+            log_score = (largest.log() - rows.log_scale - rows.log_offset)[: rows.num_rows]
+            self.largest = torch.maximum(self.largest, log_score.amax())
+        return grad_hidden, row_loss
 
-    def _add_tile(self, hidden: Tensor, rows: ScoreEntropyRows, part: slice, grad_hidden: Tensor | None) -> None:
-        """One tile, of which nothing is left when this returns: two at once would double the memory."""
+    def _add_tile(
+        self, hidden: Tensor, rows: ScoreEntropyRows, part: slice, grad_hidden: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """One tile, of which nothing but its rows' sums and largest numbers is left when this returns: two at once
+        would double the memory.
+        """
         weight, first_state = self.tiled_weight[part], self.first_state + part.start
         score_tile = SCORE_TILES[hidden.device.type]
         tile = score_tile(
@@ -259,14 +290,15 @@ class _TiledHead:
         )
         self.loss += tile.score_sum
         if grad_hidden is None:
-            return
+            return tile.row_sums, tile.row_largest
         grad_weight, grad_bias = (gradient[part] for gradient in self.gradients)
         grad_bias.add_(tile.grad_bias, alpha=self.scale)
         add_product(grad_hidden, tile.grad_logits, weight)
         add_product(grad_weight, tile.grad_logits.t(), hidden, self.scale)
+        return tile.row_sums, tile.row_largest
 
     def _linear_terms(self, hidden: Tensor, rows: ScoreEntropyRows) -> Tensor:
-        """c_target * a + c_log * L of the shard's states, but for what log_offset adds to them."""
+        """c_target * a + c_log * L of the shard's states [C], but for what log_offset adds to them."""
         terms = rows.target * logit_at(rows.x_0 - self.first_state, hidden, self.weight, self.bias)
         if rows.log_sum is not None:
             if self.weight_sum is None:
@@ -274,4 +306,4 @@ class _TiledHead:
             log_sum = hidden.to(terms.dtype) @ self.weight_sum[0] + self.weight_sum[1]
             log_sum -= logit_at(rows.x_t - self.first_state, hidden, self.weight, self.bias)
             terms += rows.log_sum * log_sum
-        return terms.sum(dtype=torch.float64)
+        return terms

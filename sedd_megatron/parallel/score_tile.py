@@ -18,6 +18,8 @@ class ScoreTile(NamedTuple):
     score_sum: Tensor  # scalar float64: the weighted scores
     grad_logits: Tensor | None  # [C, N] in the weight's dtype
     grad_bias: Tensor | None  # [N] in the rows' dtype
+    row_sums: Tensor  # [C] in the rows' dtype: the weighted scores of each row, for the log
+    row_largest: Tensor  # [C] the largest of them
 
 
 def score_tile_by_index(
@@ -42,8 +44,9 @@ def score_tile_by_index(
     tile[:, padding] = 0
     column_sums = tile.sum(0)
     score_sum = column_sums.sum(dtype=torch.float64)
+    row_sums, row_largest = tile.sum(1), tile.amax(1)
     if not with_gradient:
-        return ScoreTile(score_sum, None, None)
+        return ScoreTile(score_sum, None, None, row_sums, row_largest)
     if rows.log_sum is not None:
         tile.add_(rows.log_sum[:, None])
         zero_at_state(tile, rows.x_t, first_state)
@@ -54,7 +57,7 @@ def score_tile_by_index(
     # Here and not after the products: near the optimum it cancels the score, and bf16 would round each by itself.
     tile.scatter_add_(-1, column, target)
     column_sums.scatter_add_(0, column[:, 0], target[:, 0])
-    return ScoreTile(score_sum, tile.to(weight.dtype), column_sums)
+    return ScoreTile(score_sum, tile.to(weight.dtype), column_sums, row_sums, row_largest)
 
 
 def score_tile_in_one_kernel(

@@ -26,30 +26,32 @@ def scores_and_gradients(
     num_states: int,
     dtype: torch.dtype,
     with_gradient: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
     """What parallel/score_tile.py makes of logits [C, N], without their bias [N]; the gradient of them in `dtype`.
 
     Returns:
-        score_sum (scalar float64), grad_logits [C, N] and grad_bias [N], as in ScoreTile.
+        score_sum (scalar float64), grad_logits [C, N], grad_bias [N], row_sums and row_largest [C], as in ScoreTile.
     """
     num_rows, num_columns = logits.shape
     counting = min(max(num_states - first_state, 0), num_columns)
     grid = triton.cdiv(num_columns, BLOCK_COLUMNS), triton.cdiv(num_rows, BLOCK_ROWS)
     score_parts = logits.new_empty(grid)
+    row_parts = logits.new_empty(2, grid[0], num_rows)
     grad = torch.empty_like(logits, dtype=dtype) if with_gradient else None
     bias_parts = logits.new_empty(grid[1], num_columns) if with_gradient else None
     score_tile_kernel[grid](
         logits, bias, rows.log_scale, rows.log_sum, rows.target, rows.x_t, rows.x_0, grad, score_parts, bias_parts,
-        num_rows, num_columns, first_state, counting, BLOCK_ROWS, BLOCK_COLUMNS, num_warps=NUM_WARPS,
+        row_parts, num_rows, num_columns, first_state, counting, BLOCK_ROWS, BLOCK_COLUMNS, num_warps=NUM_WARPS,
     )  # fmt: skip
-    return score_parts.sum(dtype=torch.float64), grad, bias_parts.sum(0) if with_gradient else None
+    grad_bias = bias_parts.sum(0) if with_gradient else None
+    return score_parts.sum(dtype=torch.float64), grad, grad_bias, row_parts[0].sum(0), row_parts[1].amax(0)
 
 
 # Not specialised: both change from tile to tile, and a kernel would be compiled for each kind of number.
 @triton.jit(do_not_specialize=["first_state", "counting"])
 def score_tile_kernel(
     logits, bias, log_scale, log_sum, target, x_t, x_0, grad, score_parts, bias_parts,
-    num_rows, num_columns, first_state, counting, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    row_parts, num_rows, num_columns, first_state, counting, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One block of ROWS x COLUMNS of the tile. Columns from `counting` on are padding; log_sum, x_t, grad and
     bias_parts may be None.
@@ -72,6 +74,9 @@ def score_tile_kernel(
             moves = moves & (column != (tl.load(x_t + row, mask=is_row, other=0) - first_state).to(tl.int32))
         score = tl.where(moves, score, 0.0)
         score_sum += score
+        of_row = row_parts + tl.program_id(0) * num_rows + row
+        tl.store(of_row, tl.sum(score, 0), mask=is_row)
+        tl.store(of_row + tl.num_programs(0) * num_rows, tl.max(score, 0), mask=is_row)
         if grad is not None:
             is_target = column == (tl.load(x_0 + row, mask=is_row, other=0) - first_state).to(tl.int32)
             gradient = score + tl.where(is_target, tl.load(target + row, mask=is_row, other=0.0), 0.0)

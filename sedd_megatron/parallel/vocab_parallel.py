@@ -64,6 +64,23 @@ def vocab_parallel_score_entropy(
     return _VocabParallelScoreEntropy.apply(logits, log_offset, x_t, x_0, coefficients, num_states, tp_group)
 
 
+def largest_log_score(
+    logits: Tensor,
+    log_offset: Tensor,
+    x_t: Tensor,
+    counts: Tensor,
+    num_states: int,
+    tp_group: torch.distributed.ProcessGroup,
+) -> Tensor:
+    """The largest of this rank's columns, at positions that count [B, S] bool and states other than x_t: scalar
+    float32, -inf where there is none. Arguments as above.
+    """
+    first_state = tp_group.rank() * logits.shape[-1]
+    states = torch.arange(first_state, first_state + logits.shape[-1], device=logits.device)
+    counts = counts[..., None] & (states != x_t[..., None]) & (states < num_states)
+    return (logits.float() - log_offset[..., None]).masked_fill(~counts, -torch.inf).amax()
+
+
 def gather_log_score(
     logits: Tensor, log_offset: Tensor, x_t: Tensor, num_states: int, tp_group: torch.distributed.ProcessGroup
 ) -> Tensor:

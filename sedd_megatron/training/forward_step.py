@@ -12,11 +12,12 @@ from sedd_megatron.diffusion.corruption import NoisyBatch
 from sedd_megatron.diffusion.score_entropy import ScoreEntropyCoefficients, weighted_loss
 from sedd_megatron.diffusion.transfers import to_device
 from sedd_megatron.model.score_head import log_score_offset
-from sedd_megatron.parallel.fused_head import FusedHeadSettings, ScoreEntropyRows
+from sedd_megatron.parallel.fused_head import FusedHeadSettings, HeadLoss, ScoreEntropyRows, sum_by_sequence
 from sedd_megatron.parallel.groups import ParallelGroups
-from sedd_megatron.parallel.vocab_parallel import vocab_parallel_score_entropy
+from sedd_megatron.parallel.vocab_parallel import largest_log_score, vocab_parallel_score_entropy
+from sedd_megatron.training.step_statistics import loss_numbers
 
-LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
+LossFunction = Callable[[Tensor | HeadLoss], tuple[Tensor, dict[str, Tensor]]]
 ForwardStep = Callable[[Iterator[MicroBatch], torch.nn.Module], tuple[Tensor, LossFunction]]
 
 
@@ -41,7 +42,7 @@ def make_forward_step(
             return run_model(), partial(score_entropy_loss, batch, graph, groups.collection.tp)
         rows, constant = score_entropy_rows(batch, graph, to_device(position, groups.device), num_rows)
         output = run_model(rows=rows, settings=settings)
-        return output, partial(_add_constant, constant, batch.x_t.shape[1])
+        return output, partial(_add_constant, batch, rows, constant)
 
     return forward_step
 
@@ -52,8 +53,8 @@ def score_entropy_rows(
     """The bound of arXiv 2310.16834, equation 10, on one micro-batch, as `score_entropy_loss` has it, by rows.
 
     Returns:
-        The rows that `position` names, of which those from `num_rows` on weigh nothing; and the scalar that is the same
-        for every model.
+        The rows that `position` names, of which those from `num_rows` on weigh nothing; and what is the same for every
+        model, of each row [R].
     """
     is_absorbing = graph.mask_token_id is not None
 
@@ -74,15 +75,21 @@ def score_entropy_rows(
         log_scale=torch.log(weight * coefficients.exp_sum) - log_offset,
         log_sum=None if is_absorbing else weight * coefficients.log_sum,
         target=weight * coefficients.target,
+        log_offset=log_offset,
     )
     # The uniform graph has no offset; the absorbing one no sum of log-scores, and its x_0 is never x_t at a mask.
-    constant = (weight * coefficients.constant - rows.target * log_offset).sum()
-    return rows, constant
+    return rows, weight * coefficients.constant - rows.target * log_offset
 
 
-def _add_constant(constant: Tensor, length: int, loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    loss = loss + constant
-    return loss, {"loss": loss.detach() / length}
+def _add_constant(
+    batch: NoisyBatch, rows: ScoreEntropyRows, constant: Tensor, output: HeadLoss
+) -> tuple[Tensor, dict[str, Tensor]]:
+    num_sequences, length = batch.x_t.shape
+    loss = output.loss + constant.sum()
+    of_sequences = output.of_sequences + sum_by_sequence(constant.double(), rows.position, num_sequences)
+    # Weights have the mean over sequences in them.
+    numbers = loss_numbers(loss.detach() / length, of_sequences * (num_sequences / length), batch)
+    return loss, {"numbers": numbers, "largest_log_score": output.largest_log_score}
 
 
 def score_entropy_loss(
@@ -99,12 +106,16 @@ def score_entropy_loss(
 
     Returns:
         The published loss, whose gradient is taken: summed over this rank's positions, averaged over sequences. And
-        for the log the same in nats per token of this rank's.
+        for the log `loss_numbers`, in nats per token of this rank's, and the largest log-score that counts.
     """
     log_offset = log_score_offset(graph, batch.sigma)[:, None].expand_as(batch.x_t)
     coefficients = graph.coefficients(batch.sigma, batch.x_t, batch.x_0)
     score_entropy = vocab_parallel_score_entropy(
         logits, log_offset, batch.x_t, batch.x_0, coefficients, graph.num_states, tp_group
     )
-    loss = weighted_loss(score_entropy, batch.sigma_rate).sum(dim=1).mean()
-    return loss, {"loss": loss.detach() / batch.x_t.shape[1]}
+    of_sequences = weighted_loss(score_entropy, batch.sigma_rate).sum(dim=1)
+    loss, length = of_sequences.mean(), batch.x_t.shape[1]
+    numbers = loss_numbers(loss.detach() / length, of_sequences.detach() / length, batch)
+    counts = coefficients.exp_sum > 0
+    largest = largest_log_score(logits.detach(), log_offset, batch.x_t, counts, graph.num_states, tp_group)
+    return loss, {"numbers": numbers, "largest_log_score": largest}

@@ -55,6 +55,12 @@ def evaluate_alone(run: TrainingRun, windows: Windows) -> None:
             metrics.close()
 
 
+def request_to_any_rank(run: TrainingRun, requests: StopRequests) -> int:
+    """The signal that has asked any rank to end, or 0. Collective over all ranks; waits for the device."""
+    ((largest,),) = read_numbers(largest_of_any_rank([requests.requested], run.groups))
+    return int(largest)
+
+
 def _open_metrics(run: TrainingRun) -> MetricsWriter:
     save, log_dir = run.options.checkpoint.save, run.options.logging.log_dir
     file = None
@@ -79,7 +85,7 @@ def _evaluate(
         nonlocal request
         if requests is None:
             return False
-        request = int(read_numbers(largest_of_any_rank([requests.requested], run.groups))[0])
+        request = request_to_any_rank(run, requests)
         return request > 0
 
     loss = validate(run, dataset, is_broken_off)

@@ -17,20 +17,23 @@ from sedd_megatron.training.build import TrainingRun, build_run
 from sedd_megatron.training.checkpoint import resume
 from sedd_megatron.training.ending import asked_to_stop, at_exit_interval, end_run
 from sedd_megatron.training.estimates import peak_tflops
-from sedd_megatron.training.held_out import compute_test_loss, evaluate_alone, validate_if_due
+from sedd_megatron.training.held_out import compute_test_loss, evaluate_alone, request_to_any_rank, validate_if_due
 from sedd_megatron.training.iterators import training_iterators
 from sedd_megatron.training.metrics import MetricsWriter
-from sedd_megatron.training.metrics_file import MetricsFile, writer_name
+from sedd_megatron.training.metrics_file import MetricsFile, run_id_of, writer_name
 from sedd_megatron.training.profiling import StepProbe, profiling
 from sedd_megatron.training.replicas import check_replicas_if_due
 from sedd_megatron.training.run_folder import FoundCheckpoint
 from sedd_megatron.training.run_lock import RunLock
+from sedd_megatron.training.samples import draw_samples_if_due
 from sedd_megatron.training.saving import RunSaver, open_saver
 from sedd_megatron.training.step import find_fp8_scales, train_step
 from sedd_megatron.training.step_guard import StepGuard
 from sedd_megatron.training.stop_requests import StopRequests
 from sedd_megatron.training.summary import print_summary, trained_flops_per_token
+from sedd_megatron.training.trackers import open_trackers
 from sedd_megatron.training.validation import compile_validation
+from sedd_megatron.training_config import METRICS
 
 
 def train(
@@ -116,7 +119,9 @@ def _train_and_save(
         if saver is not None and not writing:
             saver.finish()
         # Who asked the run to end may not wait for more than a checkpoint; what is left out is done on resuming.
-        request = request or validate_if_due(run, windows, metrics, requests, probe) or at_exit_interval(run, end)
+        request = request or validate_if_due(run, windows, metrics, requests, probe)
+        request = request or draw_samples_if_due(run, lambda: request_to_any_rank(run, requests))
+        request = request or at_exit_interval(run, end)
         is_last = request or run.iteration == end
         if saver is not None and not is_last and run.iteration % options.checkpoint.save_interval == 0:
             saver.save(run)
@@ -152,13 +157,14 @@ def _open_metrics(run: TrainingRun) -> MetricsWriter | None:
     file = None
     if log_dir is not None:
         # A save folder belongs to one run. A log folder may be shared, and what others wrote there is not cut.
-        path = log_dir / "metrics.jsonl"
+        path = log_dir / METRICS
         if save is None:
             file = MetricsFile(path, None, "a run that does not save")
         else:
             root = Path(save).resolve()
             file = MetricsFile(path, run.iteration, None if path.resolve().parent == root else writer_name(root))
-    return MetricsWriter(options.logging, file, run.end.iteration, run.iteration, tflop_per_token, peak)
+    trackers = open_trackers(options, None if save is None else run_id_of(Path(save)))
+    return MetricsWriter(options.logging, file, run.end.iteration, run.iteration, tflop_per_token, peak, trackers)
 
 
 def _log_folder(options: PretrainOptions) -> Path | None:

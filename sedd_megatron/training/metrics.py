@@ -3,11 +3,12 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sedd_megatron.errors import UserError, say
 from sedd_megatron.training.metrics_file import MetricsFile
+from sedd_megatron.training.trackers import Tracker
 from sedd_megatron.training_config import LoggingOptions
 from sedd_megatron.wording import how_to_install
 
@@ -61,9 +62,10 @@ class MetricsWriter:
         iteration: int = 0,
         tflop_per_token: float = 0.0,
         peak_tflops: float | None = None,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         """`iteration` is where the run starts; `tflop_per_token` one device's share of the work, 0 to leave its speed
-        out; `peak_tflops` its peak.
+        out; `peak_tflops` its peak; `trackers` get every record, those of an interval at once.
         """
         self.tflop_per_token = tflop_per_token
         self.peak_tflops = peak_tflops
@@ -71,6 +73,8 @@ class MetricsWriter:
         self.train_iters = train_iters
         self.tensorboard = open_tensorboard(options.tensorboard_dir, iteration)
         self.file = file
+        self.trackers = trackers
+        self.untold: list[dict[str, Any]] = []
         self.window_start, self.window_tokens = time.monotonic(), 0
 
     def train_step(self, metrics: dict[str, Any], num_tokens: int, tokens_left: int) -> None:
@@ -97,6 +101,7 @@ class MetricsWriter:
             f"{format_seconds(tokens_left / tokens_per_second)} left"
         )
         self.window_start, self.window_tokens = now, 0
+        self._tell_trackers()
 
     def _device_speed(self, tokens_per_second: float) -> str:
         if not self.tflop_per_token:
@@ -119,6 +124,9 @@ class MetricsWriter:
         """Bring everything to the disk."""
         if self.file is not None:
             self.file.close()
+        self._tell_trackers()
+        for tracker in self.trackers:
+            tracker.close()
         with self._tensorboard_may_fail():
             if self.tensorboard is not None:
                 self.tensorboard.close()
@@ -126,10 +134,17 @@ class MetricsWriter:
     def _write(self, metrics: dict[str, Any]) -> None:
         if self.file is not None:
             self.file.write(metrics)
+        if self.trackers:
+            self.untold.append(metrics)
         with self._tensorboard_may_fail():
             if self.tensorboard is not None:
                 for name, value in metrics.items():
                     self.tensorboard.add_scalar(name, value, metrics["iteration"])
+
+    def _tell_trackers(self) -> None:
+        for tracker in self.trackers:
+            tracker.log(self.untold)
+        self.untold = []
 
     @contextlib.contextmanager
     def _tensorboard_may_fail(self) -> Iterator[None]:

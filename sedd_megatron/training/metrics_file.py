@@ -13,8 +13,8 @@ from typing import Any
 
 from sedd_megatron.errors import say
 from sedd_megatron.training.checkpoint_format import write_synced
+from sedd_megatron.training_config import LOST
 
-LOST = "metrics-lost.jsonl"
 # Beside a file that several runs may write: one line for each that has.
 WRITERS = "metrics-writers.txt"
 # In a run's own folder, where it goes with it: in the checkpoints it would make of two equal runs two others.
@@ -79,7 +79,7 @@ class MetricsFile:
             if self._descriptor is None:
                 self._open()
             while self._waiting:
-                _append_whole(self._descriptor, self._waiting[0])
+                append_whole(self._descriptor, self._waiting[0])
                 self._waiting.popleft()
         except OSError as error:
             if self._failed_at is None:
@@ -117,7 +117,7 @@ class MetricsFile:
             self._descriptor = None
 
 
-def _append_whole(descriptor: int, line: bytes) -> None:
+def append_whole(descriptor: int, line: bytes) -> None:
     """All of a line or nothing of it: a full disk takes a part first."""
     size, left = os.fstat(descriptor).st_size, line
     try:
@@ -131,14 +131,21 @@ def _append_whole(descriptor: int, line: bytes) -> None:
 
 def writer_name(root: Path) -> str:
     """The name of the run that saves to this folder: a new one where nobody has asked for it before."""
-    path, run_id = root / RUN_ID, []
-    # Without it on a disk that refuses: a run is then known by its folder alone.
+    run_id = run_id_of(root)
+    # Its number too: folders of one name on two machines are two.
+    return json.dumps([str(root), root.stat().st_ino, *([] if run_id is None else [run_id])])
+
+
+def run_id_of(root: Path) -> str | None:
+    """The id of the run that saves to this folder; None on a disk that refuses one: it is then known by its folder
+    alone.
+    """
+    path = root / RUN_ID
     with contextlib.suppress(OSError, ValueError):
         if not path.exists():
             write_synced(path, f"{secrets.token_hex(8)}\n")
-        run_id = [path.read_text(encoding="ascii").strip()]
-    # Its number too: folders of one name on two machines are two.
-    return json.dumps([str(root), root.stat().st_ino, *run_id])
+        return path.read_text(encoding="ascii").strip()
+    return None
 
 
 def _is_only_writer(path: Path, writer: str) -> bool:
@@ -210,7 +217,7 @@ def _set_lost_aside(path: Path, continued_at: int) -> None:
     try:
         _write_as(path, partial, b"".join(kept))
         with (path.parent / LOST).open("ab", buffering=0) as file:
-            _append_whole(file.fileno(), b"".join(lost))
+            append_whole(file.fileno(), b"".join(lost))
     except OSError:
         partial.unlink(missing_ok=True)
         raise

@@ -11,19 +11,31 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def squared_gradient_norm(optimizer: MegatronOptimizer, device: torch.device) -> Tensor:
-    """The square of the norm of all gradients, which are then where the optimizer takes them: scalar float64 on the
-    device, the same on every rank. Collective.
+def squared_gradient_norms(
+    optimizer: MegatronOptimizer, device: torch.device, parts: Sequence[Sequence[Tensor]] = ()
+) -> Tensor:
+    """The squares of the norms of all gradients, which are then where the optimizer takes them, and of each part's.
+    Collective, once.
+
+    Args:
+        parts: of what the optimizer updates, as many parts on every rank.
+
+    Returns:
+        [1 + number of parts] float64 on the device, the same on every rank.
     """
     (inner,) = optimizer.chained_optimizers
     # Its answer is about the loss scaling of fp16, which there is none of.
     optimizer.prepare_grads()
     # Megatron's choice: each parameter once, however many ranks hold it.
     gradients = inner.get_main_grads_for_grad_norm()
-    norm = NORM[device.type](gradients) if gradients else torch.zeros((), device=device)
-    square = norm.float().square()
-    torch.distributed.all_reduce(square, group=inner.get_grad_stats_parallel_group())
-    return square.double()
+    norms = NORMS[device.type](gradients) if gradients else []
+    by_gradient = {id(gradient): norm for gradient, norm in zip(gradients, norms, strict=True)}
+    of_parts = [[by_gradient[id(p.grad)] for p in part if id(p.grad) in by_gradient] for part in parts]
+    # Each tensor is read once, whatever is made of its norm.
+    squares = torch.stack([_norm_together(found, device).float().square().double() for found in (norms, *of_parts)])
+    torch.distributed.all_reduce(squares, group=inner.get_grad_stats_parallel_group())
+    # As a float32 sum, by which gradients are clipped.
+    return squares.float().double()
 
 
 @torch.no_grad()
@@ -39,13 +51,17 @@ def update_parameters(optimizer: MegatronOptimizer, squared_norm: Tensor) -> Non
     optimizer.step_with_ready_grads()
 
 
-def norm_by_blocks(tensors: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm of float32 tensors together, scalar float64.
+def _norm_together(norms: Sequence[Tensor], device: torch.device) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack(list(norms))) if norms else torch.zeros((), device=device)
+
+
+def norms_by_blocks(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Euclidean norm of each float32 tensor, scalars float64.
 
     On a CPU torch adds up a large tensor's squares in float32, which is off by 2e-6 and clips each layout differently;
     asked for float64 it first makes a copy of twice the size. Short blocks need neither.
     """
-    return torch.linalg.vector_norm(torch.stack([_norm_of_one(tensor) for tensor in tensors]))
+    return [_norm_of_one(tensor) for tensor in tensors]
 
 
 def _norm_of_one(tensor: Tensor) -> Tensor:
@@ -56,9 +72,9 @@ def _norm_of_one(tensor: Tensor) -> Tensor:
     return torch.linalg.vector_norm(torch.cat([blocks, rest[None]]))
 
 
-def norm_in_one_kernel(tensors: Sequence[Tensor]) -> Tensor:
-    """The same in a few launches; scalar float32."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
+def norms_in_one_kernel(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same in a few launches; scalars float32."""
+    return list(torch._foreach_norm(list(tensors)))
 
 
 def clip_if_above(tensors: Sequence[Tensor], norm: Tensor, max_norm: float) -> None:
@@ -75,5 +91,5 @@ def clip_unread(tensors: Sequence[Tensor], norm: Tensor, max_norm: float) -> Non
     torch._foreach_mul_(list(tensors), factor)
 
 
-NORM: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {"cpu": norm_by_blocks, "cuda": norm_in_one_kernel}
+NORMS: dict[str, Callable[[Sequence[Tensor]], list[Tensor]]] = {"cpu": norms_by_blocks, "cuda": norms_in_one_kernel}
 CLIP: dict[str, Callable[[Sequence[Tensor], Tensor, float], None]] = {"cpu": clip_if_above, "cuda": clip_unread}

@@ -245,6 +245,7 @@ def _lines_of_start(
 def _check_outputs(options: PretrainOptions) -> None:
     from sedd_megatron.training.metrics import check_tensorboard
     from sedd_megatron.training.run_folder import check_is_no_checkpoint
+    from sedd_megatron.training.trackers import check_trackers
 
     if options.training.skip_train:
         return
@@ -252,10 +253,12 @@ def _check_outputs(options: PretrainOptions) -> None:
         check_is_no_checkpoint(Path(options.checkpoint.save))
     if options.logging.tensorboard_dir is not None:
         check_tensorboard(options.logging.tensorboard_dir)
+    check_trackers(options.logging)
     for flag, folder in (
         ("--save", options.checkpoint.save),
         ("--log-dir", options.logging.log_dir),
         ("--tensorboard-dir", options.logging.tensorboard_dir),
+        ("--wandb-save-dir", options.logging.wandb_save_dir),
     ):
         if folder is None:
             continue

@@ -1,9 +1,10 @@
 """One optimizer step, and the passes over a batch that it and validation share."""
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -18,8 +19,15 @@ from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.forward_step import make_forward_step
 from sedd_megatron.training.iterators import training_iterators
 from sedd_megatron.training.main_parameters import copy_main_parameters_to_model
-from sedd_megatron.training.optimizer_step import squared_gradient_norm, update_parameters
+from sedd_megatron.training.optimizer_step import squared_gradient_norms, update_parameters
 from sedd_megatron.training.recent_steps import StepResult
+from sedd_megatron.training.step_statistics import (
+    NUM_BANDS,
+    StepWatch,
+    largest_log_score,
+    parameters_by_part,
+    step_metrics,
+)
 
 
 def find_fp8_scales(run: TrainingRun, dataset: WindowDataset) -> None:
@@ -52,21 +60,23 @@ def train_step(
     batch_size, start = run.batch_size, time.monotonic()
     begin_training_pass(run)
     run.optimizer.zero_grad()
-    losses = forward_backward(run, batches, forward_only=False)
+    watch = StepWatch(run.groups.device)
+    losses = forward_backward(run, [watch.timed(own) for own in batches], forward_only=False)
     learning_rate = run.optimizer.param_groups[0]["lr"]
-    squared_norm = squared_gradient_norm(run.optimizer, run.groups.device)
+    squares = squared_gradient_norms(run.optimizer, run.groups.device, parameters_by_part(run.main_parameters))
     # The one wait for the device. What follows is queued without another, so that the host is ahead of the optimizer
     # and makes the next step's batch meanwhile: a wait after it would leave the device idle there instead.
-    result, largest = read_result(losses, squared_norm, run, flags)
-    seconds = time.monotonic() - start
+    result, means, squares_read, largest = read_step(run, losses, squares, [*flags, *watch.host_numbers()])
+    asked = [int(flag) for flag in largest[: len(flags)]]
     if run.guard is None:
         require_finite("loss", result.loss, run.iteration + 1)
         require_finite("gradient norm", result.grad_norm, run.iteration + 1)
     elif (fault := run.guard.fault(run, result)) is not None:
-        return run.guard.skip(run, fault, losses, result), largest
-    update_parameters(run.optimizer, squared_norm)
+        return run.guard.skip(run, fault, losses, result), asked
+    update_parameters(run.optimizer, squares[0])
     run.ema.update(run.optimizer_steps + 1)
     run.recent.add(result)
+    seconds = time.monotonic() - start
     run.iteration += 1
     run.consumed_samples += batch_size
     run.scheduler.step(increment=batch_size)
@@ -78,33 +88,46 @@ def train_step(
         "tokens_per_second": batch_size * run.options.model.seq_length / seconds,
         "consumed_samples": run.consumed_samples,
     }
-    return metrics, largest
+    return metrics | step_metrics(means, squares_read[1:], largest[len(flags) :], run.graph), asked
 
 
-def read_result(
-    losses: list[dict[str, Any]], squared_norm: Tensor, run: TrainingRun, flags: Sequence[int] = ()
-) -> tuple[StepResult, list[int]]:
-    """A step's result, and of this rank's flags the largest of any rank; one wait for the device. Collective.
+class StepReading(NamedTuple):
+    """A step's numbers on the host."""
+
+    result: StepResult
+    means: list[float]  # of mean_numbers
+    squares: list[float]  # of squared_gradient_norms
+    largest: list[float]  # of any rank: the numbers that were given, and the largest log-score
+
+
+def read_step(
+    run: TrainingRun, losses: list[dict[str, Any]], squares: Tensor, numbers: Sequence[float] = ()
+) -> StepReading:
+    """What a step has come to, and of this rank's `numbers` the largest of any rank; one wait for the device.
+    Collective.
 
     Replicas should have the same result. Where a fault makes them differ every rank gets the largest, or what is not a
     number, for all have to judge alike.
     """
-    device = run.groups.device
+    means = mean_numbers(losses, run.groups)
     rank_norm = [] if run.guard is None else [run.guard.gradient_norm()]
-    own = torch.stack([mean_loss(losses, run.groups), squared_norm.sqrt(), *rank_norm])
+    own = torch.stack([means[0], squares[0].sqrt(), *rank_norm])
     largest = torch.cat([
         own.nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf),
-        to_device(torch.tensor(flags, dtype=torch.float64), device),
+        to_device(torch.tensor(numbers, dtype=torch.float64), run.groups.device),
+        largest_log_score(losses, run.groups.device),
     ])  # fmt: skip
     torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
     # On the rank that has it, NaN stays NaN.
-    numbers = read_numbers(torch.where(own.isfinite(), largest[: len(own)], own), largest[len(own) :])
-    return StepResult(*numbers[: len(own)]), [int(flag) for flag in numbers[len(own) :]]
+    judged = torch.where(own.isfinite(), largest[: len(own)], own)
+    result, *rest = read_numbers(judged, means, squares, largest[len(own) :])
+    return StepReading(StepResult(*result), *rest)
 
 
-def read_numbers(*numbers: Tensor) -> list[float]:
-    """The elements of float64 tensors, one after the other, on the host; it waits once for all that the device does."""
-    return torch.cat([number.view(-1) for number in numbers]).tolist()
+def read_numbers(*numbers: Tensor) -> list[list[float]]:
+    """The elements of 1-D float64 tensors on the host; it waits once for all that the device does."""
+    elements = iter(torch.cat(numbers).tolist())
+    return [list(itertools.islice(elements, len(tensor))) for tensor in numbers]
 
 
 def begin_training_pass(run: TrainingRun) -> None:
@@ -117,8 +140,8 @@ def begin_training_pass(run: TrainingRun) -> None:
 def forward_backward(
     run: TrainingRun, batches: list[Iterator[MicroBatch]], forward_only: bool, batch_size: int | None = None
 ) -> list[dict[str, Any]]:
-    """Megatron's schedule over one global batch of `batch_size`, that of the next step if not given; the last stage's
-    losses by micro-batch, nats per token.
+    """Megatron's schedule over one global batch of `batch_size`, that of the next step if not given; by micro-batch
+    what the last stage says, as in forward_step.py.
     """
     num_microbatches = run.num_microbatches if batch_size is None else run.num_microbatches_of(batch_size)
     return get_forward_backward_func()(
@@ -137,23 +160,23 @@ def forward_backward(
     )
 
 
-def mean_loss(losses: list[dict[str, Any]], groups: ParallelGroups) -> Tensor:
-    """Mean over micro-batches, replicas and parts of the sequence, to every rank: scalar float64 on the device, which
-    does not depend on how they are split.
+def mean_numbers(losses: list[dict[str, Any]], groups: ParallelGroups) -> Tensor:
+    """Mean of `loss_numbers` over micro-batches, replicas and parts of the sequence, to every rank: float64 on the
+    device, first the loss; it does not depend on how they are split.
     """
-    mean = torch.zeros((), dtype=torch.float64, device=groups.device)
+    mean = torch.zeros(2 + 2 * NUM_BANDS, dtype=torch.float64, device=groups.device)
     if groups.is_last_stage:
-        mean += torch.stack([loss["loss"].double() for loss in losses]).mean()
+        mean += torch.stack([loss["numbers"] for loss in losses]).mean(0)
         torch.distributed.all_reduce(mean, group=groups.collection.dp_cp)
         mean /= groups.collection.dp_cp.size()
     torch.distributed.all_reduce(mean, group=groups.collection.pp)
     return mean
 
 
-def largest_of_any_rank(flags: Sequence[int], groups: ParallelGroups) -> Tensor:
-    largest = to_device(torch.tensor(flags, dtype=torch.float64), groups.device)
-    if flags:
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+def largest_of_any_rank(numbers: Sequence[float], groups: ParallelGroups) -> Tensor:
+    """Elementwise, of this rank's numbers: 1-D float64 on the device."""
+    largest = to_device(torch.tensor(numbers, dtype=torch.float64), groups.device)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
     return largest
 
 

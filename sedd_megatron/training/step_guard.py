@@ -20,10 +20,10 @@ from sedd_megatron.parallel.groups import is_first_rank, tell
 from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.checkpoint_format import write_synced
 from sedd_megatron.training.iterators import training_iterators
-from sedd_megatron.training.optimizer_step import squared_gradient_norm
+from sedd_megatron.training.optimizer_step import squared_gradient_norms
 from sedd_megatron.training.recent_steps import StepResult
 from sedd_megatron.training.run_folder import checkpoint_name
-from sedd_megatron.training.step import begin_training_pass, forward_backward, read_numbers, read_result
+from sedd_megatron.training.step import begin_training_pass, forward_backward, read_numbers, read_step
 
 FOLDER = "skipped_steps"
 # How far a replay may be off, relative. A CPU gives the same bits. A GPU's kernels may add in another order, and
@@ -60,7 +60,8 @@ class LocalGradientNorms:
 
     def read(self) -> list[float]:
         """The norms of the last step, on the host."""
-        return read_numbers(torch.cat(self._norms).double())
+        (norms,) = read_numbers(torch.cat(self._norms).double())
+        return norms
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class StepGuard:
         return {"iteration": iteration, "skipped": f"{fault}: {cause}", "consumed_samples": run.consumed_samples}
 
     def _local_pass(self, losses: list[dict[str, Any]]) -> LocalPass:
-        return LocalPass([loss["loss"].item() for loss in losses], self._norms.read())
+        return LocalPass([loss["numbers"][0].item() for loss in losses], self._norms.read())
 
     def _replay(self, run: TrainingRun, first: LocalPass) -> tuple[StepResult, list[RankReport]]:
         """The same batch again, from the data on: every draw has a key, and the parameters are what they were."""
@@ -154,8 +155,7 @@ class StepGuard:
         begin_training_pass(run)
         run.optimizer.zero_grad()
         losses = forward_backward(run, batches, forward_only=False)
-        squared_norm = squared_gradient_norm(run.optimizer, run.groups.device)
-        result, _ = read_result(losses, squared_norm, run)
+        result = read_step(run, losses, squared_gradient_norms(run.optimizer, run.groups.device)).result
         groups = run.groups
         own = RankReport(
             rank=torch.distributed.get_rank(),

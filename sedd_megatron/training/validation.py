@@ -10,7 +10,7 @@ from sedd_megatron.data.windows import WindowDataset
 from sedd_megatron.diffusion.draws import Stream
 from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.iterators import loading, micro_batch_collator, one_per_chunk
-from sedd_megatron.training.step import forward_backward, mean_loss, read_numbers
+from sedd_megatron.training.step import forward_backward, mean_numbers, read_numbers
 
 
 def validate(
@@ -24,8 +24,8 @@ def validate(
         losses = _validation_losses(run, dataset, run.options.logging.eval_iters, is_broken_off)
     if losses is None:
         return None
-    (loss,) = read_numbers(mean_loss(losses, run.groups))
-    return loss
+    (means,) = read_numbers(mean_numbers(losses, run.groups))
+    return means[0]
 
 
 def compile_validation(run: TrainingRun, dataset: WindowDataset) -> None:

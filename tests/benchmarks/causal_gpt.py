@@ -35,7 +35,7 @@ from sedd_megatron.parallel.groups import ParallelGroups, seed_megatron_generato
 from sedd_megatron.training.build import build_optimizer, build_scheduler
 from sedd_megatron.training.ema import ExponentialMovingAverage
 from sedd_megatron.training.main_parameters import copy_main_parameters_to_model
-from sedd_megatron.training.optimizer_step import squared_gradient_norm, update_parameters
+from sedd_megatron.training.optimizer_step import squared_gradient_norms, update_parameters
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def train_gpt_step(run: CausalRun, x_0: Tensor, iteration: int) -> float:
         forward_only=False,
     )
     run.model.finish_grad_sync()
-    update_parameters(run.optimizer, squared_gradient_norm(run.optimizer, run.device))
+    update_parameters(run.optimizer, squared_gradient_norms(run.optimizer, run.device)[0])
     run.scheduler.step(increment=len(x_0))
     run.ema.update(iteration)
     return torch.stack(losses).mean().item()

@@ -157,8 +157,8 @@ class TwoWays:
         position = to_device(position, device)
         rows, constant = score_entropy_rows(self.batch, self.graph, position, num_rows)
         settings = FusedHeadSettings(self.graph.num_tokens, self.chunk_rows, gradient_scale=1.0)
-        loss = fused_head_score_entropy(*self.parameters, rows, settings, 1e-5, self.groups.collection.tp)
-        self.losses.ours = loss.detach() + constant
+        loss = fused_head_score_entropy(*self.parameters, rows, settings, 1e-5, self.groups.collection.tp).loss
+        self.losses.ours = loss.detach() + constant.sum()
         self._backward(loss)
 
     def theirs(self) -> None:

@@ -98,7 +98,7 @@ def against_published(case: Case, arguments: argparse.Namespace):
 
         def our_pass() -> None:
             begin_training_pass(run)
-            losses.ours = forward_backward(run, [ours], forward_only=False)[0]["loss"]
+            losses.ours = forward_backward(run, [ours], forward_only=False)[0]["numbers"][0].float()
 
         def their_pass() -> None:
             batch = next(theirs)

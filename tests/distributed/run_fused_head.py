@@ -96,7 +96,7 @@ def fused(
     # Half of it: the schedule divides by the number of micro-batches.
     settings = FusedHeadSettings(graph.num_tokens, chunk_rows, gradient_scale=0.5)
     with CollectiveCount() as forward:
-        loss = fused_head_score_entropy(*leaves.values(), rows, settings, EPS, groups.collection.tp)
+        loss = fused_head_score_entropy(*leaves.values(), rows, settings, EPS, groups.collection.tp).loss
     with CollectiveCount() as backward:
         (loss / 2).backward()
     assert forward.count == (groups.tensor_size > 1), f"{forward.count} collectives in the forward pass"
@@ -107,7 +107,7 @@ def fused(
     if in_main_grad:
         assert all(parameter.grad_added_to_main_grad for parameter in parameters)
         gradients |= {name: leaves[name].main_grad for name in ("weight", "bias")}
-    return {"loss": loss.detach() + constant} | {name: 2 * gradient for name, gradient in gradients.items()}
+    return {"loss": loss.detach() + constant.sum()} | {name: 2 * gradient for name, gradient in gradients.items()}
 
 
 if __name__ == "__main__":

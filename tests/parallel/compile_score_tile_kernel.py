@@ -33,7 +33,8 @@ def compiled_for(has_log_sum: bool, with_gradient: bool, num_columns: int, first
     grad, bias_parts = (torch.bfloat16, torch.float32) if with_gradient else (None, None)
     return score_tile_kernel.warmup(
         torch.float32, torch.bfloat16, torch.float32, log_sum, torch.float32, x_t, torch.int64, grad, torch.float32,
-        bias_parts, 8192, num_columns, first_state, counting, BLOCK_ROWS, BLOCK_COLUMNS, num_warps=NUM_WARPS, grid=(1,),
+        bias_parts, torch.float32, 8192, num_columns, first_state, counting, BLOCK_ROWS, BLOCK_COLUMNS,
+        num_warps=NUM_WARPS, grid=(1,),
     )  # fmt: skip
 
 

@@ -25,7 +25,9 @@ def check(num_rows: int, num_columns: int, first_state: int, num_states: int, ha
     # A position that has not moved has no target: its log-score there is 0 whatever the model says.
     target[x_t == x_0] = 0.0
     position, log_sum = torch.arange(num_rows), log_sum if has_log_sum else None
-    rows = ScoreEntropyRows(num_rows - 1, position, x_0, x_t if has_log_sum else None, log_scale, log_sum, -target)
+    rows = ScoreEntropyRows(
+        num_rows - 1, position, x_0, x_t if has_log_sum else None, log_scale, log_sum, -target, log_scale
+    )
     for dtype, with_gradient in itertools.product((torch.float32, torch.bfloat16), (True, False)):
         expected = score_tile_by_index(hidden, weight, bias, rows, first_state, num_states, with_gradient)
         actual = ScoreTile(
@@ -34,6 +36,8 @@ def check(num_rows: int, num_columns: int, first_state: int, num_states: int, ha
             )
         )
         torch.testing.assert_close(actual.score_sum, expected.score_sum, rtol=1e-6, atol=0)
+        torch.testing.assert_close(actual.row_sums, expected.row_sums, rtol=1e-6, atol=0)
+        torch.testing.assert_close(actual.row_largest, expected.row_largest, rtol=1e-6, atol=0)
         assert (actual.grad_logits is not None) == with_gradient
         if with_gradient:
             assert actual.grad_logits.dtype == dtype

@@ -34,8 +34,9 @@ def random_rows(has_log_sum: bool, num_states: int):
     log_scale, log_sum, target = torch.rand(3, len(position), generator=generator, dtype=torch.float64)
     log_scale[5:], log_sum[5:], target[5:] = -torch.inf, 0.0, 0.0
     return ScoreEntropyRows(
-        5, position, x_0, x_t if has_log_sum else None, log_scale - 1, -log_sum if has_log_sum else None, -target
-    )
+        5, position, x_0, x_t if has_log_sum else None, log_scale - 1, -log_sum if has_log_sum else None, -target,
+        torch.zeros(len(position), dtype=torch.float64),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("has_log_sum", [False, True])
@@ -54,7 +55,7 @@ def test_gradients_are_the_derivatives(has_log_sum, chunk_rows, multiple, tp_gro
     shapes = ((4, 2, 3), (2, 3), (2, 3), (12, 3), (12,))
     leaves = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
     assert torch.autograd.gradcheck(
-        lambda *tensors: fused_head.fused_head_score_entropy(*tensors, rows, settings, 1e-5, tp_group), leaves
+        lambda *tensors: fused_head.fused_head_score_entropy(*tensors, rows, settings, 1e-5, tp_group).loss, leaves
     )
 
 
@@ -66,7 +67,7 @@ def test_another_scale_than_the_promised_is_refused(tp_group):
     for parameter in leaves[3:]:
         parameter.main_grad = torch.zeros_like(parameter)
     settings = FusedHeadSettings(9, 4, gradient_scale=0.25)
-    loss = fused_head_score_entropy(*leaves, random_rows(True, 9), settings, 1e-5, tp_group)
+    loss = fused_head_score_entropy(*leaves, random_rows(True, 9), settings, 1e-5, tp_group).loss
     with pytest.raises(RuntimeError, match="scaled by something else than gradient_scale"):
         (loss / 2).backward()
 
@@ -113,7 +114,7 @@ def test_gradient_from_bf16_logits_is_that_of_float64(graph_name, num_tokens, tp
             batch = NoisyBatch(x_0, torch.tensor([[moved]]), t[None], *noise, torch.zeros(1))
             rows, _ = score_entropy_rows(batch, graph, *positions_that_count(batch.x_t, graph, 1))
             weight.main_grad, bias.main_grad = torch.zeros(weight.shape), torch.zeros(num_tokens + 1)
-            loss = fused_head_score_entropy(hidden, factor, shift, weight, bias, rows, settings, EPS, tp_group)
+            loss = fused_head_score_entropy(hidden, factor, shift, weight, bias, rows, settings, EPS, tp_group).loss
             loss.backward()
             assert loss.isfinite()
 

@@ -60,7 +60,8 @@ def tile_without_numbers(hidden, weight, bias, rows, first_state, num_states, wi
     logits = empty(len(hidden), len(weight))
     grad_logits = torch.empty_like(logits, dtype=weight.dtype)
     bias_parts = empty(-(-len(hidden) // BLOCK_ROWS), len(weight))
-    return ScoreTile(empty(dtype=torch.float64), grad_logits, bias_parts.sum(0))
+    row_sums, row_largest = empty(2, len(hidden))
+    return ScoreTile(empty(dtype=torch.float64), grad_logits, bias_parts.sum(0), row_sums, row_largest)
 
 
 def test_the_count_sees_what_lives_at_once():
@@ -92,8 +93,9 @@ def test_64k_positions_stay_below_the_goal(num_rows, has_log_sum, monkeypatch):
     filled = -(-num_rows // fused_head.ROW_MULTIPLE["cuda"]) * fused_head.ROW_MULTIPLE["cuda"]
     numbers, states = empty(filled), empty(filled, dtype=torch.long)
     rows = fused_head.ScoreEntropyRows(
-        num_rows, states, states, states if has_log_sum else None, numbers, numbers if has_log_sum else None, numbers
-    )
+        num_rows, states, states, states if has_log_sum else None, numbers, numbers if has_log_sum else None, numbers,
+        numbers,
+    )  # fmt: skip
     hidden_states = empty(LENGTH, BATCH, WIDTH, dtype=torch.bfloat16).requires_grad_()
     factor, shift = (empty(BATCH, WIDTH).requires_grad_() for _ in range(2))
     weight, bias = (torch.nn.Parameter(empty(*shape, dtype=torch.bfloat16)) for shape in ((PADDED, WIDTH), (PADDED,)))
