@@ -44,15 +44,16 @@ def parse_pretrain_options(argv: Sequence[str]) -> PretrainOptions:
     return options
 
 
-def check_options(options: PretrainOptions, world_size: int) -> None:
-    """Check ranges, divisibility and the layout against the number of ranks.
+def check_options(options: PretrainOptions, world_size: int, on_this_machine: bool = True) -> None:
+    """Check ranges, divisibility and the layout against the number of ranks, and `on_this_machine` against its memory.
 
     Raises:
         UserError: naming the first value that breaks a rule.
     """
     _check_ranges(options)
     check_model_layout(options.model, options.parallel)
-    check_weights_fit(options.model, options.parallel)
+    if on_this_machine:
+        check_weights_fit(options.model, options.parallel)
     check_diffusion(options.diffusion)
     check_recompute(options.recompute, options.precision)
     check_precision(options.precision, options.parallel)

@@ -12,7 +12,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # What a file may import from: its own level and the ones below. model and data do not know each other.
 LEVEL = {"errors": -1, "options": 0, "output_files": 0, "wording": 0, "diffusion": 0, "training_config": 1,
          "config": 2, "layout_rules": 2.5, "arguments": 3, "parallel": 3.5, "model": 4, "data": 4, "training": 5,
-         "generation": 5, "evaluation": 5}  # fmt: skip
+         "generation": 5, "evaluation": 5, "planning": 5.5}  # fmt: skip
 COMMANDS = 6
 
 
