@@ -54,7 +54,7 @@ def test_the_maths_knows_torch_alone(path):
 def test_readme_tree_names_every_file_and_no_other():
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     tree = re.search(r"## The tree\n.*?```text\n(.*?)```", readme, re.DOTALL).group(1)
-    named = set(re.findall(r"\b[\w-]+\.(?:py|sh|yaml)\b", tree))
+    named = set(re.findall(r"\b[\w.-]+\.(?:py|sh|yaml)\b", tree))
     files = [p for folder in ("sedd_megatron", "examples") for p in (REPOSITORY / folder).rglob("*")]
     present = {p.name for p in files if p.suffix in (".py", ".sh", ".yaml") and p.name != "__init__.py"} | {"setup.py"}
     assert named - {"run.sh"} == present

@@ -103,18 +103,23 @@ def rank_memory(
         moving_average=4 * updated,
         activations=activations.per_layer * activations.in_flight,
         head=max(activations.head, activations.in_backward),
-        communication=_gathered_bytes(options, size) + communicators * COMMUNICATOR_BYTES * (device == "cuda"),
+        communication=_passing_bytes(options, size) + communicators * COMMUNICATOR_BYTES * (device == "cuda"),
         reserve=CONTEXT_BYTES if device == "cuda" else 0,
     )
 
 
-def _gathered_bytes(options: PretrainOptions, size: int) -> float:
-    """What collectives put together and nobody keeps: hidden states of the whole sequence, keys and values."""
+def _passing_bytes(options: PretrainOptions, size: int) -> float:
+    """What is gathered or sent and nobody keeps: hidden states of the whole sequence and their gradient, keys and
+    values, a message each way between stages.
+    """
     model, parallel = options.model, options.parallel
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     row_bytes = options.training.micro_batch_size * model.seq_length * model.hidden_size * size
-    sequence = row_bytes / context if parallel.sequence_parallel else 0
-    return sequence + (2 * row_bytes / tensor if context > 1 else 0)
+    found = 2 * row_bytes / context if parallel.sequence_parallel else 0
+    found += 2 * row_bytes / tensor if context > 1 else 0
+    if parallel.pipeline_model_parallel_size > 1:
+        found += 2 * row_bytes / context / (tensor if parallel.sequence_parallel else 1)
+    return found
 
 
 def checkpoint_bytes(options: PretrainOptions, num_states: int) -> float:

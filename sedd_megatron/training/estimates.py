@@ -82,7 +82,7 @@ def activation_bytes(
     stages = parallel.pipeline_model_parallel_size
     size = 2 if options.precision.bf16 else 4
     rows = options.training.micro_batch_size * model.seq_length / parallel.context_parallel_size
-    layer = _layer_bytes(options, rows, size)
+    layer = _layer_bytes(options, rows, size, device)
     layers = model.num_layers // stages
     per_layer, recomputed = layer.kept, layer.computed_again
     if recompute.recompute_granularity == "full" and recompute.recompute_method == "uniform":
@@ -92,7 +92,9 @@ def activation_bytes(
         )
     elif recompute.recompute_granularity == "full":
         share = min(recompute.recompute_num_layers / layers, 1.0)
-        per_layer, recomputed = share * layer.checkpoint + (1 - share) * layer.kept, layer.kept
+        per_layer = share * layer.checkpoint + (1 - share) * layer.kept
+        # The first layers are computed again last, when what the others have kept is gone.
+        recomputed = layer.kept if share == 1 else 0.0
     chunks = parallel.num_model_chunks(model.num_layers)
     # 1F1B: a stage starts as many micro-batches as there are stages from it to the last; interleaving adds a round.
     in_flight = layers * min(stages - pipeline_rank, num_microbatches)
@@ -125,7 +127,7 @@ class _LayerBytes(NamedTuple):
     gradients: float
 
 
-def _layer_bytes(options: PretrainOptions, rows: float, size: int) -> _LayerBytes:
+def _layer_bytes(options: PretrainOptions, rows: float, size: int, device: str) -> _LayerBytes:
     """What a layer keeps of one micro-batch, what a checkpoint of it would, and what its backward pass needs.
 
     Per token: each norm keeps its input and its modulated output, each gate the output that it multiplies, and dropout
@@ -142,10 +144,12 @@ def _layer_bytes(options: PretrainOptions, rows: float, size: int) -> _LayerByte
     whole = 2 * (norm + hidden + dropped)
     # core_attn changes nothing: the fused kernel keeps no [S, S] matrix that recomputing could save.
     mlp, mlp_again = (0, 2 * inner) if "mlp" in selected else (2 * inner, 0)
+    # On a CPU a product adds to a float32 main_grad from float32 copies of its factors (parallel/main_grad.py).
+    copies = 4 * (model.hidden_size + model.mlp_hidden_size / tensor) if device == "cpu" and size == 2 else 0
     return _LayerBytes(
         kept=rows * (whole / sequence_shares + (6 * hidden + mlp) / tensor),
         checkpoint=rows * hidden / sequence_shares,
         computed_again=rows * (again / sequence_shares + mlp_again / tensor),
         # The residual's, a branch's output's, and the MLP's inner layer's.
-        gradients=rows * (2 * hidden / sequence_shares + inner / tensor),
+        gradients=rows * (2 * hidden / sequence_shares + inner / tensor + copies),
     )

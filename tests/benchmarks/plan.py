@@ -24,9 +24,7 @@ from tests.benchmarks.goals import PLAN_MEMORY_ERROR, PLAN_TIME_ERROR
 from tests.benchmarks.pairs import Lines, write_table
 from tests.benchmarks.published_gpt import AMPERE, HOPPER, estimated_tflops
 from tests.distributed.launch import launch
-from tests.distributed.layouts import (
-    CP2, DIST_OPT, FULL_BLOCK, OVERLAP_GRAD, PP2, SP, TP2, VPP,
-)  # fmt: skip
+from tests.distributed.layouts import CP2, DIST_OPT, FULL_BLOCK, OVERLAP_GRAD, PP2, SP, TP2, VPP
 
 NUM_TOKENS = 1000
 # As much in activations as in weights and what belongs to them.
