@@ -50,7 +50,7 @@ def check_options(options: PretrainOptions, world_size: int, on_this_machine: bo
     Raises:
         UserError: naming the first value that breaks a rule.
     """
-    _check_ranges(options)
+    check_ranges(options)
     check_model_layout(options.model, options.parallel)
     if on_this_machine:
         check_weights_fit(options.model, options.parallel)
@@ -120,7 +120,8 @@ def weighted_corpora(data: DataOptions) -> list[WeightedCorpus]:
     return corpora
 
 
-def _check_ranges(options: PretrainOptions) -> None:
+def check_ranges(options: PretrainOptions) -> None:
+    """Check every number by itself, and those that bound each other."""
     check_layout(options.parallel)
     at_least_one = (
         "num_layers hidden_size num_attention_heads ffn_hidden_size seq_length cond_dim make_vocab_size_divisible_by "

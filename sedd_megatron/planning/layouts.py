@@ -1,11 +1,12 @@
 """Which layouts of a run a cluster may take, and what each costs: from options to estimates in order of their time."""
 
 import itertools
+import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from sedd_megatron.arguments import check_options
+from sedd_megatron.arguments import check_diffusion, check_options, check_ranges
 from sedd_megatron.config import PretrainOptions, RecomputeOptions
 from sedd_megatron.diffusion import make_graph, make_schedule
 from sedd_megatron.errors import UserError, require
@@ -99,8 +100,11 @@ def all_plans(options: PretrainOptions, cluster: Cluster, num_tokens: int, kept:
     """An estimate of every layout that a run may take, whether or not it fits; `kept` are options to leave as they are.
 
     Raises:
-        UserError: the cluster or the precision has no estimate, or no layout keeps to the rules.
+        UserError: a number is out of its range, the cluster or the precision has no estimate, or no layout keeps to
+            the rules.
     """
+    check_ranges(options)
+    check_diffusion(options.diffusion)
     _check_cluster(options, cluster)
     diffusion = options.diffusion
     graph = make_graph(diffusion.graph, num_tokens)
@@ -144,7 +148,7 @@ def layouts(options: PretrainOptions, cluster: Cluster, kept: Collection[str]) -
         found = True
         yield candidate
     if not found:
-        reason = f"of the simplest: {refusal}" if refusal else "the sizes given do not divide the GPUs"
+        reason = f"of the simplest: {refusal}" if refusal else "the sizes given do not divide the GPUs and the batch"
         raise UserError(f"--gpus {cluster.gpus}: no layout keeps to a run's rules; {reason}")
 
 
@@ -222,7 +226,8 @@ def _powers_of_two(most: int) -> list[int]:
 
 
 def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def _check_cluster(options: PretrainOptions, cluster: Cluster) -> None:

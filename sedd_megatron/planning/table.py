@@ -57,8 +57,8 @@ def _time_cells(plan: Plan) -> list[str]:
         str(parallel.context_parallel_size),
         str(plan.data_parallel_size),
         f"{training.micro_batch_size} x {plan.num_microbatches}",
-        _recompute_name(plan.options),
-        f"{plan.time.total:.3f}",
+        plan.options.recompute.recompute_granularity or "none",
+        f"{plan.time.total:.4g}",
         f"{plan.tokens / plan.time.total:,.0f}",
         f"{plan.flops_per_gpu / 1e12:.0f}",
         f"{plan.flops_per_gpu / cluster.device.peak_flops(fp8):.0%}",
@@ -66,13 +66,6 @@ def _time_cells(plan: Plan) -> list[str]:
         f"{total / SECONDS_A_DAY:.3g}",
         f"{total / 3600 * cluster.gpus:,.0f}",
     ]
-
-
-def _recompute_name(options: PretrainOptions) -> str:
-    recompute = options.recompute
-    if recompute.recompute_granularity == "full":
-        return f"full, {recompute.recompute_method} {recompute.recompute_num_layers}"
-    return "+".join(recompute.modules) or "none"
 
 
 def _memory_header() -> list[str]:
