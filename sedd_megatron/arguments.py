@@ -40,8 +40,6 @@ LEAST_MINUTES_TO_SAVE = 1.5
 
 # Whole numbers up to here are float64 numbers, with which the learning rate is computed.
 MOST_SAMPLES = 2**53
-
-
 # Exact as a fraction; of few digits, for 1e99999999 would be a fraction of as many.
 WEIGHT = re.compile(r"[\d.]{1,40}(e[+-]?\d{1,3})?|\d{1,40}/\d{1,40}", re.IGNORECASE | re.ASCII)
 
@@ -59,15 +57,16 @@ def parse_pretrain_options(argv: Sequence[str]) -> PretrainOptions:
     return options
 
 
-def check_options(options: PretrainOptions, world_size: int) -> None:
-    """Check ranges, divisibility and the layout against the number of ranks.
+def check_options(options: PretrainOptions, world_size: int, on_this_machine: bool = True) -> None:
+    """Check ranges, divisibility and the layout against the number of ranks, and `on_this_machine` against its memory.
 
     Raises:
         UserError: naming the first value that breaks a rule.
     """
-    _check_ranges(options)
+    check_ranges(options)
     check_model_layout(options.model, options.parallel)
-    check_weights_fit(options.model, options.parallel)
+    if on_this_machine:
+        check_weights_fit(options.model, options.parallel)
     check_vocabulary_fits(options)
     check_diffusion(options.diffusion)
     check_recompute(options.recompute, options.precision)
@@ -207,7 +206,8 @@ def check_profiling(options: PretrainOptions, world_size: int) -> None:
     )
 
 
-def _check_ranges(options: PretrainOptions) -> None:
+def check_ranges(options: PretrainOptions) -> None:
+    """Check every number by itself, and those that bound each other."""
     check_layout(options.parallel)
     at_least_one = (
         "num_layers hidden_size num_attention_heads ffn_hidden_size seq_length cond_dim make_vocab_size_divisible_by "

@@ -47,6 +47,10 @@ class ModelOptions:
         """Width of the MLP's inner layer."""
         return self.ffn_hidden_size or 4 * self.hidden_size
 
+    def padded_vocab_size(self, num_states: int) -> int:
+        """Number of states that Megatron allocates, independent of the layout."""
+        return -(-num_states // self.make_vocab_size_divisible_by) * self.make_vocab_size_divisible_by
+
 
 @dataclass(frozen=True)
 class DiffusionOptions:

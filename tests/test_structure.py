@@ -13,7 +13,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 LEVEL = {"launcher": -2, "errors": -1, "preset_files": -0.5, "options": 0, "megatron_flags": 0, "output_files": 0,
          "wording": 0, "diffusion": 0, "training_config": 1, "config": 2, "training_schedule": 2, "layout_rules": 2.5,
          "arguments": 3, "parallel": 3.5, "model": 4, "data": 4, "training": 5, "generation": 5, "evaluation": 5,
-         "reporting": 5}  # fmt: skip
+         "reporting": 5, "planning": 5.5}  # fmt: skip
 COMMANDS = 6
 
 
@@ -55,7 +55,7 @@ def test_the_maths_knows_torch_alone(path):
 def test_readme_tree_names_every_file_and_no_other():
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     tree = re.search(r"## The tree\n.*?```text\n(.*?)```", readme, re.DOTALL).group(1)
-    named = set(re.findall(r"\b[\w-]+\.(?:py|sh|yaml)\b", tree))
+    named = set(re.findall(r"\b[\w.-]+\.(?:py|sh|yaml)\b", tree))
     files = [p for folder in ("sedd_megatron", "examples") for p in (REPOSITORY / folder).rglob("*")]
     present = {p.name for p in files if p.suffix in (".py", ".sh", ".yaml") and p.name != "__init__.py"} | {"setup.py"}
     assert named - {"run.sh"} == present

@@ -7,24 +7,27 @@ apart without an error.
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
 
 FREQUENCY_EMBEDDING_SIZE = 256
 MAX_PERIOD = 10_000.0
 
 
-def linear(in_features: int, out_features: int, config: TransformerConfig, device: torch.device) -> nn.Linear:
+def linear(in_features: int, out_features: int, config: "TransformerConfig", device: torch.device) -> nn.Linear:
     """A linear layer held whole by every tensor-parallel rank, marked for gradient sums under sequence parallelism."""
     layer = nn.Linear(in_features, out_features, dtype=config.params_dtype, device=device)
     mark_sequence_parallel(layer, config)
     return layer
 
 
-def mark_sequence_parallel(module: nn.Module, config: TransformerConfig) -> None:
+def mark_sequence_parallel(module: nn.Module, config: "TransformerConfig") -> None:
     """Have Megatron sum the gradients of these parameters over the ranks that each see a slice of the sequence."""
     for parameter in module.parameters():
         parameter.sequence_parallel = config.sequence_parallel
@@ -33,7 +36,7 @@ def mark_sequence_parallel(module: nn.Module, config: TransformerConfig) -> None
 class SigmaEmbedding(nn.Module):
     """sigma [B] -> conditioning [B, cond_dim]: sinusoids, a two-layer MLP, SiLU. Every pipeline stage holds a copy."""
 
-    def __init__(self, cond_dim: int, config: TransformerConfig, device: torch.device, is_first_stage: bool) -> None:
+    def __init__(self, cond_dim: int, config: "TransformerConfig", device: torch.device, is_first_stage: bool) -> None:
         super().__init__()
         self.input = linear(FREQUENCY_EMBEDDING_SIZE, cond_dim, config, device)
         self.output = linear(cond_dim, cond_dim, config, device)
@@ -64,7 +67,7 @@ class Modulation(nn.Module):
     Shifts, scales and gates start at 0, so that a fresh layer is the identity.
     """
 
-    def __init__(self, parts: int, hidden_size: int, cond_dim: int, config: TransformerConfig, device: torch.device):
+    def __init__(self, parts: int, hidden_size: int, cond_dim: int, config: "TransformerConfig", device: torch.device):
         super().__init__()
         self.parts = parts
         self.linear = linear(cond_dim, parts * hidden_size, config, device)
@@ -82,7 +85,7 @@ class NormScale(nn.Module):
     parallelism.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, device: torch.device | None = None):
+    def __init__(self, config: "TransformerConfig", hidden_size: int, eps: float, device: torch.device | None = None):
         super().__init__()
         self.eps = eps
         # Megatron builds norms from (config, hidden_size, eps) alone and then means the current device.

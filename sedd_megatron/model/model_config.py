@@ -96,8 +96,3 @@ def start_at_zero(tensor: torch.Tensor) -> None:
     largest value for as long as its history is.
     """
     tensor.zero_()
-
-
-def padded_vocab_size(num_states: int, divisible_by: int) -> int:
-    """Number of states that Megatron allocates: a multiple of `divisible_by`, independent of the layout."""
-    return -(-num_states // divisible_by) * divisible_by

@@ -16,7 +16,7 @@ from torch import Tensor
 from sedd_megatron.config import ModelOptions
 from sedd_megatron.diffusion.graph import AbsorbingGraph, UniformGraph
 from sedd_megatron.model.conditioning import SigmaEmbedding
-from sedd_megatron.model.model_config import padded_vocab_size, start_at_zero
+from sedd_megatron.model.model_config import start_at_zero
 from sedd_megatron.model.score_head import ScoreHead, log_score_offset
 from sedd_megatron.model.token_embedding import TokenEmbedding
 from sedd_megatron.parallel.fused_head import FusedHeadSettings, HeadLoss, ScoreEntropyRows
@@ -51,7 +51,7 @@ class SEDDModel(MegatronModule):
         self.graph = graph
         self.pg_collection = groups.collection
         self.tp_group = groups.collection.tp
-        vocab_size = padded_vocab_size(graph.num_states, options.make_vocab_size_divisible_by)
+        vocab_size = options.padded_vocab_size(graph.num_states)
         # Modules are registered in the order of their use, in which the distributed optimizer gathers their parameters.
         self.sigma_embedding = SigmaEmbedding(options.cond_dim, config, groups.device, is_first_stage=self.pre_process)
         if self.pre_process:

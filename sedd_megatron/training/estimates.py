@@ -1,6 +1,7 @@
 """What a step costs, by the model's shapes: floating-point operations per token, and memory per rank."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -62,37 +63,44 @@ class ActivationBytes:
 
     per_layer: float  # kept of a layer and micro-batch, on average over a stage's layers
     in_flight: int  # layers times micro-batches whose activations are kept at once
-    recomputed: float  # of the layers that live a second time in the backward pass
-    head: float
+    in_backward: float  # while one layer's backward pass runs: what is computed again, and gradients
+    head: float  # while head and loss run, which is at another time
 
     @property
     def total(self) -> float:
         """All of them, at the worst moment of the step."""
-        return self.per_layer * self.in_flight + self.recomputed + self.head
+        return self.per_layer * self.in_flight + max(self.in_backward, self.head)
 
 
 def activation_bytes(
     options: PretrainOptions, num_states: int, pipeline_rank: int, num_microbatches: int, device: str
 ) -> ActivationBytes:
-    """An estimate for the local layers on a `device` of this type; a test holds it against what autograd keeps."""
+    """An estimate for the local layers on a `device` of this type, in the manner of Korthikanti et al. (arXiv
+    2205.05198, section 4), for layers that keep less; a test holds it against what autograd keeps.
+    """
     model, parallel, recompute = options.model, options.parallel, options.recompute
     stages = parallel.pipeline_model_parallel_size
     size = 2 if options.precision.bf16 else 4
     rows = options.training.micro_batch_size * model.seq_length / parallel.context_parallel_size
-    layer, checkpoint = _layer_bytes(options, rows, size)
+    layer = _layer_bytes(options, rows, size, device)
     layers = model.num_layers // stages
-    per_layer, recomputed = layer, 0.0
+    per_layer, recomputed = layer.kept, layer.computed_again
     if recompute.recompute_granularity == "full" and recompute.recompute_method == "uniform":
-        per_layer, recomputed = checkpoint / recompute.recompute_num_layers, layer * recompute.recompute_num_layers
+        per_layer, recomputed = (
+            layer.checkpoint / recompute.recompute_num_layers,
+            layer.kept * recompute.recompute_num_layers,
+        )
     elif recompute.recompute_granularity == "full":
         share = min(recompute.recompute_num_layers / layers, 1.0)
-        per_layer, recomputed = share * checkpoint + (1 - share) * layer, layer
+        per_layer = share * layer.checkpoint + (1 - share) * layer.kept
+        # The first layers are computed again last, when what the others have kept is gone.
+        recomputed = layer.kept if share == 1 else 0.0
     chunks = parallel.num_model_chunks(model.num_layers)
     # 1F1B: a stage starts as many micro-batches as there are stages from it to the last; interleaving adds a round.
     in_flight = layers * min(stages - pipeline_rank, num_microbatches)
     in_flight += layers // chunks * (stages - 1) if chunks > 1 else 0
     head = _head_bytes(options, num_states, rows, size, device) if pipeline_rank == stages - 1 else 0.0
-    return ActivationBytes(per_layer, in_flight, recomputed, head)
+    return ActivationBytes(per_layer, in_flight, recomputed + layer.gradients, head)
 
 
 def _head_bytes(options: PretrainOptions, num_states: int, rows: float, size: int, device: str) -> float:
@@ -102,28 +110,46 @@ def _head_bytes(options: PretrainOptions, num_states: int, rows: float, size: in
     if chunk == 0:
         # Logits, and in the loss two float32 copies of them.
         return rows * shard * (size + 8)
-    # The gradient of the hidden states; a chunk of these and what its norm needs; a tile and its gradient.
+    # The gradient of the hidden states; a chunk of these and what its norm needs; a tile, and in bfloat16 its gradient.
     return (
         rows * hidden * size
         + chunk * hidden * (2 * size + 5 * 4)
-        + min(chunk * shard, TILE_ELEMENTS[device]) * (4 + size)
+        + min(chunk * shard, TILE_ELEMENTS[device]) * (4 if size == 4 else 4 + size)
     )
 
 
-def _layer_bytes(options: PretrainOptions, rows: float, size: int) -> tuple[float, float]:
-    """What a layer keeps of one micro-batch, and what a checkpoint of it would.
+class _LayerBytes(NamedTuple):
+    """Of one layer and micro-batch."""
 
-    Per token: each norm keeps its input and its modulated output, each gate the output that it multiplies; these are
-    whole on each tensor-parallel rank unless the sequence is parallel. Queries, keys and values before and after the
-    rotation, attention's output, and the MLP before and after GELU are shared in any case.
+    kept: float
+    checkpoint: float
+    computed_again: float  # at once, where modules are selected
+    gradients: float
+
+
+def _layer_bytes(options: PretrainOptions, rows: float, size: int, device: str) -> _LayerBytes:
+    """What a layer keeps of one micro-batch, what a checkpoint of it would, and what its backward pass needs.
+
+    Per token: each norm keeps its input and its modulated output, each gate the output that it multiplies, and dropout
+    a byte for each of its elements; these are whole on each tensor-parallel rank unless the sequence is parallel.
+    Queries, keys and values before and after the rotation, attention's output, and the MLP before and after GELU are
+    shared in any case.
     """
     model, selected = options.model, options.recompute.modules
     tensor = options.parallel.tensor_model_parallel_size
-    norm = model.hidden_size * size * (1 if "layernorm" in selected else 2)
-    # core_attn changes nothing: the fused kernel keeps no [S, S] matrix that recomputing could save.
-    attention = 6 * model.hidden_size * size
-    mlp = 0 if "mlp" in selected else 2 * model.mlp_hidden_size * size
+    hidden, inner = model.hidden_size * size, model.mlp_hidden_size * size
     sequence_shares = tensor if options.parallel.sequence_parallel else 1
-    checkpoint = rows * model.hidden_size * size / sequence_shares
-    whole = rows * (2 * norm + 2 * model.hidden_size * size) / sequence_shares
-    return whole + rows * (attention + mlp) / tensor, checkpoint
+    norm, again = (hidden, hidden) if "layernorm" in selected else (2 * hidden, 0)
+    dropped = model.hidden_size if model.hidden_dropout > 0 else 0
+    whole = 2 * (norm + hidden + dropped)
+    # core_attn changes nothing: the fused kernel keeps no [S, S] matrix that recomputing could save.
+    mlp, mlp_again = (0, 2 * inner) if "mlp" in selected else (2 * inner, 0)
+    # On a CPU a product adds to a float32 main_grad from float32 copies of its factors (parallel/main_grad.py).
+    copies = 4 * (model.hidden_size + model.mlp_hidden_size / tensor) if device == "cpu" and size == 2 else 0
+    return _LayerBytes(
+        kept=rows * (whole / sequence_shares + (6 * hidden + mlp) / tensor),
+        checkpoint=rows * hidden / sequence_shares,
+        computed_again=rows * (again / sequence_shares + mlp_again / tensor),
+        # The residual's, a branch's output's, and the MLP's inner layer's.
+        gradients=rows * (2 * hidden / sequence_shares + inner / tensor + copies),
+    )

@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from sedd_megatron.config import PretrainOptions
 from sedd_megatron.data.windows import WindowDataset
 from sedd_megatron.model.layer_spec import transformer_engine_runs_on
-from sedd_megatron.model.model_config import padded_vocab_size
 from sedd_megatron.parallel.groups import ParallelGroups, seed_megatron_generators
 from sedd_megatron.training.build import build_optimizer, build_scheduler
 from sedd_megatron.training.ema import ExponentialMovingAverage
@@ -58,7 +57,7 @@ def build_gpt(options: PretrainOptions, num_tokens: int, groups: ParallelGroups)
     vocab_size = num_tokens + 1
     if with_engine:
         # As Megatron-LM pads it, for the sake of its products.
-        vocab_size = padded_vocab_size(vocab_size, options.model.make_vocab_size_divisible_by)
+        vocab_size = options.model.padded_vocab_size(vocab_size)
     gpt = GPTModel(
         gpt_config(options, groups.device, with_engine),
         get_gpt_layer_with_transformer_engine_spec() if with_engine else get_gpt_layer_local_spec(),

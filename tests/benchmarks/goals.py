@@ -1,6 +1,7 @@
 """What one GPU is to reach, by the first name found in the device's; tables print it beside what was measured."""
 
 HEAD_MEMORY_MIB = 384  # of head and loss, whatever the number of positions
+PLAN_MEMORY_ERROR, PLAN_TIME_ERROR = 0.10, 0.15  # of the planner's estimates
 GPT_TIME_RATIO = 1.05  # of a token's time over that of a causal GPT of the same size
 
 GOALS = {

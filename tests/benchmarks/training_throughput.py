@@ -256,7 +256,7 @@ def sedd_run(options: PretrainOptions, num_tokens: int, groups) -> tuple[Any, Ca
         collator([(n * size + i, window) for i, window in enumerate(part)])
         for n, part in enumerate(itertools.islice(itertools.cycle(windows.split(size)), NUM_BATCHES))
     ]
-    endless = [itertools.cycle(batches)]
+    endless = [itertools.cycle(batches) for _ in run.model_chunks]
     return run, lambda: train_step(run, endless)
 
 
