@@ -67,6 +67,10 @@ class DataOptions:
         "prefixes in turn: 0.7 data/a 0.3 data/b",
     )
     split: str = option("969,30,1", "weights of training, validation and test windows, for each corpus of a blend")
+    reset_attention_mask: bool = option(
+        False, "documents that share a window do not see each other; they end at end-of-document tokens"
+    )
+    reset_position_ids: bool = option(False, "positions begin anew with each document of a window")
     num_workers: int | None = option(
         None, f"loader processes per rank, {_if_not_given(NUM_WORKERS)}; with 0 training makes its batches itself"
     )
@@ -81,7 +85,10 @@ class DataOptions:
 
 
 # What a run must have in common with the checkpoint that it continues, unless --allow-changed names it.
-CHANGES_TO_ALLOW = "seed split seq_length data_path global_batch_size time_sampling time_eps tokenizer".split()
+CHANGES_TO_ALLOW = (
+    "seed split seq_length data_path global_batch_size time_sampling time_eps reset_attention_mask reset_position_ids "
+    "tokenizer"
+).split()
 
 
 @dataclass(frozen=True)

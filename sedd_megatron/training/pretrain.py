@@ -10,6 +10,7 @@ from sedd_megatron.arguments import weighted_corpora
 from sedd_megatron.config import PretrainOptions
 from sedd_megatron.data.blend import common_tokenizer
 from sedd_megatron.data.corpus import find_corpus
+from sedd_megatron.data.document_ends import check_ends_of_documents
 from sedd_megatron.data.preparation import Preparation, preparation_of
 from sedd_megatron.data.tokenizer_folder import DESCRIPTION
 from sedd_megatron.data.tokenizers import Tokenizer, build_tokenizer
@@ -79,6 +80,8 @@ def _open_inputs(options: PretrainOptions, device: torch.device) -> Inputs:
 
     check_transformer_engine(options.precision, device)
     tokenizer, corpora = data_tokenizer(options), weighted_corpora(options.data)
+    preparation = preparation_of([prefix for _, prefix in corpora])
+    check_ends_of_documents(options.data, tokenizer, preparation)
     is_verified = options.verify.verify_layout
     # A verification begins on each rank alone; in training all ranks share the reading.
     is_read_here = is_verified or started_ranks() == 1
@@ -91,7 +94,7 @@ def _open_inputs(options: PretrainOptions, device: torch.device) -> Inputs:
     )
     if not is_verified:
         _check_outputs(options)
-    return Inputs(tokenizer, windows, preparation_of([prefix for _, prefix in corpora]))
+    return Inputs(tokenizer, windows, preparation)
 
 
 def _train(options: PretrainOptions, inputs: Inputs, groups: ParallelGroups) -> None:
