@@ -144,6 +144,11 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_first_of_machine() -> bool:
+    """Whether this process is the first of its machine's."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 @contextlib.contextmanager
 def parallel_groups(
     options: ParallelOptions, num_model_chunks: int = 1, world_size: int | None = None

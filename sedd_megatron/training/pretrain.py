@@ -9,7 +9,7 @@ import torch
 from sedd_megatron.arguments import weighted_corpora
 from sedd_megatron.config import PretrainOptions
 from sedd_megatron.data.blend import common_tokenizer
-from sedd_megatron.data.corpus import find_corpus
+from sedd_megatron.data.corpus import are_read_at_start, find_corpus
 from sedd_megatron.data.document_ends import check_ends_of_documents
 from sedd_megatron.data.preparation import Preparation, preparation_of
 from sedd_megatron.data.tokenizer_folder import DESCRIPTION
@@ -83,18 +83,23 @@ def _open_inputs(options: PretrainOptions, device: torch.device) -> Inputs:
     preparation = preparation_of([prefix for _, prefix in corpora])
     check_ends_of_documents(options.data, tokenizer, preparation)
     is_verified = options.verify.verify_layout
-    # A verification begins on each rank alone; in training all ranks share the reading.
-    is_read_here = is_verified or started_ranks() == 1
     windows = open_windows(
         corpora,
         seq_length=options.model.seq_length,
         split=options.data.split,
-        num_tokens=tokenizer.num_tokens if is_read_here else None,
+        num_tokens=tokenizer.num_tokens,
         seed=options.training.seed,
     )
+    # A verification begins on each rank alone; in training all ranks share the reading.
+    if (is_verified or started_ranks() == 1) and _are_read_at_start(options):
+        check_tokens(windows, tokenizer.num_tokens)
     if not is_verified:
         _check_outputs(options)
     return Inputs(tokenizer, windows, preparation)
+
+
+def _are_read_at_start(options: PretrainOptions) -> bool:
+    return are_read_at_start(prefix for _, prefix in weighted_corpora(options.data))
 
 
 def _train(options: PretrainOptions, inputs: Inputs, groups: ParallelGroups) -> None:
@@ -102,7 +107,7 @@ def _train(options: PretrainOptions, inputs: Inputs, groups: ParallelGroups) -> 
     from sedd_megatron.training.run_lock import RunLock
 
     tokenizer, windows, preparation = inputs
-    if started_ranks() > 1:
+    if started_ranks() > 1 and on_first_rank(lambda: _are_read_at_start(options)):
         with errors_of_all_ranks():
             check_tokens(windows, tokenizer.num_tokens, torch.distributed.get_rank(), started_ranks())
     lock = RunLock(Path(options.checkpoint.save)) if options.checkpoint.save and is_first_rank() else None

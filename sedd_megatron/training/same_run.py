@@ -17,6 +17,7 @@ from sedd_megatron.data.digests import DIGESTED, file_record, written_digests
 from sedd_megatron.data.null_tokenizer import NullTokenizer
 from sedd_megatron.data.tokenizer_folder import DESCRIPTION
 from sedd_megatron.data.tokenizers import Tokenizer, load_tokenizer
+from sedd_megatron.data.windows import has_keyed_order
 from sedd_megatron.errors import UserError, one_line
 from sedd_megatron.options import flag_of
 from sedd_megatron.training.run_folder import FoundCheckpoint
@@ -39,13 +40,18 @@ BLOCKS, BLOCK_BYTES = 64, 1 << 16
 
 def describe_run(options: PretrainOptions, num_tokens: int) -> dict[str, Any]:
     """What of a run is kept in its checkpoints to know it again, but for the tokenizer: options, size of the
-    vocabulary, and of each corpus its share, the digests beside it if there are any, and one of its sizes and a sample
-    of its bytes.
+    vocabulary, and of each corpus its share, the digests beside it if there are any, one of its sizes and a sample of
+    its bytes, and whether its windows are read in the order that needs no table.
     """
     corpora = weighted_corpora(options.data)
     total = sum(weight for weight, _ in corpora)
     data = [
-        {"share": str(weight / total), "sample": _sample_digest(prefix), "digests": _token_digests(prefix)}
+        {
+            "share": str(weight / total),
+            "sample": _sample_digest(prefix),
+            "digests": _token_digests(prefix),
+            "keyed_order": has_keyed_order(prefix, options.model.seq_length, options.data.split),
+        }
         for weight, prefix in corpora
     ]
     return {"options": options.to_dict(), "num_tokens": num_tokens, "data": data}
@@ -115,6 +121,8 @@ def first_difference(saved: dict[str, Any], own: dict[str, Any], allowed: tuple[
         else:
             words = f"was trained with {flag_of(name)} {theirs[name]}, this run has {ours[name]}"
         return name, words
+    if "data_path" not in allowed and _has_another_order(saved, own):
+        return "data_path", "read its windows in the order that releases before 0.8 gave so many"
     return None
 
 
@@ -128,6 +136,8 @@ def changes(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:
         if name in ours and theirs[name] != ours[name] and name != "data_path":
             found.append(f"{flag_of(name)} {theirs[name]} -> {ours[name]}")
     before, now = (" ".join(_listed(state["options"]["data_path"])) for state in (saved, own))
+    if _has_another_order(saved, own):
+        found.append("another order of the windows")
     if before != now:
         found.append(f"{flag_of('data_path')} {before} -> {now}")
     return found
@@ -136,6 +146,12 @@ def changes(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:
 def has_no_run(state: dict[str, Any]) -> bool:
     """Whether a checkpoint was converted from another format and not trained here: it has a model's options alone."""
     return "data_path" not in state["options"]
+
+
+def _has_another_order(saved: dict[str, Any], own: dict[str, Any]) -> bool:
+    """Whether an older release, which had a table for every order, read what is now read in the order without one."""
+    is_older = not all("keyed_order" in corpus for corpus in saved.get("data", [{}]))
+    return is_older and not has_no_run(saved) and any(corpus["keyed_order"] for corpus in own["data"])
 
 
 def _listed(value: Any) -> list[str]:
