@@ -18,7 +18,7 @@ from sedd_megatron.layout_rules import (
     data_parallel_size_of,
 )
 from sedd_megatron.options import flag_of, parse_options
-from sedd_megatron.training_config import DataOptions, WeightedCorpus
+from sedd_megatron.training_config import DataOptions, WeightedCorpus, is_in_object_storage
 
 MOST_NOISE = 80.0
 
@@ -96,11 +96,38 @@ def check_diffusion(diffusion: DiffusionOptions) -> None:
 
 
 def weighted_corpora(data: DataOptions) -> list[WeightedCorpus]:
-    """What --data-path names: one prefix, or weights and prefixes in turn.
+    """What --data-path names: one prefix, or weights and prefixes in turn; of a corpus in object storage that of its
+    files which are copied.
 
     Raises:
-        UserError: an odd number of values, or a weight that is not a number above 0.
+        UserError: an odd number of values, a weight that is not a number above 0, or no place for those copies.
     """
+    return [WeightedCorpus(weight, _place_of(prefix, data)) for weight, prefix in _named_corpora(data)]
+
+
+def corpora_in_object_storage(data: DataOptions) -> dict[str, str]:
+    """Of the corpora that are there, each one's URL and the prefix of its files that are copied."""
+    named = [prefix for _, prefix in _named_corpora(data)]
+    return {prefix: _place_of(prefix, data) for prefix in named if is_in_object_storage(prefix)}
+
+
+def _place_of(prefix: str, data: DataOptions) -> str:
+    if not is_in_object_storage(prefix):
+        return prefix
+    folder, name = data.object_storage_cache_path, prefix.partition("://")[2]
+    require(
+        folder is not None,
+        f"--data-path {prefix}: is in object storage; give --object-storage-cache-path FOLDER for its index and "
+        "tokenizer",
+    )
+    require(
+        "/" in name.strip("/") and not {"", ".", ".."} & set(name.split("/")),
+        f"--data-path {prefix}: must be a bucket and a prefix, as s3://BUCKET/FOLDER/NAME_text_document",
+    )
+    return os.path.join(folder, name)
+
+
+def _named_corpora(data: DataOptions) -> list[WeightedCorpus]:
     values, example = data.data_path, "a blend is weights and prefixes in turn, as 0.7 data/a 0.3 data/b"
     if len(values) == 1:
         return [WeightedCorpus(Fraction(1), values[0])]

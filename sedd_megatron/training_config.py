@@ -57,6 +57,11 @@ class WeightedCorpus(NamedTuple):
     prefix: str
 
 
+def is_in_object_storage(prefix: str) -> bool:
+    """Whether a corpus is read from there, and not from a disk."""
+    return prefix.startswith(("s3://", "msc://"))
+
+
 @dataclass(frozen=True)
 class DataOptions:
     """Data"""
@@ -65,6 +70,9 @@ class DataOptions:
         MISSING,
         "prefix of a .bin/.idx pair, as printed by sedd_megatron.prepare_data; or a blend of several, weights and "
         "prefixes in turn: 0.7 data/a 0.3 data/b",
+    )
+    object_storage_cache_path: str | None = option(
+        None, "folder for the indexes and tokenizers of corpora in object storage, s3://BUCKET/PREFIX or msc://..."
     )
     split: str = option("969,30,1", "weights of training, validation and test windows, for each corpus of a blend")
     reset_attention_mask: bool = option(

@@ -7,6 +7,7 @@ from threading import Thread, get_native_id
 
 from sedd_megatron.data.corpus import are_read_at_start, open_tokens
 from sedd_megatron.data.digests import find_fault, has_digests
+from sedd_megatron.data.object_storage import RemoteTokens
 from sedd_megatron.data.token_range import check_range, range_of_blocks
 from sedd_megatron.errors import UserError, say
 from sedd_megatron.parallel.groups import is_first_rank
@@ -64,8 +65,10 @@ def check_in_background(prefixes: Sequence[str], num_tokens: int) -> DataCheck:
 def _fault_without_digests(prefix: str, num_tokens: int) -> str | None:
     try:
         tokens = open_tokens(prefix)
-        extremes, _ = range_of_blocks(tokens)
-        check_range(*extremes, num_tokens, str(tokens.filename))
+        # Object storage gives tokens for what is trained on, and each window is looked at as it comes.
+        if not isinstance(tokens, RemoteTokens):
+            extremes, _ = range_of_blocks(tokens)
+            check_range(*extremes, num_tokens, str(tokens.filename))
     except UserError as error:
         return str(error)
     return None

@@ -14,6 +14,7 @@ import numpy as np
 
 from sedd_megatron.data.digests import write_digests
 from sedd_megatron.data.encoding import EncodedChunk, encoded_chunks, token_dtype
+from sedd_megatron.data.object_storage import RemoteTokens, remote_bin
 from sedd_megatron.data.parts import Extent, PartialCorpus
 from sedd_megatron.data.preparation import Preparation, stats_path
 from sedd_megatron.data.publication import INDEX_MAGIC, publish
@@ -130,7 +131,7 @@ def unigram_entropy(counts: np.ndarray) -> float:
     return float((frequencies * np.log(1 / frequencies)).sum()) if len(frequencies) else 0.0
 
 
-def open_tokens(data_path: str, flag: str = "--data-path", is_read_whole: bool = True) -> np.memmap:
+def open_tokens(data_path: str, flag: str = "--data-path", is_read_whole: bool = True) -> np.memmap | RemoteTokens:
     """All tokens of a .bin/.idx pair, which `flag` names, as one read-only array in the order of the documents.
 
     Of an index above INDEX_READ_AT_START only the beginning and the end are read, unless `is_read_whole`.
@@ -142,13 +143,17 @@ def open_tokens(data_path: str, flag: str = "--data-path", is_read_whole: bool =
     index, tokens = Path(f"{data_path}.idx"), Path(f"{data_path}.bin")
     with read_errors(index):
         dtype, num_tokens = _read_index(index, is_read_whole)
-    if tokens.stat().st_size != num_tokens * dtype.itemsize:
+    remote = remote_bin(data_path)
+    size = tokens.stat().st_size if remote is None else remote.size
+    if size != num_tokens * dtype.itemsize:
         raise UserError(
-            f"{tokens}: has {tokens.stat().st_size} bytes, its index says {num_tokens * dtype.itemsize}; it is cut "
-            "short or belongs to another index: prepare the data again"
+            f"{tokens if remote is None else remote.url}: has {size} bytes, its index says "
+            f"{num_tokens * dtype.itemsize}; it is cut short or belongs to another index: prepare the data again"
         )
     if num_tokens == 0:
         raise UserError(f"{tokens}: holds no tokens; prepare the data again from files with text")
+    if remote is not None:
+        return RemoteTokens(remote.url, dtype, num_tokens)
     with read_errors(tokens):
         return np.memmap(tokens, dtype=dtype, mode="r")
 
@@ -161,6 +166,8 @@ def find_corpus(data_path: str, flag: str = "--data-path") -> None:
     """
     for suffix in (".idx", ".bin"):
         if os.path.isfile(f"{data_path}{suffix}"):  # unlike Path.is_file, of any name
+            continue
+        if suffix == ".bin" and remote_bin(data_path) is not None:
             continue
         bare = data_path.removesuffix(".bin").removesuffix(".idx")
         if bare != data_path and os.path.isfile(f"{bare}.idx"):
@@ -183,7 +190,10 @@ def _similar_prefixes(data_path: str) -> list[str]:
 
 
 def are_read_at_start(prefixes: Iterable[str]) -> bool:
-    """Whether the tokens of all these corpora together are few enough to be read before training."""
+    """Whether the tokens of all these corpora are on disks, and together few enough to be read before training."""
+    prefixes = tuple(prefixes)
+    if any(remote_bin(prefix) for prefix in prefixes):
+        return False
     return sum(os.path.getsize(f"{prefix}.bin") for prefix in prefixes) <= TOKENS_READ_AT_START
 
 

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from sedd_megatron.data.blend import Assignment
 from sedd_megatron.data.corpus import open_tokens
+from sedd_megatron.data.object_storage import RemoteTokens
 from sedd_megatron.data.sample_order import SampleOrder, is_keyed
 from sedd_megatron.data.token_range import check_range, range_of_blocks
 from sedd_megatron.errors import UserError
-from sedd_megatron.training_config import WeightedCorpus
+from sedd_megatron.training_config import WeightedCorpus, is_in_object_storage
 from sedd_megatron.wording import counted
 
 
@@ -43,7 +44,7 @@ class CorpusWindows(WindowDataset):
     of the vocabulary that each window is held against as it is read; None for data that is known to keep to it.
     """
 
-    tokens: np.memmap
+    tokens: np.memmap | RemoteTokens
     seq_length: int
     first_window: int
     num_windows: int
@@ -71,7 +72,7 @@ class CorpusWindows(WindowDataset):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Loader processes that are not forked get the dataset by pickle, which would copy the whole corpus to each.
-        where = (self.tokens.filename, self.tokens.dtype)
+        where = (self.tokens.filename, self.tokens.dtype, len(self.tokens))
         own = (self.seq_length, self.first_window, self.num_windows, self.seed, self.shuffle, self.number)
         return _reopen, (*where, *own, self.num_tokens)
 
@@ -187,5 +188,7 @@ def check_tokens(windows: Windows, num_tokens: int, part: int = 0, num_parts: in
         check_range(*extremes, num_tokens, str(corpus.tokens.filename))
 
 
-def _reopen(filename: str, dtype: np.dtype, *fields: Any) -> CorpusWindows:
+def _reopen(filename: str, dtype: np.dtype, num_tokens: int, *fields: Any) -> CorpusWindows:
+    if is_in_object_storage(str(filename)):
+        return CorpusWindows(RemoteTokens(filename, dtype, num_tokens), *fields)
     return CorpusWindows(np.memmap(filename, dtype=dtype, mode="r"), *fields)

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from sedd_megatron.arguments import weighted_corpora
+from sedd_megatron.arguments import corpora_in_object_storage, weighted_corpora
 from sedd_megatron.config import PretrainOptions
 from sedd_megatron.data.blend import common_tokenizer
 from sedd_megatron.data.corpus import are_read_at_start, find_corpus
 from sedd_megatron.data.document_ends import check_ends_of_documents
+from sedd_megatron.data.object_storage import copy_beside
 from sedd_megatron.data.preparation import Preparation, preparation_of
 from sedd_megatron.data.tokenizer_folder import DESCRIPTION
 from sedd_megatron.data.tokenizers import Tokenizer, build_tokenizer
@@ -79,6 +80,8 @@ def _open_inputs(options: PretrainOptions, device: torch.device) -> Inputs:
     from sedd_megatron.model.layer_spec import check_transformer_engine
 
     check_transformer_engine(options.precision, device)
+    for url, place in corpora_in_object_storage(options.data).items():
+        copy_beside(url, place)
     tokenizer, corpora = data_tokenizer(options), weighted_corpora(options.data)
     preparation = preparation_of([prefix for _, prefix in corpora])
     check_ends_of_documents(options.data, tokenizer, preparation)

@@ -15,6 +15,7 @@ from sedd_megatron.arguments import weighted_corpora
 from sedd_megatron.config import GROUPS, ModelOptions, PretrainOptions
 from sedd_megatron.data.digests import DIGESTED, file_record, written_digests
 from sedd_megatron.data.null_tokenizer import NullTokenizer
+from sedd_megatron.data.object_storage import read_bytes, remote_bin
 from sedd_megatron.data.tokenizer_folder import DESCRIPTION
 from sedd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from sedd_megatron.data.windows import has_keyed_order
@@ -204,12 +205,17 @@ def _token_digests(prefix: str) -> list[str] | None:
 def _sample_digest(prefix: str) -> str:
     digest = hashlib.sha256()
     for path in (Path(f"{prefix}.idx"), Path(f"{prefix}.bin")):
-        size = path.stat().st_size
+        remote = remote_bin(prefix) if path.suffix == ".bin" else None
+        size = path.stat().st_size if remote is None else remote.size
         digest.update(f"{path.suffix} {size} ".encode())
+        starts = range(0, size, BLOCK_BYTES)
+        if len(starts) > BLOCKS:
+            starts = [(size - BLOCK_BYTES) * block // (BLOCKS - 1) for block in range(BLOCKS)]
+        if remote is not None:
+            for start in starts:
+                digest.update(read_bytes(remote.url, start, min(BLOCK_BYTES, size - start)))
+            continue
         with path.open("rb") as file:
-            starts = range(0, size, BLOCK_BYTES)
-            if len(starts) > BLOCKS:
-                starts = [(size - BLOCK_BYTES) * block // (BLOCKS - 1) for block in range(BLOCKS)]
             for start in starts:
                 file.seek(start)
                 digest.update(file.read(BLOCK_BYTES))
