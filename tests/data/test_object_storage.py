@@ -11,12 +11,14 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from sedd_megatron.arguments import corpora_in_object_storage, parse_pretrain_options, weighted_corpora
+from sedd_megatron.data import object_storage
 from sedd_megatron.data.corpus import open_tokens
 from sedd_megatron.data.digests import find_fault
 from sedd_megatron.data.object_storage import copy_beside
 from sedd_megatron.data.windows import check_tokens, open_windows
 from sedd_megatron.errors import UserError
 from sedd_megatron.parallel import cpu_backend
+from sedd_megatron.prepare_data import PrepareOptions, prepare
 from sedd_megatron.training_config import WeightedCorpus
 from tests.distributed.compare import metrics
 from tests.distributed.launch import free_ports, launch
@@ -77,6 +79,8 @@ def test_windows_and_what_lies_beside_are_those_of_the_disk(bucket, byte_corpus,
             assert windows.train[n][1].tolist() == here.train[n][1].tolist()
     assert sorted(path.name for path in Path(f"{prefix}_tokenizer").iterdir()) == ["description.json"]
     assert find_fault(prefix) is None
+    with pytest.raises(UserError, match=r"^--check s3://texts/c: prepare_data works on disks; name a prefix there"):
+        prepare(PrepareOptions(check="s3://texts/c"))
     from sedd_megatron.training.same_run import describe_run
 
     on_disk = parse_pretrain_options(["--data-path", str(byte_corpus), *MODEL])
@@ -118,6 +122,8 @@ def test_errors_are_one_line_with_the_way_out(bucket, tmp_path, monkeypatch, cap
     assert re.fullmatch(r"s3://nowhere/c: cannot be read \(.*NoSuchBucket.*\); name a bucket that is there, or its "
                         r"store by AWS_ENDPOINT_URL", said(tmp_path, "s3://nowhere/c"))  # fmt: skip
     tokens = open_tokens(copied(tmp_path))
+    # Megatron's keeps the last range that it read.
+    object_storage._reader.cache_clear()
     bucket.delete_object(Bucket="texts", Key="corpora/c.bin")
     with pytest.raises(UserError, match=rf"^{URL}.bin: cannot be read \(.*NoSuchKey.*\); mend that and start again"):
         tokens[:4]
@@ -145,8 +151,6 @@ def test_a_store_without_credentials_says_which(bucket, tmp_path, monkeypatch):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
-    from sedd_megatron.data import object_storage
-
     # Which remembers the keys that it found.
     object_storage._boto3.cache_clear()
     assert said(tmp_path) == (
