@@ -1,7 +1,7 @@
 """What --reset-attention-mask costs: python -m tests.benchmarks.document_masks
 
-A forward and backward pass of the layers and head alone with the flag and without, in turns in one process and in its CPU
-seconds, by the length of the documents; and the same with one boolean [S, S] mask for each window, which is what Megatron-LM makes.
+A forward and backward pass with the flag and without, in turns in one process and in its CPU seconds, by the length of
+the documents; and the same with a boolean [S, S] mask for each window, which is what Megatron-LM makes.
 """
 
 import argparse

@@ -83,6 +83,35 @@ def test_each_flag_does_its_own():
     torch.testing.assert_close(both, masked, rtol=1e-4, atol=1e-4)
 
 
+def test_what_transformer_engine_is_given_says_the_same():
+    cpu_backend.install()
+    from sedd_megatron.model.packed_documents import PackedDocuments, attend_within_documents
+
+    model, (x_0, _) = network(), windows()
+    layer = model.decoder.layers[0].self_attention
+    documents = PackedDocuments.of(document_ends(x_0, EOD), 2, 0, 16, torch.device("cpu"))
+    states = torch.randn(3, 16, 2, 4, 8, generator=torch.Generator().manual_seed(5))
+
+    def by_cumulative_lengths(query, key, value, attention_mask, packed_seq_params, attn_mask_type):
+        # As transformer_engine.pytorch.DotProductAttention reads qkv_format "thd".
+        assert packed_seq_params.qkv_format == "thd"
+        assert packed_seq_params.cu_seqlens_q.dtype == packed_seq_params.cu_seqlens_kv.dtype == torch.int32
+        q, k = (getattr(packed_seq_params, f"cu_seqlens_{name}").tolist() for name in ("q", "kv"))
+        output = []
+        for i in range(len(q) - 1):
+            rows, keys = slice(q[i], q[i + 1]), slice(k[i], k[i + 1])
+            assert rows.stop - rows.start <= packed_seq_params.max_seqlen_q
+            assert keys.stop - keys.start <= packed_seq_params.max_seqlen_kv
+            weights = torch.einsum("qhd,khd->hqk", query[rows], key[keys]).div(8**0.5).softmax(-1)
+            output.append(torch.einsum("hqk,khd->qhd", weights, value[keys]))
+        return torch.cat(output).flatten(1)
+
+    found = [attend_within_documents(core, *states, documents, layer.pg_collection.cp, attn_mask_type=None)
+             for core in (by_cumulative_lengths, layer.core_attention)]  # fmt: skip
+    assert found[0].shape == (16, 2, 32)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
 def test_parts_of_documents_by_brute_force():
     cpu_backend.install()
     from sedd_megatron.model.packed_documents import PackedDocuments
