@@ -25,7 +25,13 @@ from sedd_megatron.layout_rules import (
 )
 from sedd_megatron.megatron_flags import answer_of
 from sedd_megatron.options import flag_of, parse_options
-from sedd_megatron.training_config import CheckpointOptions, DataOptions, FaultOptions, WeightedCorpus
+from sedd_megatron.training_config import (
+    CheckpointOptions,
+    DataOptions,
+    FaultOptions,
+    WeightedCorpus,
+    is_in_object_storage,
+)
 from sedd_megatron.training_schedule import check_batch_sizes, check_training_schedule
 
 MOST_NOISE = 80.0
@@ -129,11 +135,44 @@ def weighted_corpora(data: DataOptions) -> list[WeightedCorpus]:
 
 
 def corpora_by_flag(data: DataOptions) -> dict[str, list[WeightedCorpus]]:
-    """What --data-path names, or --train-data-path and its like each for its part; nothing for --mock-data.
+    """What --data-path names, or --train-data-path and its like each for its part; nothing for --mock-data. Of a corpus
+    in object storage the prefix of its files that are copied.
 
     Raises:
-        UserError: an odd number of values, or a weight that is not a number above 0.
+        UserError: an odd number of values, a weight that is not a number above 0, or no place for those copies.
     """
+    return {
+        flag: [WeightedCorpus(weight, _place_of(flag, prefix, data)) for weight, prefix in corpora]
+        for flag, corpora in _named_corpora(data).items()
+    }
+
+
+def corpora_in_object_storage(data: DataOptions) -> dict[str, str]:
+    """Of the corpora that are there, each one's URL and the prefix of its files that are copied."""
+    return {
+        prefix: _place_of(flag, prefix, data)
+        for flag, corpora in _named_corpora(data).items()
+        for _, prefix in corpora
+        if is_in_object_storage(prefix)
+    }
+
+
+def _place_of(flag: str, prefix: str, data: DataOptions) -> str:
+    if not is_in_object_storage(prefix):
+        return prefix
+    folder, name = data.object_storage_cache_path, prefix.partition("://")[2]
+    require(
+        folder is not None,
+        f"{flag} {prefix}: is in object storage; give --object-storage-cache-path FOLDER for its index and tokenizer",
+    )
+    require(
+        "/" in name.strip("/") and not {"", ".", ".."} & set(name.split("/")),
+        f"{flag} {prefix}: must be a bucket and a prefix, as s3://BUCKET/FOLDER/NAME_text_document",
+    )
+    return os.path.join(folder, name)
+
+
+def _named_corpora(data: DataOptions) -> dict[str, list[WeightedCorpus]]:
     values = {flag_of(name): getattr(data, name) for name in ("data_path", *PARTS)}
     return {flag: _weighted(flag, given) for flag, given in values.items() if given is not None}
 

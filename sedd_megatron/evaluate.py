@@ -92,6 +92,12 @@ def check(argv: Sequence[str]) -> "tuple[EvaluateOptions, LayoutOptions, SavedMo
     saved = find_saved_model(options.load, layout.device)
     read = [("--data", path) for path in options.data or ()]
     check_output("--output", options.output, [*read, *saved.files_of_run()], saved.path)
+    if saved.parted_documents and options.windowing == "concatenate":
+        raise UserError(
+            f"--load {options.load}: its documents were cut off from each other (--reset-attention-mask or "
+            "--reset-position-ids), and --windowing concatenate lets them see each other; give --windowing strided "
+            "(absorbing graph) or separate"
+        )
     try:
         find_for_graph(INTEGRATIONS, options.integrate_over, saved.graph, "--integrate-over")
     except ValueError as error:

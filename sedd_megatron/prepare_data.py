@@ -32,6 +32,7 @@ from sedd_megatron.data.tokenizers import (
 )
 from sedd_megatron.errors import UserError, print_output, run_command
 from sedd_megatron.options import option, parse_options
+from sedd_megatron.training_config import is_in_object_storage
 from sedd_megatron.wording import counted
 
 MAX_WORKERS = 4096
@@ -104,6 +105,9 @@ def prepare(options: PrepareOptions) -> None:
         UserError: input that is missing, damaged or does not fit the flags.
         OSError: a file or folder that cannot be read or written.
     """
+    for flag, value in (("--output-prefix", options.output_prefix), ("--check", options.check)):
+        if value is not None and is_in_object_storage(value):
+            raise UserError(f"{flag} {value}: prepare_data works on disks; name a prefix there, and copy its files")
     if options.check is not None:
         check(options)
         return

@@ -57,6 +57,8 @@ class SavedModel:
     open_weights: Callable[[], Callable[["SEDDModel"], None]]
     # The same of the weights that a run of the published training code trained, where those are their average.
     open_trained_weights: Callable[[], Callable[["SEDDModel"], None]] | None = None
+    # Whether documents that shared a window did not see each other, or each had positions of its own.
+    parted_documents: bool = False
 
     @property
     def graph(self) -> AbsorbingGraph | UniformGraph:
@@ -130,8 +132,17 @@ def _checkpoint(path: Path) -> SavedModel:
     check_sizes(found.body, model_options, found.folder)
     tokenizer = found.preparation.tokenizer_of_texts(load_tokenizer(found.folder / "tokenizer"))
     open_weights = partial(_open_averages, found)
+    # Of trained checkpoints, and not the oldest.
+    parted = any(state["options"].get(name) for name in ("reset_attention_mask", "reset_position_ids"))
     return SavedModel(
-        found.folder, model_options, diffusion, state["num_tokens"], tokenizer, found.preparation, open_weights
+        found.folder,
+        model_options,
+        diffusion,
+        state["num_tokens"],
+        tokenizer,
+        found.preparation,
+        open_weights,
+        parted_documents=parted,
     )
 
 

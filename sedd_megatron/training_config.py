@@ -112,6 +112,11 @@ class WeightedCorpus(NamedTuple):
     prefix: str
 
 
+def is_in_object_storage(prefix: str) -> bool:
+    """Whether a corpus is read from there, and not from a disk."""
+    return prefix.startswith(("s3://", "msc://"))
+
+
 @dataclass(frozen=True)
 class DataOptions:
     """Data"""
@@ -132,6 +137,13 @@ class DataOptions:
     split: str = option(
         "969,30,1", "weights of training, validation and test windows of --data-path, for each corpus of a blend"
     )
+    object_storage_cache_path: str | None = option(
+        None, "folder for the indexes and tokenizers of corpora in object storage, s3://BUCKET/PREFIX or msc://..."
+    )
+    reset_attention_mask: bool = option(
+        False, "documents that share a window do not see each other; they end at end-of-document tokens"
+    )
+    reset_position_ids: bool = option(False, "positions begin anew with each document of a window")
     num_workers: int | None = option(
         None, f"loader processes per rank, {_if_not_given(NUM_WORKERS)}; with 0 training makes its batches itself"
     )
@@ -151,8 +163,9 @@ class DataOptions:
 
 # What a run must have in common with the checkpoint that it continues, unless --allow-changed names it.
 CHANGES_TO_ALLOW = (
-    "seed split seq_length data_path global_batch_size rampup_batch_size time_sampling time_eps tokenizer".split()
-)
+    "seed split seq_length data_path global_batch_size rampup_batch_size time_sampling time_eps reset_attention_mask "
+    "reset_position_ids tokenizer"
+).split()
 
 
 @dataclass(frozen=True)

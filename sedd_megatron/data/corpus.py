@@ -14,6 +14,7 @@ import numpy as np
 
 from sedd_megatron.data.digests import write_digests
 from sedd_megatron.data.encoding import EncodedChunk, encoded_chunks, token_dtype
+from sedd_megatron.data.object_storage import RemoteTokens, remote_bin
 from sedd_megatron.data.parts import Extent, PartialCorpus
 from sedd_megatron.data.preparation import Preparation, stats_path
 from sedd_megatron.data.publication import INDEX_MAGIC, publish
@@ -24,6 +25,9 @@ from sedd_megatron.wording import read_errors
 # Megatron's .idx file: magic, version 1, dtype code, number of sequences, number of documents + 1 (indexed_dataset.py).
 INDEX_HEADER = struct.Struct("<9sQBQQ")
 INDEX_BLOCK = 1 << 22
+# Beyond these sizes in bytes an index is held against itself, and tokens against the vocabulary, while training goes on
+# and not before it: on a disk of a gigabyte per second they take about this many seconds.
+INDEX_READ_AT_START, TOKENS_READ_AT_START = 1 << 26, 4 << 30
 MOST_NAMED = 3
 INDEX_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 
@@ -127,8 +131,10 @@ def unigram_entropy(counts: np.ndarray) -> float:
     return float((frequencies * np.log(1 / frequencies)).sum()) if len(frequencies) else 0.0
 
 
-def open_tokens(data_path: str, flag: str = "--data-path") -> np.memmap:
+def open_tokens(data_path: str, flag: str = "--data-path", is_read_whole: bool = True) -> np.memmap | RemoteTokens:
     """All tokens of a .bin/.idx pair, which `flag` names, as one read-only array in the order of the documents.
+
+    Of an index above INDEX_READ_AT_START only the beginning and the end are read, unless `is_read_whole`.
 
     Raises:
         UserError: a file is missing, foreign or damaged; named.
@@ -136,14 +142,18 @@ def open_tokens(data_path: str, flag: str = "--data-path") -> np.memmap:
     find_corpus(data_path, flag)
     index, tokens = Path(f"{data_path}.idx"), Path(f"{data_path}.bin")
     with read_errors(index):
-        dtype, num_tokens = _read_index(index)
-    if tokens.stat().st_size != num_tokens * dtype.itemsize:
+        dtype, num_tokens = _read_index(index, is_read_whole)
+    remote = remote_bin(data_path)
+    size = tokens.stat().st_size if remote is None else remote.size
+    if size != num_tokens * dtype.itemsize:
         raise UserError(
-            f"{tokens}: has {tokens.stat().st_size} bytes, its index says {num_tokens * dtype.itemsize}; it is cut "
-            "short or belongs to another index: prepare the data again"
+            f"{tokens if remote is None else remote.url}: has {size} bytes, its index says "
+            f"{num_tokens * dtype.itemsize}; it is cut short or belongs to another index: prepare the data again"
         )
     if num_tokens == 0:
         raise UserError(f"{tokens}: holds no tokens; prepare the data again from files with text")
+    if remote is not None:
+        return RemoteTokens(remote.url, dtype, num_tokens)
     with read_errors(tokens):
         return np.memmap(tokens, dtype=dtype, mode="r")
 
@@ -156,6 +166,8 @@ def find_corpus(data_path: str, flag: str = "--data-path") -> None:
     """
     for suffix in (".idx", ".bin"):
         if os.path.isfile(f"{data_path}{suffix}"):  # unlike Path.is_file, of any name
+            continue
+        if suffix == ".bin" and remote_bin(data_path) is not None:
             continue
         bare = data_path.removesuffix(".bin").removesuffix(".idx")
         if bare != data_path and os.path.isfile(f"{bare}.idx"):
@@ -177,7 +189,15 @@ def _similar_prefixes(data_path: str) -> list[str]:
     return [os.path.join(folder, found) for found in dict.fromkeys([*begun, *near])][:MOST_NAMED]
 
 
-def _read_index(index: Path) -> tuple[np.dtype, int]:
+def are_read_at_start(prefixes: Iterable[str]) -> bool:
+    """Whether the tokens of all these corpora are on disks, and together few enough to be read before training."""
+    prefixes = tuple(prefixes)
+    if any(remote_bin(prefix) for prefix in prefixes):
+        return False
+    return sum(os.path.getsize(f"{prefix}.bin") for prefix in prefixes) <= TOKENS_READ_AT_START
+
+
+def _read_index(index: Path, is_read_whole: bool) -> tuple[np.dtype, int]:
     """The type and number of the tokens; every pointer is held against the lengths."""
     with index.open("rb") as file:
         header = file.read(INDEX_HEADER.size)
@@ -199,11 +219,15 @@ def _read_index(index: Path) -> tuple[np.dtype, int]:
             f"{index}: has {size} bytes, its header says {expected_size}; it is damaged: prepare the data again"
         )
     dtype = np.dtype(INDEX_DTYPES[dtype_code])
-    return dtype, _check_pointers(index, num_sequences, num_documents, dtype.itemsize)
+    checked = num_sequences if is_read_whole or size <= INDEX_READ_AT_START else 0
+    return dtype, _check_pointers(index, num_sequences, num_documents, dtype.itemsize, checked)
 
 
-def _check_pointers(index: Path, num_sequences: int, num_documents: int, itemsize: int) -> int:
-    """The number of tokens, if sequences follow each other as their lengths say, and documents are runs of them."""
+def _check_pointers(index: Path, num_sequences: int, num_documents: int, itemsize: int, checked: int) -> int:
+    """The number of tokens, if sequences follow each other as their lengths say, and documents are runs of them.
+
+    All are read if `checked` is num_sequences; the last alone if it is 0.
+    """
     offsets = [INDEX_HEADER.size + num_sequences * bytes_before for bytes_before in (0, 4, 4 + 8)]
     counts, num_tokens = (num_sequences, num_sequences, num_documents), 0
     lengths, pointers, documents = (
@@ -212,13 +236,16 @@ def _check_pointers(index: Path, num_sequences: int, num_documents: int, itemsiz
     )
     is_sound = num_documents > 0 and documents[0] == 0 and documents[-1] == num_sequences
     # In blocks, because every rank of a machine does so at once.
-    for start in range(0, num_sequences, INDEX_BLOCK):
+    for start in range(0, checked, INDEX_BLOCK):
         block = slice(start, start + INDEX_BLOCK)
         ends = num_tokens + np.cumsum(lengths[block], dtype=np.int64)
         is_sound &= bool(lengths[block].min() >= 0 and (pointers[block] == (ends - lengths[block]) * itemsize).all())
         num_tokens = int(ends[-1])
-    for start in range(0, num_documents, INDEX_BLOCK):
+    for start in range(0, num_documents if checked else 0, INDEX_BLOCK):
         is_sound &= bool((np.diff(documents[start : start + INDEX_BLOCK + 1]) >= 0).all())
+    if num_sequences > 0 and not checked:
+        is_sound &= bool(pointers[0] == 0 and lengths[-1] >= 0 and pointers[-1] % itemsize == 0)
+        num_tokens = int(pointers[-1]) // itemsize + int(lengths[-1])
     if not is_sound:
         raise UserError(f"{index}: its pointers are not those of its lengths: it is damaged; prepare the data again")
     return num_tokens

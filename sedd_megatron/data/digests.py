@@ -8,19 +8,14 @@ A flipped bit in a .bin is another token, which nothing else can tell from the r
 import hashlib
 import json
 import os
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from threading import Thread, get_native_id
 from typing import IO
 
+from sedd_megatron.data.object_storage import remote_bin
 from sedd_megatron.errors import say
 
 DIGESTED = (".bin", ".idx")
 STATISTICS = "_stats.json"
-# What takes no longer is known before the first step, or before the last checkpoint.
-SECONDS_TO_WAIT, SECONDS_TO_WAIT_AT_LAST = 1.0, 5.0
-LOWEST_PRIORITY = 19
 
 
 def sha256_of(file: IO[bytes]) -> str:
@@ -69,13 +64,16 @@ def written_digests(prefix: str) -> dict[str, str] | None:
 def find_fault(prefix: str) -> str | None:
     """What is wrong with the first file that is not as its digest says, in one line with the way out; None if all are.
 
-    Reads all of them whole.
+    Reads all of them whole, but a .bin in object storage: that would be all of it over the network.
     """
     digests = written_digests(prefix)
     if digests is None:
         return f"{digests_path(prefix)}: damaged; copy it again, or prepare the data again"
+    is_remote = remote_bin(prefix) is not None
     for name, digest in digests.items():
         path = Path(f"{prefix}{name}")
+        if name == ".bin" and is_remote:
+            continue
         try:
             found = file_record(path)["sha256"]
         except OSError as error:
@@ -90,42 +88,3 @@ def find_fault(prefix: str) -> str | None:
                 f"{digests_path(prefix).name}; copy both again, or prepare the data again"
             )
     return None
-
-
-class DigestCheck:
-    """Reads corpora in a thread of low priority, once."""
-
-    def __init__(self, prefixes: Sequence[str]) -> None:
-        self._fault: str | None = None
-        # A daemon, so that a run that is finished does not wait for it.
-        self._thread = Thread(target=self._check, args=(tuple(prefixes),), daemon=True)
-        self._thread.start()
-        self._thread.join(SECONDS_TO_WAIT)
-
-    def fault(self) -> str | None:
-        """What was found to be wrong so far, as find_fault says it."""
-        return self._fault
-
-    def last_fault(self, seconds: float) -> str | None:
-        """The same at a run's end, after a wait of some seconds; that data was not read to the end is told."""
-        self._thread.join(seconds)
-        if self._fault is None and self._thread.is_alive():
-            say("the data's digests: not read to the end, since the run is over before")
-        return self._fault
-
-    def _check(self, prefixes: Sequence[str]) -> None:
-        if sys.platform == "linux":  # where a thread has a priority of its own
-            os.setpriority(os.PRIO_PROCESS, get_native_id(), LOWEST_PRIORITY)
-        for prefix in prefixes:
-            self._fault = find_fault(prefix)
-            if self._fault is not None:
-                return
-
-
-def check_in_background(prefixes: Sequence[str]) -> DigestCheck:
-    """Begin to check the corpora that have digests; of those that have none it is said, and nothing else."""
-    with_digests = [prefix for prefix in dict.fromkeys(prefixes) if has_digests(prefix)]
-    for prefix in dict.fromkeys(prefixes):
-        if prefix not in with_digests:
-            say(f"{prefix}: has no digests, and is used as it is", to_stderr=True)
-    return DigestCheck(with_digests)

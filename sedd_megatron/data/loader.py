@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sedd_megatron.data.windows import WindowDataset
-from sedd_megatron.errors import STOP_SIGNALS, die_with_parent
+from sedd_megatron.errors import STOP_SIGNALS, UserError, die_with_parent
 
 Batch = TypeVar("Batch")
 Collator = Callable[[Sequence[tuple[int, Tensor]]], Batch]
@@ -83,9 +83,9 @@ def _batches(
     dataset: WindowDataset, collator: Collator[Batch], sampler: MicroBatchSampler, num_workers: int, pin_memory: bool
 ) -> Iterator[Batch]:
     loader = DataLoader(
-        dataset,
+        _Numbers(),
         batch_sampler=sampler,
-        collate_fn=collator,
+        collate_fn=functools.partial(_read, dataset, collator),
         num_workers=num_workers,
         pin_memory=pin_memory,
         # A worker holds copies of this rank's connections, by which the others would take a dead rank for alive.
@@ -100,7 +100,29 @@ def _batches(
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     _workers().update(set(multiprocessing.active_children()) - others)
-    return batches
+    return _raise_errors(batches)
+
+
+class _Numbers(Dataset):
+    """Each sample's number; its window is read where an error becomes a value."""
+
+    def __getitem__(self, n: int) -> int:
+        return n
+
+
+def _read(dataset: WindowDataset, collator: Collator[Batch], numbers: Sequence[int]) -> Batch | UserError:
+    try:
+        return collator([dataset[n] for n in numbers])
+    except UserError as error:
+        # torch would raise a worker's error with its traceback for a message.
+        return error
+
+
+def _raise_errors(batches: Iterator[Batch | UserError]) -> Iterator[Batch]:
+    for batch in batches:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 def _die_with_rank(rank_pid: int, worker: int) -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sedd_megatron.data.collator import NoisingCollator
+from sedd_megatron.data.document_ends import DocumentRules, document_ends, position_ids
 from sedd_megatron.diffusion.corruption import NoisyBatch
 from sedd_megatron.diffusion.graph import AbsorbingGraph, UniformGraph
 from sedd_megatron.parallel.keyed_dropout import dropout_keys
@@ -21,6 +22,8 @@ class MicroBatch(NamedTuple):
     position: Tensor  # [R] int64 and num_rows: see positions_that_count
     num_rows: int
     dropout_keys: Tensor  # [B, 2] int64, see parallel/keyed_dropout.py
+    document_ends: Tensor | None = None  # [D] int64 of the whole windows, if their documents do not see each other
+    position_ids: Tensor | None = None  # [B, S / CP] int64, if positions begin anew with each document
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,24 @@ class MicroBatchCollator:
     context_rank: int
     context_size: int
     row_multiple: int
+    documents: DocumentRules | None = None
 
     def __call__(self, samples: Sequence[tuple[int, Tensor]]) -> MicroBatch:
         """(sample index n, x_0 [S] int64) pairs -> the MicroBatch of this rank."""
-        own = own_part_of_sequence(self.noising(samples), self.context_rank, self.context_size)
+        whole = self.noising(samples)
+        own = own_part_of_sequence(whole, self.context_rank, self.context_size)
         counting = positions_that_count(own.x_t, self.noising.graph, self.row_multiple)
-        return MicroBatch(own, *counting, dropout_keys(self.noising.seed, own.sample_index))
+        batch = MicroBatch(own, *counting, dropout_keys(self.noising.seed, own.sample_index))
+        if self.documents is None:
+            return batch
+        # Of x_0: noise makes and hides ends of documents.
+        ends = document_ends(whole.x_0, self.documents.eod_id)
+        if self.documents.reset_attention_mask:
+            batch = batch._replace(document_ends=ends)
+        if self.documents.reset_position_ids:
+            own_positions = position_ids(ends, len(whole.x_0)).chunk(self.context_size, dim=1)[self.context_rank]
+            batch = batch._replace(position_ids=own_positions.contiguous())
+        return batch
 
 
 def own_part_of_sequence(batch: NoisyBatch, context_rank: int, context_size: int) -> NoisyBatch:

@@ -10,7 +10,7 @@ WHOLE = "1,0,0"
 
 
 def open_parts(
-    corpora: Mapping[str, Sequence[WeightedCorpus]], *, seq_length: int, split: str, num_tokens: int | None, seed: int
+    corpora: Mapping[str, Sequence[WeightedCorpus]], *, seq_length: int, split: str, num_tokens: int, seed: int
 ) -> Windows:
     """As `open_windows`, of what `arguments.corpora_by_flag` gives: --data-path, cut by `split`; or one or more of the
     parts, each whole, of which those that no flag names have no windows.

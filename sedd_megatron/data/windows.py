@@ -4,7 +4,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,13 +13,12 @@ from torch import Tensor
 
 from sedd_megatron.data.blend import Assignment
 from sedd_megatron.data.corpus import open_tokens
-from sedd_megatron.data.digests import has_digests
-from sedd_megatron.diffusion.draws import Stream, philox_generator
+from sedd_megatron.data.object_storage import RemoteTokens
+from sedd_megatron.data.sample_order import SampleOrder, is_keyed
+from sedd_megatron.data.token_range import check_range, range_of_blocks
 from sedd_megatron.errors import UserError
-from sedd_megatron.training_config import WeightedCorpus
+from sedd_megatron.training_config import WeightedCorpus, is_in_object_storage
 from sedd_megatron.wording import counted
-
-TOKENS_AT_ONCE = 1 << 24
 
 
 class WindowDataset(torch.utils.data.Dataset, ABC):
@@ -41,16 +40,18 @@ class WindowDataset(torch.utils.data.Dataset, ABC):
 class CorpusWindows(WindowDataset):
     """A corpus' windows, without overlap; each epoch is a permutation of its own.
 
-    `number` is the corpus' place in a blend: two corpora of one length have different orders.
+    `number` is the corpus' place in a blend: two corpora of one length have different orders. `num_tokens` is the size
+    of the vocabulary that each window is held against as it is read; None for data that is known to keep to it.
     """
 
-    tokens: np.memmap
+    tokens: np.memmap | RemoteTokens
     seq_length: int
     first_window: int
     num_windows: int
     seed: int
     shuffle: bool
     number: int = 0
+    num_tokens: int | None = None
 
     def __len__(self) -> int:
         """Number of different windows."""
@@ -59,27 +60,21 @@ class CorpusWindows(WindowDataset):
     def __getitem__(self, n: int) -> tuple[int, Tensor]:
         """(n, x_0 [S] int64)."""
         epoch, position = divmod(n, self.num_windows)
-        window = self.first_window + (int(self._permutation(epoch)[position]) if self.shuffle else position)
+        window = self.first_window + (int(self._order.of_epoch(epoch)[position]) if self.shuffle else position)
         tokens = self.tokens[window * self.seq_length : (window + 1) * self.seq_length]
+        if self.num_tokens is not None:
+            check_range(int(tokens.min()), int(tokens.max()), self.num_tokens, str(self.tokens.filename))
         return n, torch.from_numpy(tokens.astype(np.int64))
 
     @cached_property
-    def _permutation(self) -> Any:
-        def permutation(epoch: int) -> np.ndarray:
-            generator = philox_generator(self.seed, Stream.SAMPLE_ORDER, epoch, self.number)
-            # The order of generator.permutation(num_windows), in half the memory.
-            order = np.arange(self.num_windows, dtype=np.uint32 if self.num_windows < 1 << 32 else np.int64)
-            generator.shuffle(order)
-            return order
-
-        # Two: a batch may straddle two epochs.
-        return lru_cache(maxsize=2)(permutation)
+    def _order(self) -> SampleOrder:
+        return SampleOrder(self.num_windows, self.seed, self.number)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Loader processes that are not forked get the dataset by pickle, which would copy the whole corpus to each.
-        where = (self.tokens.filename, self.tokens.dtype)
+        where = (self.tokens.filename, self.tokens.dtype, len(self.tokens))
         own = (self.seq_length, self.first_window, self.num_windows, self.seed, self.shuffle, self.number)
-        return _reopen, (*where, *own)
+        return _reopen, (*where, *own, self.num_tokens)
 
 
 @dataclass(frozen=True)
@@ -112,25 +107,27 @@ def open_windows(
     *,
     seq_length: int,
     split: str,
-    num_tokens: int | None,
+    num_tokens: int,
     seed: int,
     flag: str = "--data-path",
 ) -> Windows:
-    """Open PREFIX.bin/.idx of each corpus, check every token, and split its windows.
+    """Open PREFIX.bin/.idx of each corpus and split its windows; each is held against the vocabulary as it is read.
 
     A corpus without a window in the validation or test part is left out of that part.
 
     Args:
         corpora: one, or a blend; arguments.weighted_corpora reads them from --data-path.
         split: three weights like 969,30,1.
-        num_tokens: of the tokenizer; reads the files once, at about a gigabyte per second. None leaves the tokens to
-            check_tokens, for ranks to share.
+        num_tokens: of the tokenizer.
         flag: what names the corpora.
 
     Raises:
-        UserError: missing or damaged files, tokens outside the vocabulary, fewer tokens than a window, a bad split.
+        UserError: missing or damaged files, fewer tokens than a window, a bad split.
     """
-    opened = [_open_corpus(prefix, seq_length, split, seed, number, flag) for number, (_, prefix) in enumerate(corpora)]
+    opened = [
+        _open_corpus(prefix, seq_length, split, seed, number, num_tokens, flag)
+        for number, (_, prefix) in enumerate(corpora)
+    ]
     parts = []
     for datasets in zip(*opened, strict=True):
         there = [i for i, dataset in enumerate(datasets) if len(dataset) > 0]
@@ -139,14 +136,13 @@ def open_windows(
         else:
             assignment = Assignment.of([corpora[i].weight for i in there])
             parts.append(BlendedWindows(tuple(datasets[i] for i in there), assignment))
-    windows = Windows(*parts)
-    if num_tokens is not None:
-        check_tokens(windows, num_tokens)
-    return windows
+    return Windows(*parts)
 
 
-def _open_corpus(prefix: str, seq_length: int, split: str, seed: int, number: int, flag: str) -> Windows:
-    tokens = open_tokens(prefix, flag)
+def _open_corpus(
+    prefix: str, seq_length: int, split: str, seed: int, number: int, num_tokens: int, flag: str
+) -> Windows:
+    tokens = open_tokens(prefix, flag, is_read_whole=False)
     num_windows = len(tokens) // seq_length
     if num_windows == 0:
         raise UserError(
@@ -155,13 +151,19 @@ def _open_corpus(prefix: str, seq_length: int, split: str, seed: int, number: in
         )
     parts = []
     for (first, last), shuffle in zip(split_ranges(split, num_windows), (True, False, False), strict=True):
-        parts.append(CorpusWindows(tokens, seq_length, first, last - first, seed, shuffle, number))
+        parts.append(CorpusWindows(tokens, seq_length, first, last - first, seed, shuffle, number, num_tokens))
     if len(parts[0]) == 0:
         raise UserError(
             f"--split {split}: leaves no training window of the {num_windows} of {prefix}; give the first part more, "
             "or prepare more text"
         )
     return Windows(*parts)
+
+
+def has_keyed_order(prefix: str, seq_length: int, split: str) -> bool:
+    """Whether a corpus' training windows are so many that their order has no table (data/sample_order.py)."""
+    first, last = split_ranges(split, len(open_tokens(prefix, is_read_whole=False)) // seq_length)[0]
+    return is_keyed(last - first)
 
 
 def split_ranges(split: str, num_windows: int) -> list[tuple[int, int]]:
@@ -182,7 +184,7 @@ def split_ranges(split: str, num_windows: int) -> list[tuple[int, int]]:
 
 
 def check_tokens(windows: Windows, num_tokens: int, part: int = 0, num_parts: int = 1) -> None:
-    """Read every `num_parts`-th block of the corpora, from the block `part` on.
+    """Read every `num_parts`-th block of the corpora, from the block `part` on, at about a gigabyte per second.
 
     Raises:
         UserError: it has tokens outside the vocabulary.
@@ -190,22 +192,13 @@ def check_tokens(windows: Windows, num_tokens: int, part: int = 0, num_parts: in
     train, first = windows.train, part
     # A corpus without a training window was refused.
     for corpus in train.corpora if isinstance(train, BlendedWindows) else (train,):
-        tokens = corpus.tokens
-        starts = range(0, len(tokens), TOKENS_AT_ONCE)
-        blocks = [tokens[start : start + TOKENS_AT_ONCE] for start in starts[first::num_parts]]
+        extremes, num_blocks = range_of_blocks(corpus.tokens, first, num_parts)
         # The next corpus goes on where this one ends: many small ones are shared as well.
-        first = (first - len(starts)) % num_parts
-        # Both of one block before the next, so that the file is read once.
-        extremes = [(int(block.min()), int(block.max())) for block in blocks]
-        low, high = min((low for low, _ in extremes), default=0), max((high for _, high in extremes), default=0)
-        if low < 0 or high >= num_tokens:
-            prefix = str(tokens.filename).removesuffix(".bin")
-            whether = f", or see by prepare_data --check {prefix} whether it is damaged" if has_digests(prefix) else ""
-            raise UserError(
-                f"{tokens.filename}: has tokens {low} to {high}, the tokenizer's vocabulary has tokens 0 to "
-                f"{num_tokens - 1}; prepare the data with this tokenizer{whether}"
-            )
+        first = (first - num_blocks) % num_parts
+        check_range(*extremes, num_tokens, str(corpus.tokens.filename))
 
 
-def _reopen(filename: str, dtype: np.dtype, *fields: Any) -> CorpusWindows:
+def _reopen(filename: str, dtype: np.dtype, num_tokens: int, *fields: Any) -> CorpusWindows:
+    if is_in_object_storage(str(filename)):
+        return CorpusWindows(RemoteTokens(filename, dtype, num_tokens), *fields)
     return CorpusWindows(np.memmap(filename, dtype=dtype, mode="r"), *fields)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sedd_megatron.model.conditioning import Modulation, NormScale
 from sedd_megatron.model.fused_operations import add_gated, bias_gelu, modulated_norm, rotate
+from sedd_megatron.model.packed_documents import PackedDocuments, attend_within_documents
 from sedd_megatron.parallel.keyed_dropout import dropped_elements, kept_share
 
 
@@ -47,6 +48,7 @@ class DiTLayer(TransformerLayer):
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: PackedDocuments | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Megatron's layer signature.
@@ -55,9 +57,15 @@ class DiTLayer(TransformerLayer):
             hidden_states: [S, B, H].
             context: the conditioning [B, cond_dim].
             context_mask: the keys of dropout's draws [B, 2] int64 (parallel/keyed_dropout.py), in training with it.
+            packed_seq_params: the documents that attention stays within; None for whole windows.
         """
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(context)
-        attend = partial(self.self_attention, attention_mask=None, rotary_pos_emb=rotary_pos_emb)
+        attend = partial(
+            self.self_attention,
+            attention_mask=None,
+            rotary_pos_emb=rotary_pos_emb,
+            packed_seq_params=packed_seq_params,
+        )
         recompute = self.recompute_input_layernorm
         output = self._after_norm(self.input_layernorm, recompute, hidden_states, shift_1, scale_1, attend)
         hidden_states = self._add_gated(hidden_states, gate_1, output, context_mask, 0)
@@ -156,15 +164,30 @@ class DiTSelfAttention(SelfAttention):
         super().__init__(config, submodules, layer_number, attn_mask_type=AttnMaskType.no_mask, **kwargs)
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: None, rotary_pos_emb: Tensor, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        attention_mask: None,
+        rotary_pos_emb: Tensor,
+        packed_seq_params: PackedDocuments | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """hidden_states [S, B, H] -> [S, B, H], and no bias.
 
         Args:
-            rotary_pos_emb: [2, S, 1, 1, head size], cosines and sines of the angles in the hidden states' dtype.
+            rotary_pos_emb: [2, S, 1 or B, 1, head size], cosines and sines of the angles in the hidden states' dtype.
         """
-        query, key, value = self._rotated(hidden_states, rotary_pos_emb)
-        output = self.core_attention(query, key, value, attention_mask, attn_mask_type=self.attn_mask_type)
+        states = self._rotated(hidden_states, rotary_pos_emb)
+        if packed_seq_params is None:
+            output = self.core_attention(*states, attention_mask, attn_mask_type=self.attn_mask_type)
+        else:
+            # Transformer Engine calls attention that stops at its sequences' ends padded.
+            output = attend_within_documents(
+                self.core_attention,
+                *states,
+                packed_seq_params,
+                self.pg_collection.cp,
+                attn_mask_type=AttnMaskType.padding,
+            )
         return self.linear_proj(output)
 
     def forward_rows(self, hidden_states: Tensor, positions: Tensor, rotary_pos_emb: Tensor) -> tuple[Tensor, None]:
@@ -191,8 +214,21 @@ class BidirectionalAttention(nn.Module):
         super().__init__()
         self.cp_group = pg_collection.cp
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: Any) -> Tensor:
-        """query, key, value [S / CP, B, heads / TP, head size] -> [S / CP, B, H / TP]."""
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None,
+        packed_seq_params: PackedDocuments | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """query, key, value [S / CP, B, heads / TP, head size] -> [S / CP, B, H / TP].
+
+        Packed, query [T, heads / TP, head size] and key and value [U, ...] -> [T, H / TP].
+        """
+        if packed_seq_params is not None:
+            return _attend_packed(query, key, value, packed_seq_params)
         if self.cp_group.size() > 1:
             # Gathers along the first axis; the gradients of the other ranks' queries come back by reduce-scatter.
             gathered = gather_from_sequence_parallel_region(torch.stack([key, value], dim=1), group=self.cp_group)
@@ -200,6 +236,16 @@ class BidirectionalAttention(nn.Module):
         batch_first = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         output = F.scaled_dot_product_attention(*batch_first)
         return output.permute(2, 0, 1, 3).flatten(2)
+
+
+def _attend_packed(query: Tensor, key: Tensor, value: Tensor, documents: PackedDocuments) -> Tensor:
+    # Split at once: the gradient of as many slices would be as many tensors of the whole size.
+    pieces = [query.split(documents.query_lengths), *(states.split(documents.key_lengths) for states in (key, value))]
+    outputs = [
+        F.scaled_dot_product_attention(*(piece.transpose(0, 1)[None] for piece in of_one))
+        for of_one in zip(*pieces, strict=True)
+    ]
+    return torch.cat([output[0].transpose(0, 1) for output in outputs]).flatten(1)
 
 
 def take_rows(states: Tensor, positions: Tensor) -> Tensor:

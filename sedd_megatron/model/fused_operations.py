@@ -128,7 +128,7 @@ class _BiasGelu(torch.autograd.Function):
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor, training: bool) -> Tensor:
     """Rotary embedding (arXiv 2104.09864) of states [S, B, heads, head size] by angles of cos and sin, each
-    [S, 1, 1, head size].
+    [S, 1 or B, 1, head size].
 
     Element i turns with element i + head size / 2, by the same angle, which stands in both places.
     """

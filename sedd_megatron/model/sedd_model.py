@@ -17,6 +17,7 @@ from sedd_megatron.config import ModelOptions
 from sedd_megatron.diffusion.graph import AbsorbingGraph, UniformGraph
 from sedd_megatron.model.conditioning import SigmaEmbedding
 from sedd_megatron.model.model_config import start_at_zero
+from sedd_megatron.model.packed_documents import PackedDocuments
 from sedd_megatron.model.score_head import ScoreHead, log_score_offset
 from sedd_megatron.model.token_embedding import TokenEmbedding
 from sedd_megatron.parallel.fused_head import FusedHeadSettings, HeadLoss, ScoreEntropyRows
@@ -92,32 +93,47 @@ class SEDDModel(MegatronModule):
         rows: ScoreEntropyRows | None = None,
         settings: FusedHeadSettings | None = None,
         dropout_keys: Tensor | None = None,
+        document_ends: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor | HeadLoss:
         """One stage: x_t [B, S / CP] int64, this context-parallel rank's part of the sequence; sigma [B] float32.
 
-        Training with dropout needs the keys of its draws [B, 2] int64 (parallel/keyed_dropout.py).
+        Training with dropout needs the keys of its draws [B, 2] int64 (parallel/keyed_dropout.py). Attention stays
+        within the documents that end at document_ends [D] int64, on the host (data/document_ends.py); position_ids
+        [B, S / CP] int64 are what rotates, if they are not those of the window.
 
         Returns:
             Hidden states [S / CP, B, H] (over TP as well under sequence parallelism). On the last stage the loss of
             `rows`; or without them logits [B, S / CP, padded_vocab_size / TP] in the parameters' dtype.
         """
-        hidden_states, conditioning = self.trunk(x_t, sigma, dropout_keys)
+        hidden_states, conditioning = self.trunk(x_t, sigma, dropout_keys, document_ends, position_ids)
         if not self.post_process:
             return hidden_states
         if rows is None:
             return self.head(hidden_states, conditioning)
         return self.head.loss(hidden_states, conditioning, rows, settings)
 
-    def trunk(self, x_t: Tensor, sigma: Tensor, dropout_keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def trunk(
+        self,
+        x_t: Tensor,
+        sigma: Tensor,
+        dropout_keys: Tensor | None = None,
+        document_ends: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """This stage without the head: hidden states [S / CP, B, H], and the conditioning [B, cond_dim]."""
-        conditioning = self.sigma_embedding(sigma)
+        conditioning, documents, (batch_size, length) = self.sigma_embedding(sigma), None, x_t.shape
+        if document_ends is not None:
+            first = self.pg_collection.cp.rank() * length
+            documents = PackedDocuments.of(document_ends, batch_size, first, length, x_t.device)
         hidden_states = self.decoder(
             hidden_states=self._embed(x_t) if self.pre_process else None,
             attention_mask=None,
             context=conditioning,
             # The argument that our layers have no other use for, and that activation recompute keeps for them.
             context_mask=dropout_keys,
-            rotary_pos_emb=self._rotation(x_t.shape[1]),
+            rotary_pos_emb=self._rotation(length, position_ids),
+            packed_seq_params=documents,
         )
         return hidden_states, conditioning
 
@@ -141,13 +157,16 @@ class SEDDModel(MegatronModule):
         # Where it scatters the sequence over the tensor-parallel ranks, Megatron's embedding has transposed already.
         return embedded if self.config.sequence_parallel else embedded.transpose(0, 1).contiguous()
 
-    def _rotation(self, length: int) -> Tensor:
+    def _rotation(self, length: int, position_ids: Tensor | None = None) -> Tensor:
         """[2, length, 1, 1, head size]: cosines and sines of the angles of this rank's contiguous part.
+
+        With position_ids [B, length] those of each sequence: [2, length, B, 1, head size].
 
         RotaryEmbedding's own forward would cut the zig-zag parts that balance a causal mask.
         """
         first = self.pg_collection.cp.rank() * length
-        angles = self.rotary_embedding.get_emb(self.pg_collection.cp.size() * length)[first : first + length]
+        angles = self.rotary_embedding.get_emb(self.pg_collection.cp.size() * length)
+        angles = angles[first : first + length] if position_ids is None else angles[position_ids.t(), 0]
         return torch.stack([angles.cos(), angles.sin()]).to(self.config.params_dtype)
 
     def log_score(self, x_t: Tensor, sigma: Tensor) -> Tensor:

@@ -142,6 +142,11 @@ def ranks_share_a_machine() -> bool:
     return started_ranks() in (1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
+def is_first_of_machine() -> bool:
+    """Whether this process is the first of its machine's."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 @contextlib.contextmanager
 def parallel_groups(
     options: ParallelOptions, num_model_chunks: int = 1, world_size: int | None = None

@@ -34,9 +34,17 @@ def make_forward_step(
     )
 
     def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
-        noisy, position, num_rows, keys = next(batches)
+        noisy, position, num_rows, keys, ends, positions = next(batches)
         batch = NoisyBatch(*(to_device(field, groups.device) for field in noisy))
-        run_model = partial(model, batch.x_t, batch.sigma, dropout_keys=to_device(keys, groups.device))
+        run_model = partial(
+            model,
+            batch.x_t,
+            batch.sigma,
+            dropout_keys=to_device(keys, groups.device),
+            # Stays on the host, which cuts by it.
+            document_ends=ends,
+            position_ids=None if positions is None else to_device(positions, groups.device),
+        )
         # Megatron asks the last stage alone for a loss.
         if loss_chunk_rows == 0 or not groups.is_last_stage:
             return run_model(), partial(score_entropy_loss, batch, graph, groups.collection.tp)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sedd_megatron.data.collator import NoisingCollator
+from sedd_megatron.data.document_ends import DocumentRules
 from sedd_megatron.data.loader import training_batches
 from sedd_megatron.data.micro_batch import MicroBatch, MicroBatchCollator
 from sedd_megatron.data.windows import WindowDataset
@@ -24,8 +25,9 @@ def micro_batch_collator(run: TrainingRun, stream: Stream) -> MicroBatchCollator
         time_sampling=options.diffusion.time_sampling,
         time_eps=options.diffusion.time_eps,
     )
-    groups = run.groups
-    return MicroBatchCollator(noising, groups.context_rank, groups.context_size, ROW_MULTIPLE[groups.device.type])
+    groups, documents = run.groups, DocumentRules.of(options.data, run.tokenizer)
+    row_multiple = ROW_MULTIPLE[groups.device.type]
+    return MicroBatchCollator(noising, groups.context_rank, groups.context_size, row_multiple, documents)
 
 
 def training_iterators(run: TrainingRun, dataset: WindowDataset) -> list[Iterator[MicroBatch]]:

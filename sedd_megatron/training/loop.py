@@ -7,12 +7,12 @@ import torch
 
 from sedd_megatron.arguments import weighted_corpora
 from sedd_megatron.config import PretrainOptions
-from sedd_megatron.data.digests import SECONDS_TO_WAIT_AT_LAST, DigestCheck, check_in_background
+from sedd_megatron.data.background_check import SECONDS_TO_WAIT_AT_LAST, DataCheck, check_in_background
 from sedd_megatron.data.preparation import Preparation
 from sedd_megatron.data.tokenizers import Tokenizer
 from sedd_megatron.data.windows import Windows
 from sedd_megatron.errors import UserError, forget_unsaid
-from sedd_megatron.parallel.groups import ParallelGroups, is_first_rank, on_first_rank
+from sedd_megatron.parallel.groups import ParallelGroups, errors_of_all_ranks, is_first_of_machine, on_first_rank
 from sedd_megatron.training.build import TrainingRun, build_run
 from sedd_megatron.training.checkpoint import resume
 from sedd_megatron.training.ending import asked_to_stop, at_exit_interval, end_run
@@ -102,8 +102,9 @@ def _train_and_save(
     batches = probe.timed(training_iterators(run, windows.train))
     if options.faults.check_for_nan_in_loss_and_grad:
         run.guard = StepGuard(run, windows.train)
-    if is_first_rank():
-        digests = check_in_background([prefix for _, prefix in weighted_corpora(options.data)])
+    if is_first_of_machine():
+        prefixes = [prefix for _, prefix in weighted_corpora(options.data)]
+        digests = check_in_background(prefixes, run.tokenizer.num_tokens)
     while run.iteration < end and not request:
         fault, first_sample = None if digests is None else digests.fault(), run.consumed_samples
         flags = [asked_to_stop(run, requests, end), saver is not None and saver.is_writing, fault is not None]
@@ -128,7 +129,8 @@ def _train_and_save(
     if run.iteration > first_iteration:
         # Who asked the run to end may not wait.
         seconds = 0.0 if request else SECONDS_TO_WAIT_AT_LAST
-        on_first_rank(lambda: _require_as_written(digests, seconds))
+        with errors_of_all_ranks():
+            _require_as_written(digests, seconds)
     if saver is not None:
         saver.save_last(run)
     # A start that finds nothing to train was broken off before it had said that it is finished.
@@ -136,8 +138,8 @@ def _train_and_save(
     end_run(run, end, request, first_iteration)
 
 
-def _require_as_written(digests: DigestCheck, seconds: float) -> None:
-    fault = digests.last_fault(seconds)
+def _require_as_written(digests: DataCheck | None, seconds: float) -> None:
+    fault = None if digests is None else digests.last_fault(seconds)
     if fault is not None:
         raise _damaged_data(fault)
 

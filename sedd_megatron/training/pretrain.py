@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from sedd_megatron.arguments import corpora_by_flag, weighted_corpora
+from sedd_megatron.arguments import corpora_by_flag, corpora_in_object_storage, weighted_corpora
 from sedd_megatron.config import PretrainOptions
 from sedd_megatron.data.blend import common_tokenizer
-from sedd_megatron.data.corpus import find_corpus
+from sedd_megatron.data.corpus import are_read_at_start, find_corpus
+from sedd_megatron.data.document_ends import check_ends_of_documents
 from sedd_megatron.data.mock import mock_windows
 from sedd_megatron.data.null_tokenizer import NullTokenizer
+from sedd_megatron.data.object_storage import copy_beside
 from sedd_megatron.data.preparation import Preparation, preparation_of
 from sedd_megatron.data.splits import check_tokens_of_parts, open_parts
 from sedd_megatron.data.tokenizer_folder import DESCRIPTION
@@ -86,25 +88,29 @@ def _open_inputs(options: PretrainOptions, device: torch.device) -> Inputs:
 
     check_transformer_engine(options.precision, device)
     check_user_buffers(options.parallel, device)
+    for url, place in corpora_in_object_storage(options.data).items():
+        copy_beside(url, place)
     tokenizer, seq_length, seed = data_tokenizer(options), options.model.seq_length, options.training.seed
-    is_verified = options.verify.verify_layout
-    # A verification begins on each rank alone; in training all ranks share the reading.
-    is_read_here = is_verified or started_ranks() == 1
+    prefixes = [prefix for _, prefix in weighted_corpora(options.data)]
+    preparation = preparation_of(prefixes) if prefixes else Preparation()
+    check_ends_of_documents(options.data, tokenizer, preparation)
     if options.data.mock_data:
         tell(["--mock-data: every window is made up, and what is learned from them is good for nothing else"])
-        windows, preparation = mock_windows(tokenizer.num_tokens, seq_length, seed), Preparation()
+        windows = mock_windows(tokenizer.num_tokens, seq_length, seed)
     else:
-        windows = open_parts(
-            corpora_by_flag(options.data),
-            seq_length=seq_length,
-            split=options.data.split,
-            num_tokens=tokenizer.num_tokens if is_read_here else None,
-            seed=seed,
-        )
-        preparation = preparation_of([prefix for _, prefix in weighted_corpora(options.data)])
+        corpora, split = corpora_by_flag(options.data), options.data.split
+        windows = open_parts(corpora, seq_length=seq_length, split=split, num_tokens=tokenizer.num_tokens, seed=seed)
+    is_verified = options.verify.verify_layout
+    # A verification begins on each rank alone; in training all ranks share the reading.
+    if (is_verified or started_ranks() == 1) and _are_read_at_start(options):
+        check_tokens_of_parts(windows, tokenizer.num_tokens)
     if not is_verified:
         _check_outputs(options)
     return Inputs(tokenizer, windows, preparation)
+
+
+def _are_read_at_start(options: PretrainOptions) -> bool:
+    return are_read_at_start(prefix for _, prefix in weighted_corpora(options.data))
 
 
 def _train(options: PretrainOptions, inputs: Inputs, groups: ParallelGroups, requests: "StopRequests | None") -> None:
@@ -113,7 +119,7 @@ def _train(options: PretrainOptions, inputs: Inputs, groups: ParallelGroups, req
     from sedd_megatron.training.run_lock import RunLock
 
     tokenizer, windows, preparation = inputs
-    if started_ranks() > 1:
+    if started_ranks() > 1 and on_first_rank(lambda: _are_read_at_start(options)):
         with errors_of_all_ranks():
             check_tokens_of_parts(windows, tokenizer.num_tokens, torch.distributed.get_rank(), started_ranks())
     is_saved = options.checkpoint.save is not None and not options.training.skip_train

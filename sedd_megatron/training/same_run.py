@@ -15,8 +15,11 @@ from sedd_megatron.arguments import PARTS, corpora_by_flag
 from sedd_megatron.config import GROUPS, ModelOptions, PretrainOptions
 from sedd_megatron.data.digests import DIGESTED, file_record, written_digests
 from sedd_megatron.data.null_tokenizer import NullTokenizer
+from sedd_megatron.data.object_storage import read_bytes, remote_bin
+from sedd_megatron.data.splits import WHOLE
 from sedd_megatron.data.tokenizer_folder import DESCRIPTION
 from sedd_megatron.data.tokenizers import Tokenizer, load_tokenizer
+from sedd_megatron.data.windows import has_keyed_order
 from sedd_megatron.errors import UserError, one_line
 from sedd_megatron.options import flag_of
 from sedd_megatron.training.run_folder import FoundCheckpoint
@@ -43,14 +46,21 @@ BLOCKS, BLOCK_BYTES = 64, 1 << 16
 def describe_run(options: PretrainOptions, num_tokens: int) -> dict[str, Any]:
     """What of a run is kept in its checkpoints to know it again, but for the tokenizer: options, size of the
     vocabulary, and of each corpus its share, the digests beside it if there are any, one of its sizes and a sample of
-    its bytes, and which part of the data it is where --split does not decide that.
+    its bytes, whether its windows are read in the order that needs no table, and which part of the data it is where
+    --split does not decide that.
     """
     data = [] if not options.data.mock_data else [MOCK]
     for flag, corpora in corpora_by_flag(options.data).items():
-        total = sum(weight for weight, _ in corpora)
+        total, is_split = sum(weight for weight, _ in corpora), flag == flag_of("data_path")
+        split = options.data.split if is_split else WHOLE
         for weight, prefix in corpora:
-            found = {"share": str(weight / total), "sample": _sample_digest(prefix), "digests": _token_digests(prefix)}
-            data.append(found if flag == flag_of("data_path") else found | {"part": flag})
+            found = {
+                "share": str(weight / total),
+                "sample": _sample_digest(prefix),
+                "digests": _token_digests(prefix),
+                "keyed_order": has_keyed_order(prefix, options.model.seq_length, split),
+            }
+            data.append(found if is_split else found | {"part": flag})
     return {"options": options.to_dict(), "num_tokens": num_tokens, "data": data}
 
 
@@ -127,6 +137,8 @@ def first_difference(
         else:
             words = f"was trained with {flag_of(name)} {theirs[name]}, this run has {ours[name]}"
         return name, words
+    if "data_path" not in allowed and _has_another_order(saved, own):
+        return "data_path", "read its windows in the order that releases before 0.8 gave so many"
     return None
 
 
@@ -139,6 +151,8 @@ def changes(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:
     for name in own["options"]["allow_changed"]:
         if name in ours and theirs[name] != ours[name] and name != "data_path":
             found.append(f"{flag_of(name)} {theirs[name]} -> {ours[name]}")
+    if _has_another_order(saved, own):
+        found.append("another order of the windows")
     before, now = _data_flags(saved), _data_flags(own)
     if before != now:
         found.append(f"{before} -> {now.removeprefix(flag_of('data_path') + ' ')}")
@@ -148,6 +162,12 @@ def changes(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:
 def has_no_run(state: dict[str, Any]) -> bool:
     """Whether a checkpoint was converted from another format and not trained here: it has a model's options alone."""
     return "data_path" not in state["options"]
+
+
+def _has_another_order(saved: dict[str, Any], own: dict[str, Any]) -> bool:
+    """Whether an older release, which had a table for every order, read what is now read in the order without one."""
+    is_older = not all("keyed_order" in corpus for corpus in saved.get("data", [{}]))
+    return is_older and not has_no_run(saved) and any(corpus["keyed_order"] for corpus in own["data"])
 
 
 def _listed(value: Any) -> list[str]:
@@ -210,12 +230,17 @@ def _token_digests(prefix: str) -> list[str] | None:
 def _sample_digest(prefix: str) -> str:
     digest = hashlib.sha256()
     for path in (Path(f"{prefix}.idx"), Path(f"{prefix}.bin")):
-        size = path.stat().st_size
+        remote = remote_bin(prefix) if path.suffix == ".bin" else None
+        size = path.stat().st_size if remote is None else remote.size
         digest.update(f"{path.suffix} {size} ".encode())
+        starts = range(0, size, BLOCK_BYTES)
+        if len(starts) > BLOCKS:
+            starts = [(size - BLOCK_BYTES) * block // (BLOCKS - 1) for block in range(BLOCKS)]
+        if remote is not None:
+            for start in starts:
+                digest.update(read_bytes(remote.url, start, min(BLOCK_BYTES, size - start)))
+            continue
         with path.open("rb") as file:
-            starts = range(0, size, BLOCK_BYTES)
-            if len(starts) > BLOCKS:
-                starts = [(size - BLOCK_BYTES) * block // (BLOCKS - 1) for block in range(BLOCKS)]
             for start in starts:
                 file.seek(start)
                 digest.update(file.read(BLOCK_BYTES))

@@ -32,6 +32,12 @@ def cells(text: str, first: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
 
+def test_document_masks_write_their_table(tmp_path):
+    sizes = ("--lengths", "4", "16", "--width", "16", "--layers", "1", "--batch", "1", "--seq-length", "16")
+    text = table_of("document_masks", tmp_path, *sizes, "--pairs", "1")
+    assert [cells(text, length)[0][0] for length in ("4", "16")] == ["4", "16"]
+
+
 def test_training_throughput_writes_its_table(tmp_path):
     text = table_of("training_throughput", tmp_path, "--shapes", "tiny", "--precisions", "float32", "bf16", "--steps",
                     "2", "--flags=--device cpu")  # fmt: skip

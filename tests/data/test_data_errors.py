@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from sedd_megatron.arguments import parse_pretrain_options
+from sedd_megatron.data.background_check import check_in_background
 from sedd_megatron.data.corpus import open_tokens, write_corpus
-from sedd_megatron.data.digests import check_in_background, digests_path, find_fault
+from sedd_megatron.data.digests import digests_path, find_fault
 from sedd_megatron.data.preparation import Preparation, preparation_of, stats_path
 from sedd_megatron.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
-from sedd_megatron.data.windows import open_windows
+from sedd_megatron.data.windows import check_tokens, open_windows
 from sedd_megatron.errors import UserError
 from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.wording import counted
@@ -99,7 +100,7 @@ def test_tokens_outside_the_vocabulary_may_be_damage(prefix):
 
     def said() -> str:
         with pytest.raises(UserError) as error:
-            open_windows([(1, prefix)], seq_length=4, split="1,0,0", num_tokens=256, seed=0)
+            check_tokens(open_windows([(1, prefix)], seq_length=4, split="1,0,0", num_tokens=256, seed=0), 256)
         return str(error.value)
 
     line = (
@@ -118,7 +119,7 @@ def test_damaged_statistics_may_be_deleted_as_it_is_said(prefix, capsys):
         preparation_of([prefix])
     path.unlink()
     assert preparation_of([prefix]) == Preparation()
-    assert check_in_background([prefix]).last_fault(10) is None
+    assert check_in_background([prefix], 256).last_fault(10) is None
     line = f"{path}: is not there, and nothing is known of how the data was prepared\n"
     assert capsys.readouterr().err == line
     Path(f"{prefix}_tokenizer/description.json").unlink()

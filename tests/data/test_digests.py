@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from sedd_megatron.data import digests as module
+from sedd_megatron.data import background_check as module
+from sedd_megatron.data.background_check import check_in_background
 from sedd_megatron.data.corpus import INDEX_HEADER, INDEX_MAGIC, open_tokens, write_corpus
-from sedd_megatron.data.digests import check_in_background, digests_path, find_fault
+from sedd_megatron.data.digests import digests_path, find_fault
 from sedd_megatron.data.tokenizers import ByteTokenizer, load_tokenizer
 from sedd_megatron.errors import UserError
 from sedd_megatron.options import parse_options
@@ -63,7 +64,7 @@ def test_what_there_is_no_digest_for_is_said(prefix, capsys):
     digests_path(prefix).unlink()
     with pytest.raises(UserError, match=r"^--check \S+: has no c_text_document_digests.json beside it, as corpora of "):
         check(prefix)
-    assert check_in_background([prefix]).fault() is None
+    assert check_in_background([prefix], 256).fault() is None
     assert capsys.readouterr().err == f"{prefix}: has no digests, and is used as it is\n"
 
 
@@ -72,7 +73,7 @@ def test_a_full_disk_under_the_log_keeps_no_run_from_its_data(prefix, monkeypatc
     # Closing it fails as well: it has what it could not write.
     with contextlib.suppress(OSError), open("/dev/full", "w", buffering=1) as full:
         monkeypatch.setattr(sys, "stderr", full)
-        begun = check_in_background([prefix])
+        begun = check_in_background([prefix], 256)
     assert begun.fault() is None
 
 
@@ -92,19 +93,19 @@ def test_a_new_corpus_of_the_name_has_digests_of_its_own(prefix):
 
 
 def test_the_background_finds_what_is_wrong(prefix, monkeypatch, capsys):
-    assert check_in_background([prefix]).fault() is None
+    assert check_in_background([prefix], 256).fault() is None
     flip(Path(prefix + ".bin"), 9)
     # Of a small corpus before anything else; of any at last.
-    assert check_in_background([prefix, prefix]).fault() == find_fault(prefix)
+    assert check_in_background([prefix, prefix], 256).fault() == find_fault(prefix)
     monkeypatch.setattr(module, "SECONDS_TO_WAIT", 0.0)
-    running = check_in_background([prefix])
+    running = check_in_background([prefix], 256)
     deadline = time.monotonic() + 20
     while running.fault() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert running.fault() == find_fault(prefix)
     reading = threading.Event()
     monkeypatch.setattr(module, "find_fault", lambda prefix: "found" if reading.wait(20) else None)
-    running = check_in_background([prefix])
+    running = check_in_background([prefix], 256)
     assert running.last_fault(0.0) is None
     assert capsys.readouterr().out == "the data's digests: not read to the end, since the run is over before\n"
     reading.set()
@@ -112,7 +113,7 @@ def test_the_background_finds_what_is_wrong(prefix, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
     Path(prefix + ".bin").unlink()
     monkeypatch.undo()
-    assert check_in_background([prefix]).fault() == (
+    assert check_in_background([prefix], 256).fault() == (
         f"{prefix}.bin: cannot be read (No such file or directory); mend that, or prepare the data again"
     )
 

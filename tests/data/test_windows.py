@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from sedd_megatron.data import windows as module
+from sedd_megatron.data import token_range
 from sedd_megatron.data.collator import NoisingCollator
 from sedd_megatron.data.corpus import write_corpus
 from sedd_megatron.data.loader import training_batches, validation_batches
@@ -37,7 +37,9 @@ def data_path(tmp_path_factory) -> str:
 
 def windows(data_path: str, **change):
     corpora = [WeightedCorpus(Fraction(1), data_path)]
-    return open_windows(corpora, **{"seq_length": LENGTH, "split": "80,15,5", "num_tokens": 256, "seed": 3, **change})
+    opened = open_windows(corpora, **{"seq_length": LENGTH, "split": "80,15,5", "num_tokens": 256, "seed": 3, **change})
+    check_tokens(opened, change.get("num_tokens", 256))
+    return opened
 
 
 def rows(dataset, indices) -> list[tuple]:
@@ -60,7 +62,7 @@ def test_each_epoch_has_every_window_once_in_an_order_of_its_own(data_path):
 def test_an_epoch_is_numpys_permutation_in_half_the_memory(num_windows):
     dataset = CorpusWindows(np.zeros(1), 1, 0, num_windows, seed=3, shuffle=True, number=5)
     for epoch in (0, 7):
-        order = dataset._permutation(epoch)
+        order = dataset._order.of_epoch(epoch)
         assert order.dtype == np.uint32
         expected = philox_generator(3, Stream.SAMPLE_ORDER, epoch, 5).permutation(num_windows)
         assert np.array_equal(order, expected)
@@ -188,12 +190,12 @@ def finds_strange_tokens(blended, path: str, rank: int) -> bool:
 
 
 def test_each_block_of_tokens_is_read_by_one_of_the_ranks(data_path, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "TOKENS_AT_ONCE", 16 * LENGTH)
+    monkeypatch.setattr(token_range, "TOKENS_AT_ONCE", 16 * LENGTH)
     copies = [str(tmp_path / name) for name in ("a", "b")]
     for copy, suffix in itertools.product(copies, (".bin", ".idx")):
         shutil.copy(data_path + suffix, copy + suffix)
     corpora = [WeightedCorpus(Fraction(1, 2), copy) for copy in copies]
-    blended = open_windows(corpora, seq_length=LENGTH, split="80,15,5", num_tokens=None, seed=3)
+    blended = open_windows(corpora, seq_length=LENGTH, split="80,15,5", num_tokens=256, seed=3)
     readers = []
     for copy in copies:
         tokens = np.memmap(copy + ".bin", dtype=np.uint16, mode="r+")
@@ -220,7 +222,7 @@ def test_micro_batches_are_parts_of_the_sequences_with_the_positions_that_count(
         fields = [getattr(part.noisy, name) for part in parts]
         assert all(field.is_contiguous() for field in fields), "a GPU would make the host wait for the copy"
         assert torch.equal(torch.cat(fields, dim=1), getattr(whole, name))
-    for noisy, position, num_rows, keys in parts:
+    for noisy, position, num_rows, keys, *_ in parts:
         assert torch.equal(keys, parts[0].dropout_keys), "those of the samples, on every rank of the context"
         # Rows in the order of [S, B], as Megatron's hidden states have them.
         counts = [s * 4 + b for s in range(LENGTH // 2) for b in range(4)

@@ -1,0 +1,201 @@
+"""Corpora in object storage, s3://BUCKET/PREFIX or msc://PROFILE/PREFIX, by Megatron-Core's own readers.
+
+Everything but PREFIX.bin is copied once into --object-storage-cache-path, where it lies as beside any corpus:
+
+    CACHE/BUCKET/PREFIX.idx, PREFIX_stats.json, PREFIX_digests.json, PREFIX_tokenizer/
+    CACHE/BUCKET/PREFIX_remote.json    {"url": "s3://BUCKET/PREFIX.bin", "objects": {".bin": [bytes, version], ...}}
+
+The tokens stay there: each window is one request for its range.
+"""
+
+import contextlib
+import fcntl
+import functools
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sedd_megatron.data.tokenizer_folder import TOKENIZER_FILES
+from sedd_megatron.errors import UserError, one_line, say
+
+COPIED = (".idx", "_stats.json", "_digests.json", *(f"_tokenizer/{name}" for name in TOKENIZER_FILES))
+# botocore's codes for what another key or another name of the bucket mends.
+REFUSED = ("AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
+
+
+@dataclass(frozen=True)
+class RemoteBin:
+    """A .bin that is in object storage."""
+
+    url: str
+    size: int
+
+
+class RemoteTokens:
+    """The tokens of a RemoteBin, as the array that a slice of a memory-mapped file would give."""
+
+    def __init__(self, url: str, dtype: np.dtype, num_tokens: int) -> None:
+        self.filename, self.dtype, self._num_tokens = url, dtype, num_tokens
+
+    def __len__(self) -> int:
+        return self._num_tokens
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(self._num_tokens)
+        with _errors(self.filename):
+            return _reader(self.filename, os.getpid()).read(self.dtype.type, stop - start, start * self.dtype.itemsize)
+
+
+def remote_bin(prefix: str) -> RemoteBin | None:
+    """Where the .bin of a corpus is of which the rest was copied here; None for one that is here.
+
+    Raises:
+        UserError: what the copy left is damaged.
+    """
+    path = Path(f"{prefix}_remote.json")
+    if not os.path.isfile(path):
+        return None
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        return RemoteBin(written["url"], written["objects"][".bin"][0])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({one_line(error)}); delete it, and the corpus is copied again") from error
+
+
+def read_bytes(url: str, offset: int, count: int) -> bytes:
+    """A range of an object."""
+    with _errors(url):
+        return _reader(url, os.getpid()).read(np.uint8, count, offset).tobytes()
+
+
+def copy_beside(url: str, prefix: str) -> None:
+    """Copy what belongs to the corpus `url` but its .bin, unless it is here as it is there; one process at a time.
+
+    Raises:
+        UserError: no such corpus there, no access, no network, or no room here.
+    """
+    place = Path(prefix)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{prefix}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            _copy(url, prefix)
+    except OSError as error:
+        raise UserError(f"--object-storage-cache-path: {one_line(error)}; name a folder with room") from error
+
+
+def _copy(url: str, prefix: str) -> None:
+    with _errors(url):
+        objects = _objects(url)
+    for suffix in (".idx", ".bin"):
+        if suffix not in objects:
+            raise UserError(f"--data-path {url}: no object {url}{suffix}; give the prefix of a corpus that is there")
+    written = Path(f"{prefix}_remote.json")
+    if remote_bin(prefix) is not None and json.loads(written.read_text(encoding="utf-8"))["objects"] == objects:
+        return
+    written.unlink(missing_ok=True)
+    for suffix in COPIED:
+        place = Path(f"{prefix}{suffix}")
+        place.unlink(missing_ok=True)
+        if suffix not in objects:
+            continue
+        place.parent.mkdir(exist_ok=True)
+        with _errors(f"{url}{suffix}"):
+            _download(f"{url}{suffix}", f"{place}.part")
+        os.replace(f"{place}.part", place)
+    part = Path(f"{written}.part")
+    part.write_text(json.dumps({"url": f"{url}.bin", "objects": objects}, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, written)
+
+
+def _objects(url: str) -> dict[str, list[Any]]:
+    """Size and version of what there is of a corpus, by what stands behind the prefix."""
+    if url.startswith("s3://"):
+        bucket, _, key = url.removeprefix("s3://").partition("/")
+        pages = _boto3().client("s3").get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
+        found = ((one["Key"], one["Size"], one["ETag"]) for page in pages for one in page.get("Contents", ()))
+    else:
+        client, key = _msc().resolve_storage_client(url)
+        listed = client.list(path=os.path.dirname(key))
+        found = ((one.key, one.content_length, one.etag or str(one.last_modified)) for one in listed)
+    beside = {name[len(key) :]: [size, version] for name, size, version in found if name.startswith(key)}
+    return {suffix: beside[suffix] for suffix in (*COPIED, ".bin") if suffix in beside}
+
+
+def _download(url: str, place: str) -> None:
+    if url.startswith("s3://"):
+        bucket, _, key = url.removeprefix("s3://").partition("/")
+        _boto3().client("s3").download_file(bucket, key, place)
+    else:
+        _msc().download_file(url, place)
+
+
+@functools.lru_cache(maxsize=64)
+def _reader(url: str, process: int) -> Any:
+    """Megatron's reader of a .bin. One for each process: a forked one must not share the connections of another."""
+    from megatron.core.datasets.indexed_dataset import OBJECT_STORAGE_BIN_READERS
+    from megatron.core.datasets.object_storage_utils import ObjectStorageConfig
+
+    is_s3 = url.startswith("s3://")
+    _boto3() if is_s3 else _msc()
+    # A range as it is asked for. Megatron's blocks of 256 MiB are for reading in order, and windows are shuffled.
+    return OBJECT_STORAGE_BIN_READERS["s3" if is_s3 else "msc"](url, ObjectStorageConfig("", bin_chunk_nbytes=1))
+
+
+@functools.cache
+def _boto3() -> Any:
+    """boto3, whose attempts that fail are told: it repeats requests by itself (AWS_MAX_ATTEMPTS)."""
+    try:
+        import boto3
+        import botocore.session
+    except ImportError as error:
+        raise UserError("s3:// needs boto3; pip install 'sedd_megatron[s3]'") from error
+
+    def tell(attempts: int, operation: Any, response: Any = None, caught_exception: Any = None, **_: Any) -> None:
+        status = response[0].status_code if response is not None else 0
+        if caught_exception is not None or status >= 500 or status == 429:
+            why = one_line(caught_exception) if caught_exception is not None else f"status {status}"
+            say(f"{operation.name} of S3: attempt {attempts} failed ({why})", to_stderr=True)
+
+    session = botocore.session.get_session()
+    session.register("needs-retry.s3", tell)
+    boto3.setup_default_session(botocore_session=session)
+    return boto3
+
+
+def _msc() -> Any:
+    try:
+        import multistorageclient
+    except ImportError as error:
+        raise UserError("msc:// needs the multi-storage client; pip install multi-storage-client") from error
+    return multistorageclient
+
+
+@contextlib.contextmanager
+def _errors(url: str) -> Iterator[None]:
+    """Around what asks object storage.
+
+    Raises:
+        UserError: in place of the clients' errors.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # each client raises its own, and they have no common base
+        response = getattr(error, "response", None) or {}
+        code = response.get("Error", {}).get("Code", "")
+        if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"):
+            way_out = "give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        elif code == "NoSuchBucket":
+            way_out = "name a bucket that is there, or its store by AWS_ENDPOINT_URL"
+        elif code in REFUSED:
+            way_out = "give the credentials of an account that may list and read there"
+        else:
+            way_out = "mend that and start again: a run goes on from its newest checkpoint"
+        raise UserError(f"{url}: cannot be read ({one_line(error)}); {way_out}") from error
