@@ -194,8 +194,8 @@ ANSWERS = {
     "decoupled-lr decoupled-min-lr head-lr-mult": "all parameters have one --lr; leave it out",
     "batch-size": "give --micro-batch-size and --global-batch-size",
     "warmup": "give --lr-warmup-iters",
-    "lr-warmup-init lr-warmup-steps lr-decay-steps wsd-decay-steps": (
-        "the warm-up begins at 0: --lr-warmup-iters, --lr-decay-iters"
+    "lr-warmup-steps lr-decay-steps wsd-decay-steps": (
+        "give --lr-warmup-iters, --lr-decay-iters and --lr-wsd-decay-iters, or the same in samples"
     ),
     (
         "override-opt_param-scheduler override-opt-param-scheduler use-checkpoint-opt_param-scheduler "
@@ -260,7 +260,8 @@ ANSWERS = {
         "num-dataset-builder-threads mid-level-dataset-surplus no-mmap-bin-files no-data-sharding use-one-sent-docs "
         "renormalize-blend-weights short-seq-prob use-same-sampling-seed-*"
     ): "windows are read from the mapped .bin, in an order that (seed, n) decides; leave it out",
-    "object-storage-cache-path s3-cache-path enable-msc disable-msc": "corpora are files; leave it out",
+    "s3-cache-path": "give --object-storage-cache-path",
+    "enable-msc disable-msc": "corpora named msc://... are read so, and no others; leave it out",
     "multiple-validation-sets validation-set-names": (
         "--valid-data-path takes a blend, and one loss is told; evaluate bounds each text by itself"
     ),

@@ -38,7 +38,7 @@ REPORTED = (
     "lr_warmup_init clip_grad adam_beta1 adam_beta2 adam_eps weight_decay ema_decay ema_interval spike_factor"
 ).split()
 # In place of a corpus: made-up data is the same wherever its seed is.
-MOCK = {"share": "1", "sample": "mock data", "digests": None}
+MOCK = {"share": "1", "sample": "mock data", "digests": None, "keyed_order": False}
 # Of a file of data without digests, this many blocks of this many bytes, evenly spaced, stand for all of it.
 BLOCKS, BLOCK_BYTES = 64, 1 << 16
 
