@@ -33,8 +33,8 @@ def cells(text: str, first: str) -> list[list[str]]:
 
 
 def test_document_masks_write_their_table(tmp_path):
-    text = table_of("document_masks", tmp_path, "--lengths", "4", "16", "--width", "16", "--layers", "1", "--batch", "1",
-                    "--seq-length", "16", "--pairs", "1")  # fmt: skip
+    text = table_of("document_masks", tmp_path, "--lengths", "4", "16", "--width", "16", "--layers", "1", "--batch",
+                    "1", "--seq-length", "16", "--pairs", "1")  # fmt: skip
     assert [cells(text, length)[0][0] for length in ("4", "16")] == ["4", "16"]
 
 
