@@ -61,7 +61,7 @@ def test_the_comparison_would_tell_if_a_layout_had_no_mask(runs):
 
 def test_evaluation_of_such_a_model_keeps_documents_apart(runs):
     flags = ["--load", str(runs["one"]), "--data", __file__]
-    with pytest.raises(UserError, match="its documents were cut off from each other .* give --windowing strided"):
+    with pytest.raises(UserError, match=r"its documents were cut off from each other .* give --windowing strided"):
         check(flags)
     check([*flags, "--windowing", "separate"])
     check(["--load", str(runs["neither"]), "--data", __file__])
