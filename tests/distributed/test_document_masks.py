@@ -7,6 +7,8 @@ import torch
 
 from sedd_megatron.data.corpus import open_tokens, write_corpus
 from sedd_megatron.data.tokenizers import SentencePieceTokenizer
+from sedd_megatron.errors import UserError
+from sedd_megatron.evaluate import check
 from tests.distributed.compare import metrics, relative_difference, whole_tensors
 from tests.distributed.launch import launch
 from tests.distributed.layouts import CP2, DIST_OPT, FULL_BLOCK, MODEL, PP2, SELECTIVE, SP, TP2, VPP
@@ -55,3 +57,11 @@ def test_the_comparison_would_tell_if_a_layout_had_no_mask(runs):
     expected, actual = (whole_tensors(runs[run] / f"iter_{STEPS:07d}") for run in ("one", "neither"))
     gradients = [name for name in expected if name.startswith("optimizer.state.exp_avg.") and "modulation" in name]
     assert max(relative_difference(actual[name], expected[name]) for name in gradients) > 1e-3
+
+
+def test_evaluation_of_such_a_model_keeps_documents_apart(runs):
+    flags = ["--load", str(runs["one"]), "--data", __file__]
+    with pytest.raises(UserError, match=r"its documents were cut off from each other .* give --windowing strided"):
+        check(flags)
+    check([*flags, "--windowing", "separate"])
+    check(["--load", str(runs["neither"]), "--data", __file__])
