@@ -1,6 +1,8 @@
 # Makes the virtual environment .venv at the repository's root, once; sourced by examples/quickstart.sh and tests/run.sh.
 # make_environment EXTRAS: EXTRAS is empty or like [test]. PYTHON chooses the interpreter (3.10 to 3.13).
 
+PRINT_VERSION='import sys; print("%d.%d" % sys.version_info[:2])'
+
 make_environment() {
     local extras=$1 stamp
     make_venv || return
@@ -20,17 +22,19 @@ make_venv() {
     if [ -x .venv/bin/python ] && [ -z "${PYTHON:-}" ] && .venv/bin/python -m pip --version >/dev/null 2>&1; then
         return 0
     fi
-    command -v "$python" >/dev/null || {
-        echo "error: there is no $python; set PYTHON to a Python from 3.10 to 3.13" >&2
+    # Run and not looked up: pyenv has a command for every Python that it could install.
+    wanted=$("$python" -c "$PRINT_VERSION" 2>/dev/null) || {
+        echo "error: there is no $python that runs; set PYTHON to a Python from 3.10 to 3.13" >&2
         return 2
     }
-    "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2])' || {
+    case $wanted in
+    2.* | 3.[0-9])
         echo "error: $python is older than Python 3.10; set PYTHON to a newer one" >&2
         return 2
-    }
+        ;;
+    esac
     if [ -e .venv ]; then
-        wanted=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-        found=$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || found="none that runs"
+        found=$(.venv/bin/python -c "$PRINT_VERSION" 2>/dev/null) || found="none that runs"
         [ "$wanted" = "$found" ] || {
             echo "error: $python is Python $wanted, and the Python of .venv is $found; move .venv" \
                 "away (mv .venv .venv.old)${PYTHON:+, or leave PYTHON out}" >&2

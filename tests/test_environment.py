@@ -40,9 +40,11 @@ def program(path: Path, text: str) -> str:
 
 
 def test_an_interpreter_that_is_not_there_is_called_so(checkout):
-    said = "error: there is no /nowhere/python3.12; set PYTHON to a Python from 3.10 to 3.13\n"
-    assert make_environment(checkout, PYTHON="/nowhere/python3.12") == (2, said)
-    old = program(checkout / "python3.8", f'exec {sys.executable} -c "import sys; sys.exit(1)"')
+    # A name that nobody has, and one that is a command as pyenv makes them.
+    for python in ("/nowhere/python3.12", program(checkout / "python3.12", "echo not installed >&2; exit 127")):
+        said = f"error: there is no {python} that runs; set PYTHON to a Python from 3.10 to 3.13\n"
+        assert make_environment(checkout, PYTHON=python) == (2, said)
+    old = program(checkout / "python3.8", "echo 3.8")
     said = f"error: {old} is older than Python 3.10; set PYTHON to a newer one\n"
     assert make_environment(checkout, PYTHON=old) == (2, said)
     assert not (checkout / ".venv").exists()
@@ -50,7 +52,7 @@ def test_an_interpreter_that_is_not_there_is_called_so(checkout):
 
 def test_an_environment_of_another_python_is_named_and_stays(checkout):
     venv.create(checkout / ".venv", with_pip=False, symlinks=True)
-    other = program(checkout / "python9.9", 'case "$2" in *exit*) exit 0;; esac; echo 9.9')
+    other = program(checkout / "python9.9", "echo 9.9")
     code, said = make_environment(checkout, PYTHON=other)
     assert (code, said) == (
         2,

@@ -62,12 +62,9 @@ class _EmbeddingIntoMainGrad(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output):
         (index,) = ctx.saved_tensors
-        rows, total = grad_output.flatten(0, -2).float(), ctx.weight.main_grad
-        # Thousands of rows of one token, as of the mask, added one by one in bf16 would come to a stop.
-        summed = total if total.dtype == torch.float32 else torch.zeros(total.shape)
-        summed.index_add_(0, index.flatten(), rows)
-        if summed is not total:
-            total += summed
+        rows = grad_output.flatten(0, -2).to(ctx.weight.main_grad.dtype)
+        # In bf16 as well: torch adds up a row's additions in float32 and rounds once.
+        ctx.weight.main_grad.index_add_(0, index.flatten(), rows)
         mark_added_to_main_grad(ctx.weight)
         return None, None
 

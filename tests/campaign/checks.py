@@ -32,12 +32,13 @@ def expect_done(done: Done) -> None:
 
 
 def expect_refused(done: Done, *names: str) -> None:
-    """Exit code 2 and one line, which has all of these names."""
+    """Exit code 2 and one line, which has all of these names; of unknown flags one line each."""
     expect_no_traceback(done)
     expect(done.code == 2, f"exit codes {done.codes}, must be 2: {tail(done)}")
     lines = [line for line in done.said.splitlines() if line.startswith("error: ")]
-    expect(len(lines) == 1, f"{len(lines)} lines of error: {tail(done)}")
-    expect(done.said.rstrip("\n").splitlines()[-1] == lines[0], f"an error of several lines: {tail(done)}")
+    are_unknown = all(line.startswith("error: unknown flag ") for line in lines)
+    expect(len(lines) == 1 or (lines and are_unknown), f"{len(lines)} lines of error: {tail(done)}")
+    expect(done.said.rstrip("\n").splitlines()[-1] == lines[-1], f"an error of several lines: {tail(done)}")
     for name in names:
         expect(name in lines[0], f"the line does not name {name}: {lines[0]}")
 
