@@ -58,6 +58,8 @@ def train(
         find_fp8_scales(run, windows.train)
         saver = open_saver(run, found, preparation, lock)
         metrics = _open_metrics(run)
+        # Together: at a signal a rank before this line leaves, and one behind it would wait for that in its step.
+        torch.distributed.barrier()
         requests.start_waiting()
         try:
             _train_and_save(run, windows, saver, metrics, requests)
