@@ -3,7 +3,7 @@
 import sys
 
 from sedd_megatron.errors import run_command
-from sedd_megatron.training.stop_requests import StopRequests
+from sedd_megatron.training.stop_requests import StopRequests, ignore_from_now_on
 
 
 def main() -> None:
@@ -17,7 +17,9 @@ def _train() -> int:
         from sedd_megatron.arguments import parse_pretrain_options
         from sedd_megatron.training.pretrain import pretrain
 
-        return pretrain(parse_pretrain_options(sys.argv[1:]), requests)
+        code = pretrain(parse_pretrain_options(sys.argv[1:]), requests)
+    ignore_from_now_on()
+    return code
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from sedd_megatron.parallel.groups import on_first_rank, tell
 from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.checkpoint_checks import DamagedCheckpointError
 from sedd_megatron.training.checkpoint_format import sync_file, verify_files, write_synced
-from sedd_megatron.training.run_folder import FoundCheckpoint, checkpoint_name
+from sedd_megatron.training.run_folder import FoundCheckpoint, checkpoint_folders, checkpoint_name
 from sedd_megatron.training.stop_requests import StopRequests
 from sedd_megatron.training_config import TrainingOptions
 from sedd_megatron.training_schedule import Progress, end_of
@@ -59,8 +59,14 @@ def nothing_left(options: PretrainOptions, found: FoundCheckpoint | None) -> boo
     """
     if options.checkpoint.save is None:
         return False
-    save = Path(options.checkpoint.save)
-    if on_first_rank(lambda: found is not None and _has_trained_all(options, found) and _is_finished(save, found)):
+    save, keep_last = Path(options.checkpoint.save), options.checkpoint.keep_last
+
+    def is_done() -> bool:
+        # What --keep-last does not keep is for a start that builds the run.
+        has_surplus = keep_last is not None and len(checkpoint_folders(save)) > keep_last
+        return found is not None and _has_trained_all(options, found) and not has_surplus and _is_finished(save, found)
+
+    if on_first_rank(is_done):
         # A damaged one is repaired by those before it, which takes a model.
         with contextlib.suppress(DamagedCheckpointError):
             verify_files(found.folder, found.body)

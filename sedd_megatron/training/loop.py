@@ -71,6 +71,8 @@ def train(
         find_fp8_scales(run, windows.train)
         saver = open_saver(run, found, preparation, lock)
         metrics = _open_metrics(run)
+        # Together: at a signal a rank before this line leaves, and one behind it would wait for that in its step.
+        torch.distributed.barrier()
         requests.start_waiting()
         try:
             with profiling(run, _log_folder(options)) as probe:

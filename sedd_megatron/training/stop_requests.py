@@ -15,6 +15,12 @@ SAME_REQUEST_SECONDS = 1.0
 _END = b"\0"  # no signal has this number
 
 
+def ignore_from_now_on() -> None:
+    """For a command that has done its work: what asks it to end would only change the code that it ends with."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StopRequests:
     """Notes SIGTERM, SIGINT, SIGHUP and SIGUSR1 of a run, from before the imports that take seconds until it ends; used
     in a `with`, on the main thread.

@@ -25,7 +25,7 @@ SCRIPTS = {
     "srun": ("train.sbatch", ("--ntasks=2", "--time=60"), {}),
     "torchrun": ("torchrun.sbatch", ("--cpus-per-task=2", "--time=60"), {"RANKS_PER_NODE": "2"}),
 }
-STEPS, PATIENCE = 150, 400.0
+STEPS, SIGNALS, PATIENCE = 150, 50, 400.0
 COMMAND = "python -m tests.benchmarks.slurm --output tests/benchmarks/results/slurm.md"
 
 
@@ -131,7 +131,7 @@ class Attack:
         return state in ENDED or (state == "PENDING" and int(count) > restarts)
 
 
-def table(scores: list[Score], minutes: float) -> str:
+def table(scores: list[Score], slurm: str, minutes: float) -> str:
     """What is committed."""
     lines = ["| launcher | signals | saved and requeued | before the first step | after the last | as they should be | "
              "resumed runs, bit for bit |", "|---|---|---|---|---|---|---|"]  # fmt: skip
@@ -139,8 +139,8 @@ def table(scores: list[Score], minutes: float) -> str:
         good = score.signals - len(score.faults)
         lines.append(f"| {score.launcher} | {score.signals} | {score.requeued} | {score.before_the_first_step} | "
                      f"{score.finished} | {good} (goal {score.signals}) | {score.runs} |")  # fmt: skip
-    slurm = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, check=True).stdout.strip()
-    lines += ["", f"In {minutes:.0f} minutes; `{COMMAND}`, {slurm} on {os.cpu_count()} CPU cores "
+    flags = "" if scores[0].signals == SIGNALS else f" --signals {scores[0].signals}"
+    lines += ["", f"In {minutes:.0f} minutes; `{COMMAND}{flags}`, {slurm} on {os.cpu_count()} CPU cores "
               f"({platform.machine()}, {platform.system()}).", ""]  # fmt: skip
     return "\n".join(lines)
 
@@ -158,7 +158,7 @@ def prepare(folder: Path) -> Path:
 def main() -> int:
     """Send the signals, print the table, and write it; 1 if one did not end as it should."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.slurm", description=__doc__.splitlines()[0])
-    parser.add_argument("--signals", type=int, default=50, help="for each launcher (default: 50)")
+    parser.add_argument("--signals", type=int, default=SIGNALS, help=f"for each launcher (default: {SIGNALS})")
     parser.add_argument("--launchers", nargs="+", default=list(SCRIPTS), choices=list(SCRIPTS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="also write the table to this file")
@@ -169,7 +169,7 @@ def main() -> int:
         return 2
     begin, scores = time.monotonic(), []
     with tempfile.TemporaryDirectory() as name, running_cluster(Path(name)) as cluster:
-        folder = Path(name)
+        folder, slurm = Path(name), cluster.said("sbatch", "--version").strip()
         data = prepare(folder)
         for launcher in options.launchers:
             attack = Attack(cluster, folder, data, launcher, options.seed)
@@ -177,7 +177,7 @@ def main() -> int:
             scores.append(attack.send(options.signals, seconds, folder / f"{launcher}-reference"))
             for fault in scores[-1].faults:
                 print(f"{launcher}: {fault}", flush=True)
-    text = table(scores, (time.monotonic() - begin) / 60)
+    text = table(scores, slurm, (time.monotonic() - begin) / 60)
     print(text)
     if options.output is not None:
         options.output.write_text(text, encoding="utf-8")

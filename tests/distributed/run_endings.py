@@ -1,6 +1,4 @@
-"""Runs one after the other, of which each says how it has left its folder; a job is flags and the rank whose clock is
-an hour ahead.
-"""
+"""Runs one after the other, each of which says how it has left its folder; a job is flags and a rank an hour ahead."""
 
 import json
 import os

@@ -60,15 +60,14 @@ class Commands:
         return str(self.root / "data" / f"{name}_text_document")
 
     def train(self, train_iters: int, *arguments: str, corpus: str | None = None) -> list[str]:
-        """Run the command; what it printed but for progress."""
+        """Run the command; what it printed but for progress and how it ended."""
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
             command = [*MODEL, "--data-path", corpus or self.corpus, "--train-iters", str(train_iters), *arguments]
             pretrain(parse_pretrain_options([argument.replace("@", str(self.root)) for argument in command]))
+        left_out = ("memory on", "iteration ", "finished at ", "nothing left to do: ")
         lines = said.getvalue().splitlines()
-        return [
-            line for line in lines if not line.startswith(("memory on", "iteration ")) and "parameters," not in line
-        ]
+        return [line for line in lines if not line.startswith(left_out) and "parameters," not in line]
 
     def refusal(self, *arguments: str, train_iters: int = 4, corpus: str | None = None) -> str:
         with pytest.raises(UserError) as error:

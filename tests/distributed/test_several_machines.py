@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -142,6 +143,25 @@ def test_a_rank_that_waits_in_vain_for_the_others_to_join_ends_with_one_line(tmp
     assert "Traceback" not in done.stderr
 
 
+def test_a_port_that_is_taken_is_named():
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        environment = child_environment(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        done = run([sys.executable, "-c", JOINING], environment)
+    assert done.stderr.splitlines()[-1] == (
+        f"error: MASTER_PORT {port}: another program of this machine listens there; give every rank another one by "
+        "MASTER_PORT=..."
+    )
+
+
+JOINING = """
+from sedd_megatron.config import ParallelOptions
+from sedd_megatron.errors import run_command
+from sedd_megatron.parallel.groups import parallel_groups
+run_command(lambda: parallel_groups(ParallelOptions(device="cpu")).__enter__())
+"""
 # As torch 2.13 says it.
 GLOO = "Gloo connectFullMesh failed with [/pytorch/gloo/transport/tcp/pair.cc:152] timed out connecting: refused"
 FAILING = """

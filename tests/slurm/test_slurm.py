@@ -261,7 +261,7 @@ def test_each_element_of_an_array_evaluates_in_a_container(cluster, unbroken, tm
     """pyxis is not here: a srun before Slurm's own keeps the flags that are for it, and passes on the others."""
     (tmp_path / "srun").write_text(SRUN.format(srun=shutil.which("srun"), seen=tmp_path / "seen"))
     (tmp_path / "srun").chmod(0o755)
-    (tmp_path / "list.txt").write_text(f"--load {unbroken.save}\n--load {unbroken.save} --mc-samples 3\n")
+    (tmp_path / "list.txt").write_text(f"--load {unbroken.save}\n--load {unbroken.save} --mc-samples 4\n")
     number = cluster.submit(
         "eval_array.sbatch", str(tmp_path / "list.txt"), "--data", str(REPOSITORY / "LICENSE"), "--mc-samples", "2",
         "--device", "cpu", options=(*ONE_RANK, "--array=1-2"), PYTHON=sys.executable, CONTAINER_IMAGE="some/image",

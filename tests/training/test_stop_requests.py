@@ -81,3 +81,20 @@ def test_the_command_hears_signals_before_it_imports_torch(tmp_path):
     process.terminate()
     assert process.communicate(timeout=30) == ("", "SIGTERM: ended before the first step\n")
     assert process.returncode == 0
+
+
+def test_a_command_that_has_done_its_work_ends_with_its_own_code():
+    """Whatever comes while Python takes its modules down."""
+    code = """
+import atexit, os, signal
+from sedd_megatron.errors import STOP_SIGNALS, run_command
+from sedd_megatron.training.stop_requests import StopRequests, ignore_from_now_on
+atexit.register(lambda: [os.kill(os.getpid(), number) for number in STOP_SIGNALS])
+def main():
+    with StopRequests():
+        pass
+    ignore_from_now_on()
+run_command(main)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
