@@ -20,7 +20,7 @@ cpu_backend.install()
 
 from lm_eval.utils import simple_parse_args_string  # noqa: E402
 
-from sedd_megatron import convert, evaluate, generate, harness_model, prepare_data, sample_quality  # noqa: E402
+from sedd_megatron import convert, evaluate, generate, harness_model, prepare_data, report, sample_quality  # noqa: E402
 from sedd_megatron.arguments import parse_pretrain_options, weighted_corpora  # noqa: E402
 from sedd_megatron.config import GROUPS, ConfigFile, LayoutOptions  # noqa: E402
 from sedd_megatron.data.tokenizers import ByteTokenizer, CharTokenizer  # noqa: E402
@@ -132,6 +132,7 @@ COMMANDS = {
                      ["--output-prefix", "out", "--input", TEXT, "--tokenizer-type", "ByteTokenizer"], 400),
     "convert": (convert.check, (convert.ConvertOptions,), [], 150),
     "harness": (harness_check, harness_model.MODEL_ARGUMENTS, [f"--load={MODEL}"], 400),
+    "report": (report.check, (report.ReportOptions,), ["--runs", TEXT, "--output", "page.html"], 100),
     "sample_quality": (sample_quality.check, (sample_quality.QualityOptions, *OF_TEXTS), ["--samples", TEXT], 300),
 }  # fmt: skip
 
