@@ -186,5 +186,6 @@ def test_a_phone_shows_all_of_it_without_a_network(run_folder, tmp_path, monkeyp
             "Noised tokens share": 4,
         }
         assert found["marks"] == 3
-    assert min(pictures[0].getpixel((3, 100))) > 200
-    assert max(pictures[1].getpixel((3, 100))) < 60
+    # Beside the panels, in the frame.
+    assert min(pictures[0].getpixel((12, 100))) > 200
+    assert max(pictures[1].getpixel((12, 100))) < 60
