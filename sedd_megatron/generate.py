@@ -1,6 +1,7 @@
 """python -m sedd_megatron.generate: samples from a trained model, around text of a person's choice."""
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -101,8 +102,7 @@ def main() -> None:
                 if output is not None:
                     output.write(json.dumps(text.record(), ensure_ascii=False) + "\n")
     if recorder is not None and is_first_rank():
-        seed = str(request.seed) if options.requests is None else f"of each line of {options.requests}"
-        _write_trace(options, sampling, seed, saved, recorder)
+        _write_trace(options, request, sampling, saved, recorder)
         print(f"wrote {options.trace}", file=sys.stderr)
 
 
@@ -179,17 +179,46 @@ def _recorder(options: GenerateOptions, settings: "SamplingSettings") -> "TraceR
 
 
 def _write_trace(
-    options: GenerateOptions, sampling: SamplingOptions, seed: str, saved: "SavedModel", recorder: "TraceRecorder"
+    options: GenerateOptions,
+    request: TextRequest,
+    sampling: SamplingOptions,
+    saved: "SavedModel",
+    recorder: "TraceRecorder",
 ) -> None:
     from sedd_megatron.generation.trace import write_trace
 
     graph, tokenizer = saved.graph, saved.tokenizer
-    names = ("sampler", "sampling_steps", "time_grid", "temperature", "top_k", "top_p")
-    settings = {name.replace("_", " "): str(getattr(sampling, name)) for name in names}
-    settings = {"model": options.load} | settings | {"seed": seed}
     write_trace(
-        Path(options.trace), recorder.traces, lambda token: tokenizer.decode([token]), graph.mask_token_id, settings
+        Path(options.trace),
+        recorder.traces,
+        lambda token: tokenizer.decode([token]),
+        graph.mask_token_id,
+        _trace_settings(options, request, sampling, saved),
     )
+
+
+def _trace_settings(
+    options: GenerateOptions, request: TextRequest, sampling: SamplingOptions, saved: "SavedModel"
+) -> dict[str, str]:
+    """What the page's header says: the model, what was asked for, and how it was sampled, but for defaults."""
+    settings = {"model": options.load}
+    iteration = re.fullmatch(r"iter_0*(\d+)", saved.path.name)
+    if iteration is not None:
+        settings["iteration"] = f"{int(iteration[1]):,}"
+    if options.requests is not None:
+        return settings | {"requests": options.requests} | _sampling_settings(sampling)
+    texts = {name: getattr(request, name) for name in ("prompt", "suffix", "infill")}
+    settings |= {name: text for name, text in texts.items() if text}
+    return settings | _sampling_settings(sampling) | {"seed": str(request.seed)}
+
+
+def _sampling_settings(sampling: SamplingOptions) -> dict[str, str]:
+    count = f"{sampling.sampling_steps} step{'s' * (sampling.sampling_steps > 1)}"
+    steps = f"{count} and the last one" if sampling.denoise else f"{count}, without the last one"
+    default, names = SamplingOptions(), ("time_grid", "temperature", "top_k", "top_p", "corrector_strength")
+    changed = [name for name in names if getattr(sampling, name) != getattr(default, name)]
+    named = {name.replace("_", " "): str(getattr(sampling, name)) for name in changed}
+    return {"sampler": sampling.sampler, "steps": steps} | named
 
 
 if __name__ == "__main__":

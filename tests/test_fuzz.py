@@ -20,7 +20,16 @@ cpu_backend.install()
 
 from lm_eval.utils import simple_parse_args_string  # noqa: E402
 
-from sedd_megatron import convert, evaluate, generate, harness_model, plan, prepare_data, sample_quality  # noqa: E402
+from sedd_megatron import (  # noqa: E402
+    convert,
+    evaluate,
+    generate,
+    harness_model,
+    plan,
+    prepare_data,
+    report,
+    sample_quality,
+)
 from sedd_megatron.arguments import corpora_by_flag, parse_pretrain_options, weighted_corpora  # noqa: E402
 from sedd_megatron.config import GROUPS, ConfigFile, LayoutOptions, ParallelOptions  # noqa: E402
 from sedd_megatron.data.splits import open_parts  # noqa: E402
@@ -137,6 +146,7 @@ COMMANDS = {
     "convert": (convert.check, (convert.ConvertOptions,), [], 150),
     "plan": (plan.check, (plan.PlanOptions, ConfigFile, *plan.OPTION_CLASSES), ["--bf16"], 300),
     "harness": (harness_check, harness_model.MODEL_ARGUMENTS, [f"--load={MODEL}"], 400),
+    "report": (report.check, (report.ReportOptions,), ["--runs", TEXT, "--output", "page.html"], 100),
     "sample_quality": (sample_quality.check, (sample_quality.QualityOptions, *OF_TEXTS), ["--samples", TEXT], 300),
 }  # fmt: skip
 

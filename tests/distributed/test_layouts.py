@@ -75,10 +75,14 @@ def assert_same_curve(actual: Path, expected: Path, first: int = 0) -> None:
         a, b = metrics(actual, name), metrics(expected, name)[first:]
         assert len(a) == len(b) == STEPS - first
         assert ((a - b).abs() <= 1e-6 * b.abs()).all(), (name, a, b)
+    loss = metrics(expected, "loss")[first:]
     for name in STEP_FIELDS:
-        a, b = (step_values(folder, name) for folder in (actual, expected))
-        # Of fewer numbers, whose rounding counts for more: a band's terms may cancel, a part's gradients be small.
-        torch.testing.assert_close(a, b[first:], rtol=3e-6, atol=1e-6, equal_nan=True, msg=name)
+        a, b = step_values(actual, name), step_values(expected, name)[first:]
+        assert torch.equal(a.isnan(), b.isnan()), name
+        # Of fewer numbers than the loss, whose rounding counts for more. At much noise a band's loss is next to 0, the
+        # sum of terms that cancel.
+        small = 5e-6 * loss if name.startswith("loss") else 1e-6
+        assert ((a - b).abs() <= 3e-6 * b.abs() + small)[~b.isnan()].all(), (name, a, b)
 
 
 def step_values(folder: Path, name: str) -> torch.Tensor:
