@@ -53,7 +53,8 @@ def place_of(frames: Iterable[FrameType]) -> Place:
         elif collective is None and file == torch.distributed.distributed_c10d.__file__:
             # The first is what was called; others are how it is made.
             collective = frame if name in torch.distributed.distributed_c10d.__all__ else None
-    if collective is None:
+    # While they join the ranks have no groups yet.
+    if collective is None or not torch.distributed.is_initialized():
         return Place(function)
     ranks = torch.distributed.get_process_group_ranks(collective.f_locals.get("group"))
     return Place(function, collective.f_code.co_name, tuple(ranks))
