@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -52,7 +53,8 @@ def place_of(frames: Iterable[FrameType]) -> Place:
         elif collective is None and file == torch.distributed.distributed_c10d.__file__:
             # The first is what was called; others are how it is made.
             collective = frame if name in torch.distributed.distributed_c10d.__all__ else None
-    if collective is None:
+    # While they join the ranks have no groups yet.
+    if collective is None or not torch.distributed.is_initialized():
         return Place(function)
     ranks = torch.distributed.get_process_group_ranks(collective.f_locals.get("group"))
     return Place(function, collective.f_code.co_name, tuple(ranks))
@@ -64,6 +66,7 @@ class RollCall:
     def __init__(self) -> None:
         self.num_ranks, self._rank = 1, 0
         self._store: torch.distributed.Store | None = None
+        self._line: socket.socket | None = None
         self._found: dict[int, Place] | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._answer_once, args=(threading.get_ident(),), daemon=True)
@@ -78,6 +81,7 @@ class RollCall:
         self._rank, self.num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         if self.num_ranks > 1:
             self._store = torch.distributed.distributed_c10d._get_default_store()
+            self._line = _line_to_holder(self._store)
             self._thread.start()
 
     def end(self) -> None:
@@ -86,6 +90,8 @@ class RollCall:
         if self._thread.is_alive():
             # Not for long: the store may be gone.
             self._thread.join(SECONDS_BETWEEN_LOOKS)
+        if self._line is not None:
+            self._line.close()
 
     def ask(self, own: Place) -> dict[int, Place] | None:
         """Where each rank stands that answers in time, asked by one that stands at `own`; None without an answer of
@@ -101,7 +107,7 @@ class RollCall:
 
     def _ask_all(self, own: Place) -> None:
         """One rank asks for all: thousands that read thousands of answers would be too much for the store."""
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, OSError):
             store = self._own_connection()
             self._answer(store, own)
             if store.add(ASKED, 1) > 1:
@@ -113,11 +119,12 @@ class RollCall:
 
     def _answer_once(self, main_thread: int) -> None:
         # Without its store, which ends with the run or with whoever held it, there is nobody to answer.
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, OSError):
             store = self._own_connection()
             while not store.check([ASKED]):
                 if self._stopped.wait(SECONDS_BETWEEN_LOOKS):
                     return
+                self._require_holder()
             frames = [frame for frame, _ in traceback.walk_stack(sys._current_frames()[main_thread])]
             self._answer(store, place_of(reversed(frames)))
             # Kept for when this rank notices itself, as the store may be gone by then.
@@ -125,17 +132,35 @@ class RollCall:
             store.add(READ, 1)
 
     def _wait_for_readers(self) -> None:
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, OSError):
             store, deadline = self._own_connection(), time.monotonic() + 3 * SECONDS_BETWEEN_LOOKS
             while store.add(READ, 0) < len(self._found) and time.monotonic() < deadline:
                 time.sleep(SECONDS_BETWEEN_LOOKS / 4)
 
+    def _require_holder(self) -> None:
+        """Raises:
+        ConnectionError: the process that holds the store is gone. Asked for more, torch would print a stack of its own.
+        """
+        with contextlib.suppress(BlockingIOError):
+            if not self._line.recv(1, socket.MSG_PEEK):
+                raise ConnectionResetError
+
     def _own_connection(self) -> torch.distributed.Store:
+        self._require_holder()
         # Whatever waits on the other one would keep this thread waiting.
         return torch.distributed.PrefixStore("roll_call", self._store.clone())
 
     def _answer(self, store: torch.distributed.Store, place: Place) -> None:
         store.append(ANSWERS, json.dumps([self._rank, asdict(place)]) + "\n")
+
+
+def _line_to_holder(store: torch.distributed.Store) -> socket.socket:
+    """A connection that says nothing, and ends with the process that holds the store."""
+    while isinstance(store, torch.distributed.PrefixStore):
+        store = store.underlying_store
+    line = socket.create_connection((store.host, store.port), timeout=SECONDS_FOR_ANSWERS)
+    line.setblocking(False)
+    return line
 
 
 def lost_rank(error: RuntimeError, roll_call: RollCall) -> LostRankError | None:

@@ -158,6 +158,7 @@ def test_a_step_waits_for_the_device_once(flags, byte_corpus, monkeypatch):
     from sedd_megatron.training import optimizer_step
     from sedd_megatron.training.iterators import training_iterators
     from sedd_megatron.training.step import train_step
+    from sedd_megatron.training.step_guard import StepGuard
 
     # The optimizer's ways on a GPU; what is made for a batch is made by the loader process. Dropout's draws are one
     # kernel there, of which nothing is read.
@@ -166,6 +167,7 @@ def test_a_step_waits_for_the_device_once(flags, byte_corpus, monkeypatch):
     monkeypatch.setattr(dit_layer, "dropped_elements", kernel_without_a_wait)
     windows = open_windows(weighted_corpora(run.options.data), seq_length=run.options.model.seq_length,
                            split="1,0,0", num_tokens=256, seed=0)  # fmt: skip
+    run.guard = StepGuard(run, windows.train)
     batches = training_iterators(run, windows.train)
     train_step(run, batches)
     for _ in range(2):
