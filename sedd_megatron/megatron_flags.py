@@ -209,11 +209,9 @@ ANSWERS = {
     "no-check-for-nan-in-loss disable-check-for-nan-in-loss": (
         "always on: a loss or gradient norm that is not finite is never saved; leave it out"
     ),
-    "check-for-large-grads check-for-spiky-loss": (
-        "losses and gradient norms are in metrics.jsonl, and --clip-grad bounds what a step takes"
-    ),
+    "check-for-large-grads check-for-spiky-loss": "give --spike-factor",
     "rerun-mode error-injection-rate error-injection-type result-rejected-tracker-filename": (
-        "there is no rerun machine of Megatron's; leave it out"
+        "a step that is not finite is always replayed, and a spike by --spike-factor; leave it out"
     ),
     "exit-signal": "SIGTERM, SIGINT, SIGHUP and SIGUSR1 all save and end the run; leave it out",
     "exit-signal-handler-for-training exit-signal-handler-for-dataloader": "always so: leave it out",
@@ -310,7 +308,7 @@ ANSWERS = {
     "one-logger-* no-one-logger app-tag-* otel-* run-workload-inspector-server": (
         "belongs to a program beside Megatron-LM that is not used here; leave it out"
     ),
-    "check-weight-hash-across-dp-replicas-interval": "--verify-layout compares the replicas bit for bit",
+    "check-weight-hash-across-dp-replicas-interval": "give --check-replicas-interval",
     # Other programs and tasks
     "yaml-cfg": "give --config, a YAML file whose keys are our flags",
     "enable-experimental test-mode onnx-safe": "there is no such mode; leave it out",

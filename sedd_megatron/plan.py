@@ -3,15 +3,16 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from sedd_megatron.config import GROUPS, ConfigFile, PretrainOptions
 from sedd_megatron.errors import UserError, print_output, run_command
+from sedd_megatron.megatron_flags import answer_of
 from sedd_megatron.options import check_rules, flag_of, load_yaml_options, option, parse_options
 from sedd_megatron.planning.devices import DEVICES, Cluster
 from sedd_megatron.planning.layouts import LAYOUT_NAMES, all_plans, best_plans, nearest_line
 from sedd_megatron.planning.table import command_lines, layout_flags, plan_lines
+from sedd_megatron.preset_files import config_file
 from sedd_megatron.training_config import DataOptions
 
 MOST_GPUS = 2**20
@@ -55,7 +56,11 @@ def check(argv: Sequence[str]) -> Checked:
         UserError: the first mistake.
     """
     options, config, *groups = parse_options(
-        (PlanOptions, ConfigFile, *OPTION_CLASSES), argv, "sedd_megatron.plan", "Plan a run's layout on a cluster."
+        (PlanOptions, ConfigFile, *OPTION_CLASSES),
+        argv,
+        "sedd_megatron.plan",
+        "Plan a run's layout on a cluster.",
+        answer_of,
     )
     check_rules(
         options,
@@ -71,7 +76,7 @@ def check(argv: Sequence[str]) -> Checked:
     given = {name for name in LAYOUT_NAMES if _names(argv, name)}
     if config.config is not None:
         # No flag unsets these.
-        in_file = load_yaml_options(Path(config.config), (PlanOptions, ConfigFile, *OPTION_CLASSES))
+        in_file = load_yaml_options(config_file(config.config), (PlanOptions, ConfigFile, *OPTION_CLASSES))
         given |= {name for name in LAYOUT_NAMES if "recompute" in name or "virtual" in name} & in_file.keys()
     return Checked(options, PretrainOptions(*groups), frozenset(given))
 

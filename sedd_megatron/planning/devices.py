@@ -8,6 +8,9 @@ from sedd_megatron.training.estimates import peak_tflops
 # (235 of 300 GB/s on an A100's NVLink), rounded down.
 MEMORY_SHARE = 0.8
 LINK_SHARE = 0.8
+# Of tensor-parallel communication, what --tp-comm-overlap leaves to be waited for: a guess that no table tells from
+# others.
+TENSOR_EXPOSED = 0.5
 # Attention in one kernel, forward and backward together: Dao, arXiv 2307.08691, section 4.1, on an A100; Shah et al.,
 # arXiv 2407.08608, section 4.1, on an H100.
 ATTENTION_SHARE = 0.5

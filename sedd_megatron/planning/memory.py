@@ -98,7 +98,7 @@ def rank_memory(
     )
     return RankMemory(
         weights=size * count.total - (count.layer_matrices if precision.fp8_param_gather else 0),
-        gradients=4 * count.total,
+        gradients=gradient_size(options) * count.total,
         optimizer=updated * (12 if precision.bf16 else 8),
         moving_average=4 * updated,
         activations=activations.per_layer * activations.in_flight,
@@ -106,6 +106,11 @@ def rank_memory(
         communication=_passing_bytes(options, size) + communicators * COMMUNICATOR_BYTES * (device == "cuda"),
         reserve=CONTEXT_BYTES if device == "cuda" else 0,
     )
+
+
+def gradient_size(options: PretrainOptions) -> int:
+    """Bytes of a gradient where it is summed, over micro-batches and over replicas."""
+    return 2 if options.parallel.grad_reduce_in_bf16 else 4
 
 
 def _passing_bytes(options: PretrainOptions, size: int) -> float:

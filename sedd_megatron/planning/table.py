@@ -9,6 +9,7 @@ from sedd_megatron.config import PretrainOptions
 from sedd_megatron.options import flag_of
 from sedd_megatron.planning.layouts import LAYOUT_NAMES, Plan
 from sedd_megatron.planning.memory import RankMemory, checkpoint_bytes, parameters_of_model
+from sedd_megatron.training_schedule import end_of
 
 GIGA, SECONDS_A_DAY = 1e9, 86_400
 
@@ -25,7 +26,7 @@ def plan_lines(plans: Sequence[Plan], num_tokens: int, storage_bandwidth: float)
     yield (
         f"{parameters_of_model(options, first.num_states):,} parameters, {num_tokens:,} tokens | "
         f"{cluster.gpus:,} x {cluster.device.name}, {cluster.gpus_per_node} a node | "
-        f"{training.train_iters:,} steps of {training.global_batch_size:,} x {model.seq_length:,} tokens"
+        f"{end_of(training).iteration:,} steps of {training.global_batch_size:,} x {model.seq_length:,} tokens"
     )
     yield (
         f"a checkpoint is {size / GIGA:,.1f} GB, {seconds(size / storage_bandwidth)} at "
@@ -48,7 +49,8 @@ _SHARE_HEADER = "compute tensor context pipeline bubble data optimizer NVLink ne
 
 def _time_cells(plan: Plan) -> list[str]:
     parallel, training, cluster = plan.options.parallel, plan.options.training, plan.cluster
-    total = plan.time.total * training.train_iters
+    # As if every batch were of the full size, which those of a ramp are not.
+    total = plan.time.total * end_of(training).consumed_samples / training.global_batch_size
     fp8 = plan.options.precision.fp8_format is not None
     return [
         str(parallel.tensor_model_parallel_size),

@@ -2,8 +2,8 @@
 
 from sedd_megatron.config import PretrainOptions
 from sedd_megatron.layout_rules import data_parallel_size_of
-from sedd_megatron.planning.devices import Cluster
-from sedd_megatron.planning.memory import parameters_of_rank
+from sedd_megatron.planning.devices import TENSOR_EXPOSED, Cluster
+from sedd_megatron.planning.memory import gradient_size, parameters_of_rank
 from sedd_megatron.planning.time import Group, Product, Work, Workload
 
 
@@ -42,11 +42,12 @@ def workload_of(options: PretrainOptions, cluster: Cluster, num_states: int, hea
         messages_leave_node=cluster.gpus > node,
         # As model/model_config.py has it.
         messages_overlap=chunks > 1,
-        gradient_bytes=4 * count.total,
+        gradient_bytes=gradient_size(options) * count.total,
         parameter_bytes=parameter_bytes if parallel.use_distributed_optimizer else 0.0,
         gradients_overlap=parallel.overlap_grad_reduce,
         parameters_overlap=parallel.overlap_param_gather,
         optimizer_bytes=updated_bytes,
+        tensor_exposed=TENSOR_EXPOSED if parallel.tp_comm_overlap else 1.0,
     )
 
 

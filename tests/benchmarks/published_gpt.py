@@ -14,12 +14,10 @@ Fitted to them are the two shares of the peak in planning/devices.py, one for ea
 
 from typing import NamedTuple
 
-from sedd_megatron.planning.devices import DEVICES, Device
+from sedd_megatron.planning.devices import DEVICES, TENSOR_EXPOSED, Device
 from sedd_megatron.planning.time import BACKWARD_BYTES, Group, Product, Work, Workload, step_time
 
 GPUS_PER_NODE = 8
-# Of tensor-parallel communication, what --tp-comm-overlap leaves to be waited for. Not fitted.
-TENSOR_EXPOSED = 0.5
 
 
 class Published(NamedTuple):
