@@ -24,7 +24,7 @@ class BuildWithPresets(build_py):
 
 setup(
     name="sedd_megatron",
-    version="0.7.0",
+    version="0.8.0",
     description="Score entropy discrete diffusion language models on Megatron-Core",
     license="MIT",
     python_requires=">=3.10",
