@@ -73,7 +73,7 @@ def check_options(options: PretrainOptions, world_size: int, on_this_machine: bo
     check_model_layout(options.model, options.parallel)
     if on_this_machine:
         check_weights_fit(options.model, options.parallel)
-    check_vocabulary_fits(options)
+        check_vocabulary_fits(options)
     check_diffusion(options.diffusion)
     check_recompute(options.recompute, options.precision)
     check_precision(options.precision, options.parallel)

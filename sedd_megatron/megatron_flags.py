@@ -93,7 +93,7 @@ ANSWERS = {
     ),
     "distributed-backend": "NCCL on GPUs and gloo on CPUs (--device); leave it out",
     "distributed-timeout-seconds-after-init": "--distributed-timeout-minutes counts for the whole run",
-    "local-rank lazy-mpu-init fake-process-group": "ranks come from torchrun's environment; leave it out",
+    "local-rank lazy-mpu-init fake-process-group": "ranks come from torchrun, srun or mpirun; leave it out",
     (
         "use-tp-pp-dp-mapping high-priority-stream-groups nccl-communicator-config-path create-all-gather-group "
         "use-sharp sharp-enabled-group disable-gloo-process-groups use-nccl-ub disable-symmetric-registration "
@@ -202,7 +202,7 @@ ANSWERS = {
         "use-checkpoint-opt-param-scheduler"
     ): "the schedule is the command's, and a line tells what has changed since the checkpoint; leave it out",
     "decrease-batch-size-if-needed": "make --global-batch-size a multiple of --micro-batch-size times the replicas",
-    "step-batch-size-schedule phase-transition-iterations": "--global-batch-size holds for the whole run",
+    "step-batch-size-schedule phase-transition-iterations": "give --rampup-batch-size",
     "iterations-to-skip": "every sample is trained on once an epoch; leave it out",
     "train-sync-interval": "the host waits for the GPU once a step as it is; leave it out",
     "freeze-all-layers": "what trains no weights is python -m sedd_megatron.evaluate",
@@ -211,7 +211,7 @@ ANSWERS = {
     ),
     "check-for-large-grads check-for-spiky-loss": "give --spike-factor",
     "rerun-mode error-injection-rate error-injection-type result-rejected-tracker-filename": (
-        "a step that is not finite is always replayed, and a spike by --spike-factor; leave it out"
+        "give --check-for-nan-in-loss-and-grad, and --spike-factor for spikes: a bad step is replayed"
     ),
     "exit-signal": "SIGTERM, SIGINT, SIGHUP and SIGUSR1 all save and end the run; leave it out",
     "exit-signal-handler-for-training exit-signal-handler-for-dataloader": "always so: leave it out",

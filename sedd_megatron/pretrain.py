@@ -17,7 +17,9 @@ def _train() -> int:
         from sedd_megatron.arguments import parse_pretrain_options
         from sedd_megatron.training.pretrain import pretrain
 
-        code = pretrain(parse_pretrain_options(sys.argv[1:]), requests)
+        options = parse_pretrain_options(sys.argv[1:])
+        requests.has_a_result = options.verify.verify_layout or options.training.skip_train
+        code = pretrain(options, requests)
     ignore_from_now_on()
     return code
 

@@ -86,4 +86,5 @@ end_job() {
     scontrol requeue "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
     # Slurm ends this script.
     sleep 60
+    fail "job $SLURM_JOB_ID: Slurm has not requeued it; submit it again, and the run goes on"
 }

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from sedd_megatron.data.tokenizer_folder import TOKENIZER_FILES
-from sedd_megatron.errors import UserError, one_line, say
+from sedd_megatron.errors import UserError, one_line, printable, say
+from sedd_megatron.wording import how_to_install
 
 COPIED = (".idx", "_stats.json", "_digests.json", *(f"_tokenizer/{name}" for name in TOKENIZER_FILES))
 # botocore's codes for what another key or another name of the bucket mends.
@@ -154,13 +155,13 @@ def _boto3() -> Any:
         import boto3
         import botocore.session
     except ImportError as error:
-        raise UserError("s3:// needs boto3; pip install 'sedd_megatron[s3]'") from error
+        raise UserError(f"s3:// needs boto3; {how_to_install('s3')}") from error
 
     def tell(attempts: int, operation: Any, response: Any = None, caught_exception: Any = None, **_: Any) -> None:
         status = response[0].status_code if response is not None else 0
         if caught_exception is not None or status >= 500 or status == 429:
             why = one_line(caught_exception) if caught_exception is not None else f"status {status}"
-            say(f"{operation.name} of S3: attempt {attempts} failed ({why})", to_stderr=True)
+            say(printable(f"{operation.name} of S3: attempt {attempts} failed ({why})"), to_stderr=True)
 
     session = botocore.session.get_session()
     session.register("needs-retry.s3", tell)

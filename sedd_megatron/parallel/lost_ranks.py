@@ -6,6 +6,7 @@ knows the collective that it is in, and a rank that does not answer is the one t
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -48,7 +49,7 @@ def place_of(frames: Iterable[FrameType]) -> Place:
     function, collective = "torch", None
     for frame in frames:
         name, file = frame.f_code.co_name, frame.f_code.co_filename
-        if "megatron" in file:
+        if file.startswith(_our_folders()):
             function, collective = name, None
         elif collective is None and file == torch.distributed.distributed_c10d.__file__:
             # The first is what was called; others are how it is made.
@@ -58,6 +59,16 @@ def place_of(frames: Iterable[FrameType]) -> Place:
         return Place(function)
     ranks = torch.distributed.get_process_group_ranks(collective.f_locals.get("group"))
     return Place(function, collective.f_code.co_name, tuple(ranks))
+
+
+@functools.cache
+def _our_folders() -> tuple[str, ...]:
+    """Of this package and Megatron-Core; not by their names: torch may lie in the .venv of a checkout of this one."""
+    import megatron.core
+
+    import sedd_megatron
+
+    return tuple(os.path.dirname(package.__file__) + os.sep for package in (sedd_megatron, megatron.core))
 
 
 class RollCall:

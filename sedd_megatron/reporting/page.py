@@ -7,6 +7,7 @@ from sedd_megatron.errors import UserError
 from sedd_megatron.output_files import script_json
 from sedd_megatron.reporting.curves import CHARTS, chart_data
 from sedd_megatron.reporting.records import RunRecords
+from sedd_megatron.wording import how_to_install
 
 TEMPLATE = "report.html"
 LIBRARY_PLACEHOLDER, DATA_PLACEHOLDER = "__PLOTLY__", "__REPORT_DATA__"
@@ -21,7 +22,7 @@ def report_page(runs: Sequence[RunRecords]) -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise UserError("a report needs plotly; pip install 'sedd_megatron[report]'") from error
+        raise UserError(f"a report needs plotly; {how_to_install('report')}") from error
     charts = [chart_data(chart, runs) for chart in CHARTS]
     data = {
         "runs": [

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ def read_run(path: Path) -> RunRecords:
             restarts.add(iteration - 1)
         last = iteration
         for name, value in record.items():
-            if name != "iteration" and type(value) in (int, float) and math.isfinite(value):
+            if name != "iteration" and type(value) in (int, float) and abs(value) <= sys.float_info.max:
                 iterations, values = columns.setdefault(name, (array("q"), array("d")))
                 iterations.append(iteration)
                 values.append(value)

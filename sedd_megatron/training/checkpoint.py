@@ -270,7 +270,7 @@ def _progress(run: TrainingRun) -> dict[str, Any]:
         "scheduler_samples": run.scheduler.num_steps,
         "ema_last_update": run.ema.last_update,
         "skipped_steps": run.skipped_steps,
-        "recent_steps": run.recent.state(),
+        "recent_steps": run.recent.state(run.groups.layout),
     }
 
 
@@ -366,7 +366,7 @@ def load_checkpoint(run: TrainingRun, directory: Path, body: dict[str, Any], par
     run.iteration = state["iteration"]
     # Older checkpoints know neither.
     run.skipped_steps = state.get("skipped_steps", 0)
-    run.recent = RecentSteps(state.get("recent_steps"))
+    run.recent = RecentSteps(state.get("recent_steps"), run.groups.layout)
     if part is Part.RUN:
         set_adam_step(run.optimizer, run.optimizer_steps)
     run.consumed_samples = state["consumed_samples"]

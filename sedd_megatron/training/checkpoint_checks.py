@@ -39,7 +39,8 @@ def check_body(body: dict[str, Any]) -> None:
     skipped = state.get("skipped_steps", 0)
     _require(_is_size(skipped) and skipped <= state["iteration"], f"skipped_steps is {skipped!r}")
     for name, values in state.get("recent_steps", {}).items():
-        _require(all(isinstance(value, float) for value in values), f"{name} of the recent steps are no numbers")
+        is_known = isinstance(values, str) if name == "layout" else all(isinstance(value, float) for value in values)
+        _require(is_known, f"{name} of the recent steps is malformed")
     for name, record in [*files.items(), *state["tokenizer_files"].items()]:
         _require(Path(name).name == name and name != ".." and "\0" not in name, f"{name!r} is no plain file name")
         _require(_is_size(record["bytes"]) and isinstance(record["sha256"], str), f"the record of {name} is malformed")

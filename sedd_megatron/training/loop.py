@@ -12,7 +12,13 @@ from sedd_megatron.data.preparation import Preparation
 from sedd_megatron.data.tokenizers import Tokenizer
 from sedd_megatron.data.windows import Windows
 from sedd_megatron.errors import UserError, forget_unsaid
-from sedd_megatron.parallel.groups import ParallelGroups, errors_of_all_ranks, is_first_of_machine, on_first_rank
+from sedd_megatron.parallel.groups import (
+    ParallelGroups,
+    errors_of_all_ranks,
+    is_first_of_machine,
+    on_first_rank,
+    raise_on_every_rank,
+)
 from sedd_megatron.training.build import TrainingRun, build_run
 from sedd_megatron.training.checkpoint import resume
 from sedd_megatron.training.ending import asked_to_stop, at_exit_interval, end_run
@@ -114,7 +120,8 @@ def _train_and_save(
         step, (request, writing, is_damaged) = train_step(run, batches, flags)
         step |= probe.after_step(step)
         if is_damaged:
-            raise _damaged_data(fault or "the data is not what was written")
+            # Whoever speaks for all may not have found it.
+            raise_on_every_rank(_damaged_data(fault) if fault is not None else None)
         if metrics is not None:
             samples = (run.consumed_samples - first_sample, last_sample - run.consumed_samples)
             metrics.train_step(step, *(number * options.model.seq_length for number in samples))

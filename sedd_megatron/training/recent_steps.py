@@ -3,8 +3,8 @@
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 KEPT = 32
 # Fewer than this say nothing yet.
@@ -31,18 +31,22 @@ class RecentSteps:
     one does.
     """
 
-    def __init__(self, state: Mapping[str, Sequence[float]] | None = None) -> None:
-        """With what `state` gave; without any step if not given."""
+    def __init__(self, state: Mapping[str, Any] | None = None, layout: str = "") -> None:
+        """With what `state` gave; without any step if not given. How large a rank's own gradients are depends on the
+        `layout`: of another one they are forgotten.
+        """
         self._last = {name: deque((state or {}).get(name, ()), maxlen=KEPT) for name in StepResult._fields}
+        if state is not None and state.get("layout") != layout:
+            self._last["rank_grad_norm"].clear()
 
     def add(self, result: StepResult) -> None:
         """Take in a step that was taken."""
         for name, value in result._asdict().items():
             self._last[name].append(value)
 
-    def state(self) -> dict[str, list[float]]:
+    def state(self, layout: str) -> dict[str, Any]:
         """As JSON keeps it, which gives back the same bits."""
-        return {name: list(values) for name, values in self._last.items()}
+        return {"layout": layout, **{name: list(values) for name, values in self._last.items()}}
 
     def fault(self, result: StepResult, spike_factor: float | None) -> str | None:
         """In words, which of the numbers is not finite, or above `spike_factor` times its median; None if none is."""

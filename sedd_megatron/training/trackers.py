@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sedd_megatron.config import PretrainOptions
-from sedd_megatron.errors import UserError, one_line, say
+from sedd_megatron.errors import UserError, one_line, printable, say
 from sedd_megatron.training_config import LoggingOptions
+from sedd_megatron.wording import how_to_install
 
 Records = Sequence[dict[str, Any]]
 # How a run is found again in MLflow, which gives its runs names of its own.
@@ -32,7 +33,7 @@ class Tracker:
         """`connect` gives what sends records, and what ends the run there."""
         self._name = name
         self._waiting: queue.Queue[Records | None] = queue.Queue()
-        self._number_waiting = 0
+        self._number_given, self._number_sent = 0, 0  # each changed by one thread alone
         self._has_failed = threading.Event()
         # Ends with the process, whatever it waits for.
         self._thread = threading.Thread(target=self._work, args=(connect,), daemon=True)
@@ -42,9 +43,10 @@ class Tracker:
         """Have them sent; never waits."""
         if self._has_failed.is_set() or not records:
             return
-        self._number_waiting += len(records)
-        if self._number_waiting > MOST_WAITING:
-            self._give_up(f"{self._number_waiting:,} records wait for it")
+        self._number_given += len(records)
+        waiting = self._number_given - self._number_sent
+        if waiting > MOST_WAITING:
+            self._give_up(f"{waiting:,} records wait for it")
             return
         self._waiting.put(records)
 
@@ -60,7 +62,7 @@ class Tracker:
             send, finish = connect()
             while (records := self._waiting.get()) is not None and not self._has_failed.is_set():
                 send(records)
-                self._number_waiting -= len(records)
+                self._number_sent += len(records)
             finish()
         except BaseException as error:  # the libraries', their clients', the system's; some of them ask Python to exit
             self._give_up(one_line(error) or type(error).__name__)
@@ -68,7 +70,8 @@ class Tracker:
     def _give_up(self, reason: str) -> None:
         if not self._has_failed.is_set():
             self._has_failed.set()
-            say(f"warning: {self._name}: {reason}; training goes on without it until the next start", to_stderr=True)
+            line = f"warning: {self._name}: {reason}; training goes on without it until the next start"
+            say(printable(line), to_stderr=True)
 
 
 def check_trackers(options: LoggingOptions) -> None:
@@ -82,7 +85,7 @@ def check_trackers(options: LoggingOptions) -> None:
         ("--mlflow-experiment", options.mlflow_experiment, "mlflow"),
     ):
         if value is not None and importlib.util.find_spec(package) is None:
-            raise UserError(f"{flag} {value} needs {package}; pip install 'sedd_megatron[log]'")
+            raise UserError(f"{flag} {value} needs {package}; {how_to_install('log')}")
 
 
 def open_trackers(options: PretrainOptions, run_id: str | None) -> list[Tracker]:

@@ -5,10 +5,13 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+import sedd_megatron.training
+from sedd_megatron.parallel.lost_ranks import Place, place_of
 from tests.commands import ENVIRONMENT, train_command
 from tests.distributed.launch import start
 from tests.distributed.layouts import DIST_OPT, MODEL, PP2, TP2
@@ -42,6 +45,15 @@ def test_the_others_end_with_one_line_that_names_the_rank(name, tmp_path, byte_c
             assert line.endswith("; look for the reason there, and start again")
         assert "Traceback" not in said
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text().strip() == "2"
+
+
+def test_a_place_is_ours_whatever_the_folder_of_the_environment_is_called():
+    def frame(file: str, name: str) -> SimpleNamespace:
+        return SimpleNamespace(f_code=SimpleNamespace(co_filename=file, co_name=name), f_locals={})
+
+    ours = frame(sedd_megatron.training.__file__, "train_step")
+    torchs = frame("/home/me/sedd_megatron/.venv/lib/python3.11/site-packages/torch/utils/_contextlib.py", "decorated")
+    assert place_of([ours, torchs]) == Place("train_step")
 
 
 def test_no_process_outlives_its_torchrun(tmp_path, byte_corpus):

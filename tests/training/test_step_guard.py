@@ -37,7 +37,7 @@ def state_of(run) -> list:
     inner = run.optimizer.chained_optimizers[0].optimizer
     steps = [state["step"].item() for state in inner.state.values()]
     tensors = [shard.data.clone() for shard in run_shards(run)]
-    return [tensors, steps, run.scheduler.num_steps, run.ema.last_update, run.recent.state()]
+    return [tensors, steps, run.scheduler.num_steps, run.ema.last_update, run.recent.state("")]
 
 
 def assert_same(one: list, other: list) -> None:
@@ -139,5 +139,12 @@ def test_a_spike_is_more_than_a_factor_above_the_median():
     for _ in range(KEPT):
         recent.add(StepResult(100.0, 10.0))
     assert recent.fault(StepResult(150.0, 10.0), 2.0) is None, "older steps are forgotten"
-    again = RecentSteps(json.loads(json.dumps(recent.state())))
-    assert again.state() == recent.state()
+    again = RecentSteps(json.loads(json.dumps(recent.state("two ranks"))), "two ranks")
+    assert again.state("two ranks") == recent.state("two ranks")
+    # What a rank's own gradients usually are says nothing about other ranks' in another layout.
+    for _ in range(KEPT):
+        again.add(StepResult(100.0, 10.0, 5.0))
+    assert "of a rank is 11" in again.fault(StepResult(100.0, 10.0, 11.0), 2.0)
+    elsewhere = RecentSteps(again.state("two ranks"), "one rank")
+    assert elsewhere.fault(StepResult(100.0, 10.0, 11.0), 2.0) is None
+    assert elsewhere.fault(StepResult(201.0, 10.0, 11.0), 2.0) is not None

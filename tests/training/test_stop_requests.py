@@ -14,7 +14,7 @@ from datetime import timedelta
 from torch.distributed import HashStore
 from sedd_megatron.training.stop_requests import SAME_REQUEST_SECONDS, StopRequests
 
-number, is_waiting, pauses = int(sys.argv[1]), bool(int(sys.argv[2])), [float(pause) for pause in sys.argv[3:]]
+number, mode, pauses = int(sys.argv[1]), sys.argv[2], [float(pause) for pause in sys.argv[3:]]
 
 def send():
     for pause in pauses:
@@ -22,7 +22,8 @@ def send():
         os.kill(os.getpid(), number)
 
 with StopRequests() as requests:
-    if is_waiting:
+    requests.has_a_result = mode == "result"
+    if mode == "waiting":
         requests.start_waiting()
     sender = threading.Thread(target=send)
     sender.start()
@@ -36,18 +37,19 @@ with StopRequests() as requests:
 signal.raise_signal(number)
 """
 CASES = {
-    "before the first step": (signal.SIGUSR1, False, (0.1,), 0, "", "SIGUSR1: ended before the first step\n"),
+    "before the first step": (signal.SIGUSR1, "begun", (0.1,), 0, "", "SIGUSR1: ended before the first step\n"),
+    "in a verification": (signal.SIGINT, "result", (0.1,), 130, "", "SIGINT: broken off\n"),
     # The process ends by the signal itself, as it does where nobody listens.
-    "once": (signal.SIGHUP, True, (0.1,), -1, "1\n", ""),
-    "twice at once, by torchrun and Slurm": (signal.SIGTERM, True, (0.1, 0.0), -15, "15\n", ""),
-    "again": (signal.SIGINT, True, (0.1, 1.5), 130, "",
+    "once": (signal.SIGHUP, "waiting", (0.1,), -1, "1\n", ""),
+    "twice at once, by torchrun and Slurm": (signal.SIGTERM, "waiting", (0.1, 0.0), -15, "15\n", ""),
+    "again": (signal.SIGINT, "waiting", (0.1, 1.5), 130, "",
               "SIGINT: asked again, ended at once; the checkpoints of before are whole\n"),
 }  # fmt: skip
 
 
-def start(number: int, is_waiting: bool, pauses: tuple[float, ...], *, ignored: bool = False) -> subprocess.Popen:
+def start(number: int, mode: str, pauses: tuple[float, ...], *, ignored: bool = False) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(int(number)), str(int(is_waiting)), *map(str, pauses)],
+        [sys.executable, "-c", SCRIPT, str(int(number)), mode, *map(str, pauses)],
         env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=(lambda: signal.signal(number, signal.SIG_IGN)) if ignored else None,
     )  # fmt: skip
@@ -56,8 +58,8 @@ def start(number: int, is_waiting: bool, pauses: tuple[float, ...], *, ignored: 
 @pytest.fixture(scope="module")
 def outcomes() -> dict:
     """Of all cases, which wait beside each other: exit code, stdout, stderr."""
-    processes = {name: start(number, waits, pauses) for name, (number, waits, pauses, *_) in CASES.items()}
-    processes["nohup"] = start(signal.SIGHUP, True, (0.1, 1.5), ignored=True)
+    processes = {name: start(number, mode, pauses) for name, (number, mode, pauses, *_) in CASES.items()}
+    processes["nohup"] = start(signal.SIGHUP, "waiting", (0.1, 1.5), ignored=True)
     outputs = {name: process.communicate(timeout=60) for name, process in processes.items()}
     return {name: (processes[name].returncode, *output) for name, output in outputs.items()}
 
