@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 
 from sedd_megatron.errors import UserError, one_line
-from sedd_megatron.training_config import LOST, METRICS, SAMPLES
+from sedd_megatron.training_config import LOST, METRICS, SAMPLES, STARTED
+
+# What a sum of all of them stays finite for; nothing else has a place on a chart.
+LARGEST = 1e290
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Series:
     """One field over the iterations."""
 
     iterations: np.ndarray  # [N] int64, rising
-    values: np.ndarray  # [N] float64, finite
+    values: np.ndarray  # [N] float64, below LARGEST
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class RunRecords:
 
     name: str
     fields: dict[str, Series]
-    restarts: list[int]  # the iterations that a start went back to
+    restarts: list[int]  # the iterations from which a later start went on, or went back to
+    skipped: list[int]  # steps that were not taken
     samples: list[dict[str, Any]]  # iteration, sample, text
     faults: list[str]  # lines of its files that could not be read
 
@@ -43,17 +47,18 @@ def read_run(path: Path) -> RunRecords:
     if not metrics.is_file():
         raise UserError(f"{path}: has no {METRICS}; name the folder of --save or --log-dir, or the file itself")
     faults: list[str] = []
-    restarts = set()
+    restarts, skipped = set(), set()
     # By field, of two numbers a record: a long run has half a million records of some twenty fields.
     columns: dict[str, tuple[array, array]] = {}
     last = 0
     for record in _records(metrics, faults):
         iteration = record["iteration"]
-        if iteration < last:
+        if iteration < last or (last and STARTED in record):
             restarts.add(iteration - 1)
         last = iteration
+        (skipped.add if "skipped" in record else skipped.discard)(iteration)
         for name, value in record.items():
-            if name != "iteration" and type(value) in (int, float) and math.isfinite(value):
+            if name != "iteration" and type(value) in (int, float) and abs(value) < LARGEST:
                 iterations, values = columns.setdefault(name, (array("q"), array("d")))
                 iterations.append(iteration)
                 values.append(value)
@@ -69,6 +74,7 @@ def read_run(path: Path) -> RunRecords:
         name=(path if path.is_dir() else path.resolve().parent).resolve().name,
         fields={name: _series(*column) for name, column in columns.items()},
         restarts=sorted(restarts),
+        skipped=sorted(skipped),
         samples=_samples(metrics.with_name(SAMPLES), faults),
         faults=faults,
     )
