@@ -49,7 +49,8 @@ class LocalGradientNorms:
         start_grad_sync = type(group).start_grad_sync
 
         def noted_start(*arguments: Any, **keywords: Any) -> None:
-            norms = [torch.linalg.vector_norm(bucket.grad_data) for bucket in group.buckets]
+            # Of gradients that are summed in bfloat16 a norm in that would have three digits.
+            norms = [torch.linalg.vector_norm(bucket.grad_data, dtype=torch.float32) for bucket in group.buckets]
             self._norms[number] = torch.stack(norms)
             start_grad_sync(group, *arguments, **keywords)
 
