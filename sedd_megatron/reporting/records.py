@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,8 +44,9 @@ def read_run(path: Path) -> RunRecords:
     Raises:
         UserError: there is no such file, or no record in it.
     """
-    metrics = path / METRICS if path.is_dir() else path
-    if not metrics.is_file():
+    # Path.is_dir raises of what may not be looked at.
+    metrics = path / METRICS if os.path.isdir(path) else path
+    if not os.path.isfile(metrics):
         raise UserError(f"{path}: has no {METRICS}; name the folder of --save or --log-dir, or the file itself")
     faults: list[str] = []
     restarts, skipped = set(), set()
@@ -64,18 +66,19 @@ def read_run(path: Path) -> RunRecords:
                 values.append(value)
     if not columns:
         raise UserError(f"{metrics}: has no record of a step; is it the {METRICS} of a run?")
+    newest = max(iterations[-1] for iterations, _ in columns.values())
     lost = metrics.with_name(LOST)
     last = math.inf
-    for record in _records(lost, faults) if lost.is_file() else ():
+    for record in _records(lost, faults) if os.path.isfile(lost) else ():
         if record["iteration"] < last:
             restarts.add(record["iteration"] - 1)
         last = record["iteration"]
     return RunRecords(
-        name=(path if path.is_dir() else path.resolve().parent).resolve().name,
+        name=(path if os.path.isdir(path) else path.resolve().parent).resolve().name,
         fields={name: _series(*column) for name, column in columns.items()},
         restarts=sorted(restarts),
         skipped=sorted(skipped),
-        samples=_samples(metrics.with_name(SAMPLES), faults),
+        samples=_samples(metrics.with_name(SAMPLES), newest, faults),
         faults=faults,
     )
 
@@ -111,12 +114,13 @@ def _series(iterations: array, values: array) -> Series:
     return Series(iterations[is_last], values[is_last])
 
 
-def _samples(path: Path, faults: list[str]) -> list[dict[str, Any]]:
-    if not path.is_file():
+def _samples(path: Path, newest: int, faults: list[str]) -> list[dict[str, Any]]:
+    """Of each iteration the last ones, without those that the run has gone back behind."""
+    if not os.path.isfile(path):
         return []
     found = {}
     for record in _records(path, faults):
-        if isinstance(record.get("text"), str):
+        if isinstance(record.get("text"), str) and record["iteration"] <= newest:
             found[record["iteration"], str(record.get("sample"))] = record
     return [{"iteration": iteration, "sample": sample, "text": record["text"]}
             for (iteration, sample), record in sorted(found.items(), key=lambda item: item[0][0])]  # fmt: skip

@@ -50,6 +50,8 @@ def run_folder(tmp_path_factory) -> Path:
         {"iteration": 20, "sample": 0, "text": "replaced"},
         {"iteration": 20, "sample": 0, "text": BAD_TEXT},
         {"iteration": 20, "sample": 1, "text": "!= ->"},
+        # Of steps that the run went back behind and has not reached again.
+        {"iteration": 30, "sample": 0, "text": "lost"},
     ]
     (folder / "samples.jsonl").write_bytes(lines(*samples))
     return folder
@@ -119,8 +121,12 @@ def test_runs_stand_anywhere_among_the_flags_and_mistakes_are_one_line(run_folde
     ):
         with pytest.raises(UserError, match=words):
             check(argv)
-    with pytest.raises(UserError, match=r"has no metrics\.jsonl; name the folder of --save or --log-dir"):
-        read_run(tmp_path)
+    # Too long a name, as nobody may look at it.
+    unseen = "/".join([*16 * ["a" * 254], "b" * 10])
+    assert check([unseen, "--output", page]).runs == (unseen,)
+    for folder in (tmp_path, Path(unseen)):
+        with pytest.raises(UserError, match=r"has no metrics\.jsonl; name the folder of --save or --log-dir"):
+            read_run(folder)
     (tmp_path / "metrics.jsonl").write_text("nothing\n")
     with pytest.raises(UserError, match="has no record of a step"):
         read_run(tmp_path)
