@@ -1,5 +1,6 @@
 """python -m sedd_megatron.report RUN...: one page (HTML) with the curves and samples of runs, for any browser."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
@@ -28,7 +29,7 @@ def check(argv: Sequence[str]) -> ReportOptions:
         UserError: the first mistake.
     """
     (options,) = parse_options((ReportOptions,), _with_flag(argv), "sedd_megatron.report", "Show runs on one page.")
-    files = [("a run", str(Path(run) / METRICS if Path(run).is_dir() else run)) for run in options.runs]
+    files = [("a run", str(Path(run) / METRICS if os.path.isdir(run) else run)) for run in options.runs]
     check_output("--output", options.output, files)
     return options
 

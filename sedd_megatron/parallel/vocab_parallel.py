@@ -76,9 +76,11 @@ def largest_log_score(
     float32, -inf where there is none. Arguments as above.
     """
     first_state = tp_group.rank() * logits.shape[-1]
-    states = torch.arange(first_state, first_state + logits.shape[-1], device=logits.device)
-    counts = counts[..., None] & (states != x_t[..., None]) & (states < num_states)
-    return (logits.float() - log_offset[..., None]).masked_fill(~counts, -torch.inf).amax()
+    # The offset is a row's: of its largest logit the rest of the row need not be asked.
+    largest = logits.clone()
+    largest[..., max(num_states - first_state, 0) :] = -torch.inf
+    _set_at_state(largest, x_t, first_state, -torch.inf)
+    return (largest.amax(-1).float() - log_offset).masked_fill(~counts, -torch.inf).amax()
 
 
 def gather_log_score(
@@ -132,8 +134,12 @@ def _add_at_state(grad: Tensor, state: Tensor, value: Tensor, first_state: int) 
 
 def zero_at_state(grad: Tensor, state: Tensor, first_state: int) -> None:
     """Set grad [..., N] to 0 at `state` [...], where that is one of the N states from `first_state` on."""
-    in_shard, column = column_in_shard(state, first_state, grad.shape[-1])
-    grad.scatter_(-1, column, torch.where(in_shard, 0.0, grad.gather(-1, column)))
+    _set_at_state(grad, state, first_state, 0.0)
+
+
+def _set_at_state(values: Tensor, state: Tensor, first_state: int, value: float) -> None:
+    in_shard, column = column_in_shard(state, first_state, values.shape[-1])
+    values.scatter_(-1, column, torch.where(in_shard, value, values.gather(-1, column)))
 
 
 def column_in_shard(state: Tensor, first_state: int, columns: int) -> tuple[Tensor, Tensor]:

@@ -76,11 +76,16 @@ def chart_data(chart: Chart, runs: Sequence[RunRecords]) -> dict[str, Any] | Non
 
 def smoothed(series: Series) -> Series:
     """The mean of each step and those before it, of a fiftieth of them all."""
-    width = max(len(series.values) // SMOOTHED_SHARE, 1)
-    sums = np.concatenate([[0.0], np.cumsum(series.values)])
-    ends = np.arange(1, len(sums))
-    starts = np.maximum(ends - width, 0)
-    return Series(series.iterations, (sums[ends] - sums[starts]) / (ends - starts))
+    count = len(series.values)
+    width = max(count // SMOOTHED_SHARE, 1)
+    # By sums of blocks up to each of their places and from it on: the difference of two sums of all steps before would
+    # lose what is small behind a spike.
+    blocks = np.pad(series.values, (0, -count % width)).reshape(-1, width)
+    sums = blocks.cumsum(axis=1).ravel()[:count]
+    # Where a block ends, its own sum is the window's.
+    rest = np.pad(blocks[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:], ((0, 0), (0, 1))).ravel()
+    sums[width:] += rest[: count - width]
+    return Series(series.iterations, sums / np.minimum(np.arange(1, count + 1), width))
 
 
 def thinned(series: Series, pixels: int = PIXELS) -> Series:

@@ -26,7 +26,14 @@ def report_page(runs: Sequence[RunRecords]) -> str:
     charts = [chart_data(chart, runs) for chart in CHARTS]
     data = {
         "runs": [
-            {"name": run.name, "restarts": run.restarts, "samples": run.samples, "faults": run.faults, **_summary(run)}
+            {
+                "name": run.name,
+                "restarts": run.restarts,
+                "skipped": len(run.skipped),
+                "samples": run.samples,
+                "faults": run.faults,
+                **_summary(run),
+            }
             for run in runs
         ],
         "charts": [chart for chart in charts if chart is not None],

@@ -2,7 +2,7 @@
 
 import json
 import math
-import sys
+import os
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 
 from sedd_megatron.errors import UserError, one_line
-from sedd_megatron.training_config import LOST, METRICS, SAMPLES
+from sedd_megatron.training_config import LOST, METRICS, SAMPLES, STARTED
+
+# What a sum of all of them stays finite for; nothing else has a place on a chart.
+LARGEST = 1e290
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Series:
     """One field over the iterations."""
 
     iterations: np.ndarray  # [N] int64, rising
-    values: np.ndarray  # [N] float64, finite
+    values: np.ndarray  # [N] float64, below LARGEST
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class RunRecords:
 
     name: str
     fields: dict[str, Series]
-    restarts: list[int]  # the iterations that a start went back to
+    restarts: list[int]  # the iterations from which a later start went on, or went back to
+    skipped: list[int]  # steps that were not taken
     samples: list[dict[str, Any]]  # iteration, sample, text
     faults: list[str]  # lines of its files that could not be read
 
@@ -40,37 +44,41 @@ def read_run(path: Path) -> RunRecords:
     Raises:
         UserError: there is no such file, or no record in it.
     """
-    metrics = path / METRICS if path.is_dir() else path
-    if not metrics.is_file():
+    # Path.is_dir raises of what may not be looked at.
+    metrics = path / METRICS if os.path.isdir(path) else path
+    if not os.path.isfile(metrics):
         raise UserError(f"{path}: has no {METRICS}; name the folder of --save or --log-dir, or the file itself")
     faults: list[str] = []
-    restarts = set()
+    restarts, skipped = set(), set()
     # By field, of two numbers a record: a long run has half a million records of some twenty fields.
     columns: dict[str, tuple[array, array]] = {}
     last = 0
     for record in _records(metrics, faults):
         iteration = record["iteration"]
-        if iteration < last:
+        if iteration < last or (last and STARTED in record):
             restarts.add(iteration - 1)
         last = iteration
+        (skipped.add if "skipped" in record else skipped.discard)(iteration)
         for name, value in record.items():
-            if name != "iteration" and type(value) in (int, float) and abs(value) <= sys.float_info.max:
+            if name != "iteration" and type(value) in (int, float) and abs(value) < LARGEST:
                 iterations, values = columns.setdefault(name, (array("q"), array("d")))
                 iterations.append(iteration)
                 values.append(value)
     if not columns:
         raise UserError(f"{metrics}: has no record of a step; is it the {METRICS} of a run?")
+    newest = max(iterations[-1] for iterations, _ in columns.values())
     lost = metrics.with_name(LOST)
     last = math.inf
-    for record in _records(lost, faults) if lost.is_file() else ():
+    for record in _records(lost, faults) if os.path.isfile(lost) else ():
         if record["iteration"] < last:
             restarts.add(record["iteration"] - 1)
         last = record["iteration"]
     return RunRecords(
-        name=(path if path.is_dir() else path.resolve().parent).resolve().name,
+        name=(path if os.path.isdir(path) else path.resolve().parent).resolve().name,
         fields={name: _series(*column) for name, column in columns.items()},
         restarts=sorted(restarts),
-        samples=_samples(metrics.with_name(SAMPLES), faults),
+        skipped=sorted(skipped),
+        samples=_samples(metrics.with_name(SAMPLES), newest, faults),
         faults=faults,
     )
 
@@ -106,12 +114,13 @@ def _series(iterations: array, values: array) -> Series:
     return Series(iterations[is_last], values[is_last])
 
 
-def _samples(path: Path, faults: list[str]) -> list[dict[str, Any]]:
-    if not path.is_file():
+def _samples(path: Path, newest: int, faults: list[str]) -> list[dict[str, Any]]:
+    """Of each iteration the last ones, without those that the run has gone back behind."""
+    if not os.path.isfile(path):
         return []
     found = {}
     for record in _records(path, faults):
-        if isinstance(record.get("text"), str):
+        if isinstance(record.get("text"), str) and record["iteration"] <= newest:
             found[record["iteration"], str(record.get("sample"))] = record
     return [{"iteration": iteration, "sample": sample, "text": record["text"]}
             for (iteration, sample), record in sorted(found.items(), key=lambda item: item[0][0])]  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 from sedd_megatron.errors import UserError, say
 from sedd_megatron.training.metrics_file import MetricsFile
 from sedd_megatron.training.trackers import Tracker
-from sedd_megatron.training_config import LoggingOptions
+from sedd_megatron.training_config import STARTED, LoggingOptions
 from sedd_megatron.wording import how_to_install
 
 
@@ -76,17 +76,20 @@ class MetricsWriter:
         self.trackers = trackers
         self.untold: list[dict[str, Any]] = []
         self.window_start, self.window_tokens = time.monotonic(), 0
+        # For the file alone: a word is no point on a curve.
+        self._first_only = {STARTED: time.strftime("%Y-%m-%d %H:%M:%S")}
 
     def train_step(self, metrics: dict[str, Any], num_tokens: int, tokens_left: int) -> None:
         """Record one step of `num_tokens`; every `log_interval` steps print a line whose speed is the mean since the
         last one, and the time that it gives to the `tokens_left`: in a ramp the steps that are left are the long ones.
         One that was skipped has a line in the file, and no point on any curve.
         """
+        if self.file is not None:
+            self.file.write(metrics | self._first_only)
+            self._first_only = {}
         if "skipped" in metrics:
-            if self.file is not None:
-                self.file.write(metrics)
             return
-        self._write(metrics)
+        self._show(metrics)
         self.window_tokens += num_tokens
         iteration = metrics["iteration"]
         if iteration % self.log_interval and iteration != self.train_iters:
@@ -112,7 +115,9 @@ class MetricsWriter:
 
     def held_out(self, name: str, metrics: dict[str, Any]) -> None:
         """Record and print a loss of the "validation" or "test" windows."""
-        self._write(metrics)
+        if self.file is not None:
+            self.file.write(metrics)
+        self._show(metrics)
         loss = metrics[f"{name}_loss"]
         say(f"{name} at iteration {metrics['iteration']} | loss {loss:.4f} | perplexity below {_exp(loss):.2f}")
 
@@ -131,9 +136,7 @@ class MetricsWriter:
             if self.tensorboard is not None:
                 self.tensorboard.close()
 
-    def _write(self, metrics: dict[str, Any]) -> None:
-        if self.file is not None:
-            self.file.write(metrics)
+    def _show(self, metrics: dict[str, Any]) -> None:
         if self.trackers:
             self.untold.append(metrics)
         with self._tensorboard_may_fail():

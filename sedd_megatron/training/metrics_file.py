@@ -97,7 +97,7 @@ class MetricsFile:
         target = self.path.resolve()
         is_alone = self._writer is None or _is_only_writer(target, self._writer)
         if target.is_file():
-            _end_last_line(target)
+            end_last_line(target)
             if self._continued_at is not None and is_alone:
                 _set_lost_aside(target, self._continued_at)
         self._descriptor = os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -185,7 +185,7 @@ def _is_there(folder: str, inode: int) -> bool:
         return False
 
 
-def _end_last_line(path: Path) -> None:
+def end_last_line(path: Path) -> None:
     """Cut a last record that a kill has torn; give its end to any other line that lacks it."""
     content = path.read_bytes()
     start = content.rfind(b"\n") + 1

@@ -97,7 +97,8 @@ class StepProbe:
         if self.run.iteration == self.first_iteration:
             return
         rank = torch.distributed.get_rank()
-        path = unused_path(self.folder, f"profile-rank{rank}-steps{self.first_iteration + 1}-{self.run.iteration}")
+        stem = f"profile-rank{rank}-steps{self.first_iteration + 1}-{self.run.iteration}"
+        path = unused_path(self.folder, stem, ".json.gz")
         try:
             profiler.export_chrome_trace(str(path))
         except (OSError, RuntimeError) as error:
@@ -138,10 +139,10 @@ class StepProbe:
         return {f"{name.replace('-', '_')}_seconds": seconds for name, seconds in slowest.items()}
 
 
-def unused_path(folder: Path, stem: str) -> Path:
-    """Where a profile goes: no other run's, which may share the folder, is replaced."""
+def unused_path(folder: Path, stem: str, suffix: str) -> Path:
+    """Where a file goes that replaces none, as another run's that shares the folder: STEM, or STEM.2 and so on."""
     names = itertools.chain([stem], (f"{stem}.{number}" for number in itertools.count(2)))
-    return next(path for name in names if not (path := folder / f"{name}.json.gz").exists())
+    return next(path for name in names if not (path := folder / f"{name}{suffix}").exists())
 
 
 @contextlib.contextmanager

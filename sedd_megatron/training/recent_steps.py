@@ -56,5 +56,5 @@ class RecentSteps:
             before = self._last[field]
             median = statistics.median(before) if len(before) >= LEAST else math.inf
             if spike_factor is not None and value > spike_factor * median > 0:
-                return f"the {name} is {value:.4g}, above {spike_factor:g} times the median before, {median:.4g},"
+                return f"the {name} is {value:.4g}, above {spike_factor:g} times the median before ({median:.4g})"
         return None

@@ -18,7 +18,7 @@ from sedd_megatron.model.score_network import ScoreNetwork
 from sedd_megatron.model.sedd_model import SEDDModel
 from sedd_megatron.parallel.groups import ParallelGroups, is_first_rank, tell
 from sedd_megatron.training.build import TrainingRun
-from sedd_megatron.training.metrics_file import append_whole
+from sedd_megatron.training.metrics_file import append_whole, end_last_line
 from sedd_megatron.training_config import SAMPLES
 
 
@@ -124,6 +124,8 @@ def write_samples(folder: Path, iteration: int, texts: Sequence[str]) -> None:
     path = folder / SAMPLES
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            end_last_line(path)
         with path.open("ab", buffering=0) as file:
             append_whole(file.fileno(), lines.encode())
     except OSError as error:

@@ -16,11 +16,12 @@ from torch import Tensor
 from sedd_megatron.data.micro_batch import MicroBatch
 from sedd_megatron.data.windows import WindowDataset
 from sedd_megatron.errors import UserError, one_line, say
-from sedd_megatron.parallel.groups import is_first_rank, tell
+from sedd_megatron.parallel.groups import on_first_rank, tell
 from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.checkpoint_format import write_synced
 from sedd_megatron.training.iterators import training_iterators
 from sedd_megatron.training.optimizer_step import squared_gradient_norms
+from sedd_megatron.training.profiling import unused_path
 from sedd_megatron.training.recent_steps import StepResult
 from sedd_megatron.training.run_folder import checkpoint_name
 from sedd_megatron.training.step import begin_training_pass, forward_backward, read_numbers, read_step
@@ -48,6 +49,7 @@ class LocalGradientNorms:
         start_grad_sync = type(group).start_grad_sync
 
         def noted_start(*arguments: Any, **keywords: Any) -> None:
+            # Of gradients that are summed in bfloat16 a norm in that would have three digits.
             norms = [torch.linalg.vector_norm(bucket.grad_data, dtype=torch.float32) for bucket in group.buckets]
             self._norms[number] = torch.stack(norms)
             start_grad_sync(group, *arguments, **keywords)
@@ -207,17 +209,20 @@ def _differ(first: float, replayed: float, tolerance: float) -> bool:
 
 
 def _write_down(run: TrainingRun, record: dict[str, Any]) -> str:
-    """Write a record on the first rank, and say where; nowhere without a folder."""
+    """Write a record on the first rank, and say where on all; nowhere without a folder, or on a disk that refuses."""
     folder = run.options.checkpoint.save or run.options.logging.log_dir
-    if folder is None:
+    return "" if folder is None else on_first_rank(lambda: _written(Path(folder) / FOLDER, record))
+
+
+def _written(folder: Path, record: dict[str, Any]) -> str:
+    # A run that goes back may skip the same step again, and for another reason.
+    path = unused_path(folder, checkpoint_name(record["iteration"]), ".json")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_synced(path, json.dumps(_as_json(record), allow_nan=False) + "\n")
+    except OSError as error:
+        say(f"warning: {path}: {one_line(error)}; what was skipped is not written down", to_stderr=True)
         return ""
-    path = Path(folder) / FOLDER / f"{checkpoint_name(record['iteration'])}.json"
-    if is_first_rank():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_synced(path, json.dumps(_as_json(record), allow_nan=False) + "\n")
-        except OSError as error:
-            say(f"warning: {path}: {one_line(error)}; what was skipped is not written down", to_stderr=True)
     return f" ({path})"
 
 

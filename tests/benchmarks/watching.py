@@ -1,13 +1,15 @@
 """What watching a step costs: python -m tests.benchmarks.watching --baseline FOLDER
 
-FOLDER is a checkout of the version to compare with, as one from before a step told more than its loss. Each version
-trains the tiny preset in a process of its own, on the same batches, one step of one and then one of the other in turns;
-a step is what the training loop does: the step itself and its line of metrics.jsonl. Times are of the process's
-processor, which other processes of the machine change least.
+FOLDER is a checkout of the version to compare with, as one from before a step told more than its loss and was judged.
+Each version trains the tiny preset in a process of its own, on the same batches, one step of one and then one of the
+other in turns; a step is what the training loop does: the step itself, judged by the run's guard where the version has
+one, and its line of metrics.jsonl. Times are of the process's processor, which other processes of the machine change
+least.
 """
 
 import argparse
 import contextlib
+import inspect
 import os
 import statistics
 import subprocess
@@ -108,14 +110,21 @@ def take_steps(corpus: str, *flags: str) -> None:
     windows = open_windows(
         weighted_corpora(options.data), seq_length=options.model.seq_length, split="1,0,0", num_tokens=256, seed=0
     )
+    with contextlib.suppress(ModuleNotFoundError):
+        from sedd_megatron.training.step_guard import StepGuard
+
+        run.guard = StepGuard(run, windows.train)
     batches = training_iterators(run, windows.train)
     answers, sys.stdout = sys.stdout, sys.stderr
     with tempfile.TemporaryDirectory() as folder:
         writer = MetricsWriter(options.logging, MetricsFile(Path(folder) / "metrics.jsonl", None), 10**6)
+        # Of this step and, in a later version, of those that are left.
+        num_tokens = options.training.global_batch_size * options.model.seq_length
+        counts = [num_tokens] * (len(inspect.signature(writer.train_step).parameters) - 1)
         for _ in sys.stdin:
             start = time.process_time()
             metrics, _ = train_step(run, batches, [0, 0, 0])
-            writer.train_step(metrics, options.training.global_batch_size * options.model.seq_length)
+            writer.train_step(metrics, *counts)
             print(time.process_time() - start, file=answers, flush=True)
 
 

@@ -30,7 +30,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 }
 SAMPLING = "--sampler event-driven --length 16 --num-samples 2 --seed 3 --device cpu".split()
 # Of metrics.jsonl, and of --output: what two equal runs do not share.
-CLOCKS = ("tokens_per_second", "seconds")
+CLOCKS = ("tokens_per_second", "seconds", "started", "memory_bytes", "data_wait_seconds")
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def test_no_profile_takes_the_place_of_another(tmp_path):
     from sedd_megatron.training.profiling import unused_path
 
     for name in ("p.json.gz", "p.2.json.gz", "p.3.json.gz"):
-        path = unused_path(tmp_path, "p")
+        path = unused_path(tmp_path, "p", ".json.gz")
         assert path.name == name
         path.touch()
 

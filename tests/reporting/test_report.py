@@ -11,11 +11,13 @@ import pytest
 from sedd_megatron.errors import UserError
 from sedd_megatron.report import check, main
 from sedd_megatron.reporting.curves import smoothed, thinned
+from sedd_megatron.reporting.page import report_page
 from sedd_megatron.reporting.records import Series, read_run
 from tests.generation.test_trace import BROWSER, BROWSER_FLAGS, DARK, DumpReader, needs_browser
 
 pytest.importorskip("plotly")
 
+DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
 BAD_TEXT = "</script><img src=x onerror=\"document.title='broken'\"><b>bold</b> & &amp; \u2028"
 BAD_NAME = "run <img src=x onerror=alert(1)> & <b>bold"
 
@@ -48,6 +50,8 @@ def run_folder(tmp_path_factory) -> Path:
         {"iteration": 20, "sample": 0, "text": "replaced"},
         {"iteration": 20, "sample": 0, "text": BAD_TEXT},
         {"iteration": 20, "sample": 1, "text": "!= ->"},
+        # Of steps that the run went back behind and has not reached again.
+        {"iteration": 30, "sample": 0, "text": "lost"},
     ]
     (folder / "samples.jsonl").write_bytes(lines(*samples))
     return folder
@@ -65,6 +69,15 @@ def test_damage_is_named_and_left_out(run_folder):
     # Two restarts that lost steps; and the file itself goes back once, to its validations.
     assert run.restarts == [7, 9, 12]
     assert read_run(run_folder / "metrics.jsonl").name == BAD_NAME
+
+
+def test_numbers_of_any_size_make_a_page(tmp_path):
+    huge = b'{"iteration": 1, "loss": 1%s, "grad_norm": 1.7e308}\n' % (b"0" * 400)
+    sizes = [1e280, 1.7e308, -1e280, True, None, "9", 10**400, 2.0]
+    (tmp_path / "metrics.jsonl").write_bytes(huge + lines(*(step(2 + n) | {"loss": x} for n, x in enumerate(sizes))))
+    assert read_run(tmp_path).fields["loss"].values.tolist() == [1e280, -1e280, 2.0]
+    data = DATA.search(report_page([read_run(tmp_path)]))[1]
+    json.loads(data, parse_constant=pytest.fail)
 
 
 def test_thinning_keeps_what_stands_out():
@@ -89,6 +102,11 @@ def test_smoothing_is_the_mean_of_a_fiftieth():
     values = np.random.default_rng(0).normal(size=500)
     expected = [values[max(k - 9, 0) : k + 1].mean() for k in range(500)]
     np.testing.assert_allclose(smoothed(Series(np.arange(500), values)).values, expected, rtol=1e-9, atol=1e-12)
+    # What stands behind a spike is as exact.
+    values[100] = 1e30
+    after = smoothed(Series(np.arange(500), values)).values[110:]
+    np.testing.assert_allclose(after, expected[110:], rtol=1e-9, atol=1e-12)
+    assert smoothed(Series(np.arange(49), values[:49])).values.tolist() == values[:49].tolist()
 
 
 def test_runs_stand_anywhere_among_the_flags_and_mistakes_are_one_line(run_folder, tmp_path):
@@ -103,8 +121,12 @@ def test_runs_stand_anywhere_among_the_flags_and_mistakes_are_one_line(run_folde
     ):
         with pytest.raises(UserError, match=words):
             check(argv)
-    with pytest.raises(UserError, match=r"has no metrics\.jsonl; name the folder of --save or --log-dir"):
-        read_run(tmp_path)
+    # Too long a name, as nobody may look at it.
+    unseen = "/".join([*16 * ["a" * 254], "b" * 10])
+    assert check([unseen, "--output", page]).runs == (unseen,)
+    for folder in (tmp_path, Path(unseen)):
+        with pytest.raises(UserError, match=r"has no metrics\.jsonl; name the folder of --save or --log-dir"):
+            read_run(folder)
     (tmp_path / "metrics.jsonl").write_text("nothing\n")
     with pytest.raises(UserError, match="has no record of a step"):
         read_run(tmp_path)
@@ -152,7 +174,7 @@ def test_a_phone_shows_all_of_it_without_a_network(run_folder, tmp_path, monkeyp
     assert said.out == f"wrote {page}\n"
     assert said.err.startswith("warning: ")
     html = page.read_text(encoding="utf-8")
-    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL).group(1)
+    data = DATA.search(html)[1]
     assert json.loads(data)["runs"][0]["samples"][1]["text"] == BAD_TEXT
     assert not re.search(r"<(?:script|link|img)[^>]*(?:src|href)=", html.replace(data, "")[:5000])
     (page.parent / "probed.html").write_text(html.replace("<title>", PROBE + "<title>", 1), encoding="utf-8")

@@ -6,6 +6,7 @@ import resource
 
 import pytest
 
+from sedd_megatron.reporting.records import read_run
 from sedd_megatron.training import metrics_file
 from sedd_megatron.training.metrics import MetricsWriter
 from sedd_megatron.training.metrics_file import LOST, WRITERS, MetricsFile
@@ -142,6 +143,24 @@ def test_setting_records_aside_waits_for_room(tmp_path, monkeypatch):
     file.close()
     assert path.read_text() == lines(1, 2, 3)
     assert (tmp_path / LOST).read_text() == lines(3, 4)
+
+
+def test_the_first_step_of_each_start_says_when(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for first in (1, 3):
+        writer = MetricsWriter(LoggingOptions(log_interval=9), MetricsFile(path, first - 1), 10, first - 1)
+        # A validation that a kill has broken off comes before any step.
+        writer.held_out("validation", {"iteration": first - 1, "validation_loss": 1.0})
+        writer.train_step({"iteration": first, "skipped": "the loss is nan"}, 8, 0)
+        writer.train_step({"iteration": first + 1, "loss": 1.0}, 8, 0)
+        writer.close()
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert ["started" in record for record in records] == 2 * [False, True, False]
+    assert read_run(tmp_path).restarts == [2]
+    assert read_run(tmp_path).skipped == [1, 3]
+    # What it goes back to is lost, and with it that it had started there.
+    MetricsFile(path, 1).close()
+    assert read_run(tmp_path).restarts == [1]
 
 
 def test_a_place_that_cannot_be_written_is_told_once(tmp_path, capsys):

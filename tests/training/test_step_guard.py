@@ -132,7 +132,7 @@ def test_a_spike_is_more_than_a_factor_above_the_median():
     recent.add(StepResult(8.0, 10.0))
     # The median of 1 to 8 is 4.5.
     assert recent.fault(StepResult(9.0, 20.0), 2.0) is None
-    assert recent.fault(StepResult(9.01, 20.0), 2.0) == "the loss is 9.01, above 2 times the median before, 4.5,"
+    assert recent.fault(StepResult(9.01, 20.0), 2.0) == "the loss is 9.01, above 2 times the median before (4.5)"
     assert "gradient norm is 20.1, above 2 times" in recent.fault(StepResult(9.0, 20.1), 2.0)
     assert recent.fault(StepResult(1e9, 1e9), None) is None
     assert recent.fault(StepResult(1.0, math.nan), None) == "the gradient norm is nan"

@@ -118,7 +118,7 @@ def test_samples_take_nothing_from_training_and_repeat_their_draws(byte_corpus, 
     for name in ("with", "without"):
         folder = tmp_path / name
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        moving = ("tokens_per_second", "memory_bytes", "data_wait_seconds")
+        moving = ("tokens_per_second", "memory_bytes", "data_wait_seconds", "started")
         told[name] = [{key: value for key, value in line.items() if key not in moving} for line in lines]
     assert told["with"] == told["without"]
     manifests = [(tmp_path / name / "iter_0000005" / "shards-00000.safetensors").read_bytes() for name in told]
@@ -138,6 +138,17 @@ def test_a_disk_that_refuses_samples_is_one_line(tmp_path, capsys):
     assert capsys.readouterr().err == (
         f"warning: {tmp_path}/samples.jsonl: Is a directory; training goes on without the samples of this step\n"
     )
+
+
+def test_a_line_of_samples_that_a_kill_has_torn_spoils_no_other(tmp_path):
+    cpu_backend.install()
+    from sedd_megatron.training.samples import write_samples
+
+    path = tmp_path / "samples.jsonl"
+    write_samples(tmp_path, 3, ["first", "second"])
+    path.write_bytes(path.read_bytes()[:-5])
+    write_samples(tmp_path, 6, ["third"])
+    assert [json.loads(line)["text"] for line in path.read_text().splitlines()] == ["first", "third"]
 
 
 def test_samples_need_a_folder_and_a_sampler_of_the_graph():

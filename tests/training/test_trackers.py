@@ -34,8 +34,8 @@ def write_run(options, first: int, last: int) -> None:
     opened = open_trackers(options, run_id_of_save(options))
     writer = MetricsWriter(options.logging, None, last, first - 1, trackers=opened)
     for iteration in range(first, last + 1):
-        writer.train_step(record(iteration), 8)
-    writer.validation({"iteration": last, "validation_loss": 2.5})
+        writer.train_step(record(iteration), 8, 0)
+    writer.held_out("validation", {"iteration": last, "validation_loss": 2.5})
     writer.close()
 
 
