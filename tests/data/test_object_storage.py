@@ -15,7 +15,8 @@ from sedd_megatron.data import object_storage
 from sedd_megatron.data.corpus import open_tokens
 from sedd_megatron.data.digests import find_fault
 from sedd_megatron.data.object_storage import copy_beside
-from sedd_megatron.data.windows import check_tokens, open_windows
+from sedd_megatron.data.splits import check_tokens_of_parts
+from sedd_megatron.data.windows import open_windows
 from sedd_megatron.errors import UserError
 from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.prepare_data import PrepareOptions, prepare
@@ -73,7 +74,7 @@ def test_windows_and_what_lies_beside_are_those_of_the_disk(bucket, byte_corpus,
     prefix = copied(tmp_path)
     assert prefix == str(tmp_path / "texts/corpora/c") == weighted_corpora(options_of(tmp_path).data)[0].prefix
     here, there = opened(str(byte_corpus)), opened(prefix)
-    check_tokens(there, 256)
+    check_tokens_of_parts(there, 256)
     for windows in (there, pickle.loads(pickle.dumps(there))):
         for n in (0, 1, 7, len(here.train), 2 * len(here.train) - 1):
             assert windows.train[n][1].tolist() == here.train[n][1].tolist()
@@ -117,7 +118,7 @@ def said(folder, url: str = URL) -> str:
 
 def test_errors_are_one_line_with_the_way_out(bucket, tmp_path, monkeypatch, capsys):
     assert said(tmp_path, "s3://texts/none") == (
-        "--data-path s3://texts/none: no object s3://texts/none.idx; give the prefix of a corpus that is there"
+        "s3://texts/none: no object s3://texts/none.idx; give the prefix of a corpus that is there"
     )
     assert re.fullmatch(r"s3://nowhere/c: cannot be read \(.*NoSuchBucket.*\); name a bucket that is there, or its "
                         r"store by AWS_ENDPOINT_URL", said(tmp_path, "s3://nowhere/c"))  # fmt: skip
