@@ -81,7 +81,7 @@ def from_published(source: str, root: Path) -> Path:
     if saved.open_trained_weights is not None:
         saved.open_trained_weights()(network)
     state = {
-        "options": asdict(saved.model_options) | asdict(saved.diffusion),
+        "options": asdict(saved.model_options) | asdict(saved.diffusion) | dict.fromkeys(saved.parted_documents, True),
         "num_tokens": saved.num_tokens,
         "preparation": asdict(saved.preparation),
         "iteration": 0,
@@ -106,6 +106,8 @@ def to_published(source: str, final: Path) -> None:
     if final.exists():
         raise UserError(f"--to-published {final}: is there already; name a new folder")
     config = published_config(saved.model_options, saved.diffusion, saved.num_tokens, saved.preparation)
+    if saved.parted_documents:
+        config["parted_documents"] = list(saved.parted_documents)
     network = _whole_network(saved)
     for sharded in network.sharded_tensors().values():
         if not sharded.data.isfinite().all():

@@ -34,7 +34,7 @@ from sedd_megatron.parallel.groups import (
     tell,
 )
 from sedd_megatron.pretrained import PretrainedModel
-from sedd_megatron.training_config import LOST, METRICS, SAMPLES
+from sedd_megatron.training_config import LOST, METRICS, PARTED_DOCUMENTS, SAMPLES
 
 if TYPE_CHECKING:
     from sedd_megatron.model.sedd_model import SEDDModel
@@ -57,8 +57,8 @@ class SavedModel:
     open_weights: Callable[[], Callable[["SEDDModel"], None]]
     # The same of the weights that a run of the published training code trained, where those are their average.
     open_trained_weights: Callable[[], Callable[["SEDDModel"], None]] | None = None
-    # Whether documents that shared a window did not see each other, or each had positions of its own.
-    parted_documents: bool = False
+    # By which of PARTED_DOCUMENTS it was trained: documents that shared a window were not one text to it.
+    parted_documents: tuple[str, ...] = ()
 
     @property
     def graph(self) -> AbsorbingGraph | UniformGraph:
@@ -133,7 +133,7 @@ def _checkpoint(path: Path) -> SavedModel:
     tokenizer = found.preparation.tokenizer_of_texts(load_tokenizer(found.folder / "tokenizer"))
     open_weights = partial(_open_averages, found)
     # Of trained checkpoints, and not the oldest.
-    parted = any(state["options"].get(name) for name in ("reset_attention_mask", "reset_position_ids"))
+    parted = tuple(name for name in PARTED_DOCUMENTS if state["options"].get(name))
     return SavedModel(
         found.folder,
         model_options,
@@ -201,6 +201,7 @@ def _published_model(path: Path) -> SavedModel:
         folder.preparation,
         folder.open_weights,
         None if folder.run_checkpoint is None else partial(folder.open_weights, trained=True),
+        folder.parted_documents,
     )
 
 

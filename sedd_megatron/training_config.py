@@ -15,6 +15,8 @@ STARTED = "started"
 LOST = "metrics-lost.jsonl"
 # Of samples during training, for each graph.
 SAMPLER = {"absorb": "event-driven", "uniform": "analytic"}
+# Options by which documents that share a window are not one text.
+PARTED_DOCUMENTS = ("reset_attention_mask", "reset_position_ids")
 # What an option that is not given is on each kind of device.
 LOSS_CHUNK_ROWS = {"cuda": 8192, "cpu": 2048}
 NUM_WORKERS = {"cuda": 2, "cpu": 0}

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from threading import Thread, get_native_id
 
-from sedd_megatron.data.corpus import are_read_at_start, open_tokens
+from sedd_megatron.data.corpus import are_read_at_start, is_index_read_at_start, open_tokens
 from sedd_megatron.data.digests import find_fault, has_digests
 from sedd_megatron.data.object_storage import RemoteTokens
 from sedd_megatron.data.token_range import check_range, range_of_blocks
@@ -46,7 +46,13 @@ class DataCheck:
         if sys.platform == "linux":  # where a thread has a priority of its own
             os.setpriority(os.PRIO_PROCESS, get_native_id(), LOWEST_PRIORITY)
         for prefix in prefixes:
-            self._fault = find_fault(prefix) if has_digests(prefix) else _fault_without_digests(prefix, num_tokens)
+            try:
+                if has_digests(prefix):
+                    self._fault = find_fault(prefix)
+                else:
+                    _check_without_digests(prefix, num_tokens)
+            except UserError as error:
+                self._fault = str(error)
             if self._fault is not None:
                 return
 
@@ -58,17 +64,13 @@ def check_in_background(prefixes: Sequence[str], num_tokens: int) -> DataCheck:
     for prefix in without if is_first_rank() else ():
         say(f"{prefix}: has no digests, and is used as it is", to_stderr=True)
     if without and are_read_at_start(prefixes):
-        prefixes = [prefix for prefix in prefixes if prefix not in without]
+        prefixes = [prefix for prefix in prefixes if prefix not in without or not is_index_read_at_start(prefix)]
     return DataCheck(prefixes, num_tokens)
 
 
-def _fault_without_digests(prefix: str, num_tokens: int) -> str | None:
-    try:
-        tokens = open_tokens(prefix)
-        # Object storage gives tokens for what is trained on, and each window is looked at as it comes.
-        if not isinstance(tokens, RemoteTokens):
-            extremes, _ = range_of_blocks(tokens)
-            check_range(*extremes, num_tokens, str(tokens.filename))
-    except UserError as error:
-        return str(error)
-    return None
+def _check_without_digests(prefix: str, num_tokens: int) -> None:
+    tokens = open_tokens(prefix)
+    # Object storage gives tokens for what is trained on, and each window is looked at as it comes.
+    if not isinstance(tokens, RemoteTokens):
+        extremes, _ = range_of_blocks(tokens)
+        check_range(*extremes, num_tokens, str(tokens.filename))

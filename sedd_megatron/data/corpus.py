@@ -153,7 +153,7 @@ def open_tokens(data_path: str, flag: str = "--data-path", is_read_whole: bool =
     if num_tokens == 0:
         raise UserError(f"{tokens}: holds no tokens; prepare the data again from files with text")
     if remote is not None:
-        return RemoteTokens(remote.url, dtype, num_tokens)
+        return RemoteTokens(remote.url, remote.version, dtype, num_tokens)
     with read_errors(tokens):
         return np.memmap(tokens, dtype=dtype, mode="r")
 
@@ -191,10 +191,15 @@ def _similar_prefixes(data_path: str) -> list[str]:
 
 def are_read_at_start(prefixes: Iterable[str]) -> bool:
     """Whether the tokens of all these corpora are on disks, and together few enough to be read before training."""
-    prefixes = tuple(prefixes)
+    prefixes = set(prefixes)
     if any(remote_bin(prefix) for prefix in prefixes):
         return False
     return sum(os.path.getsize(f"{prefix}.bin") for prefix in prefixes) <= TOKENS_READ_AT_START
+
+
+def is_index_read_at_start(prefix: str) -> bool:
+    """Whether a corpus' index is held against itself whenever it is opened."""
+    return os.path.getsize(f"{prefix}.idx") <= INDEX_READ_AT_START
 
 
 def _read_index(index: Path, is_read_whole: bool) -> tuple[np.dtype, int]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sedd_megatron.data.preparation import Preparation
+from sedd_megatron.data.preparation import preparation_of
 from sedd_megatron.data.tokenizers import Tokenizer
 from sedd_megatron.errors import UserError
 from sedd_megatron.training_config import DataOptions
@@ -28,19 +28,22 @@ class DocumentRules:
         return cls(tokenizer.eod_id, data.reset_attention_mask, data.reset_position_ids)
 
 
-def check_ends_of_documents(data: DataOptions, tokenizer: Tokenizer, preparation: Preparation) -> None:
-    """Raise unless the data has what the flags look for.
+def check_ends_of_documents(data: DataOptions, tokenizer: Tokenizer, prefixes: Sequence[str]) -> None:
+    """Raise unless each corpus has what the flags look for, as far as anybody wrote it down.
 
     Raises:
-        UserError: the tokenizer has no end-of-document token, or the data was prepared without.
+        UserError: the tokenizer has no end-of-document token, or a corpus was prepared without.
     """
     names = {"--reset-attention-mask": data.reset_attention_mask, "--reset-position-ids": data.reset_position_ids}
-    flags: Sequence[str] = [flag for flag, is_given in names.items() if is_given]
-    if flags and (tokenizer.eod_id is None or preparation.append_eod is False):
+    flags = [flag for flag, is_given in names.items() if is_given]
+    if not flags:
+        return
+    lacking = [prefix for prefix in prefixes if preparation_of([prefix]).append_eod is False]
+    if tokenizer.eod_id is None or lacking:
         what = (
             f"the tokenizer ({tokenizer.tokenizer_type}) has no end-of-document token"
             if tokenizer.eod_id is None
-            else "the data was prepared without --append-eod"
+            else f"{lacking[0]} was prepared without --append-eod"
         )
         raise UserError(
             f"{' '.join(flags)}: documents end at end-of-document tokens, and {what}; prepare it so, or leave "

@@ -5,7 +5,7 @@ Everything but PREFIX.bin is copied once into --object-storage-cache-path, where
     CACHE/BUCKET/PREFIX.idx, PREFIX_stats.json, PREFIX_digests.json, PREFIX_tokenizer/
     CACHE/BUCKET/PREFIX_remote.json    {"url": "s3://BUCKET/PREFIX.bin", "objects": {".bin": [bytes, version], ...}}
 
-The tokens stay there: each window is one request for its range.
+The tokens stay there: each window is one request for its range, of that version of the object (in S3).
 """
 
 import contextlib
@@ -25,8 +25,13 @@ from sedd_megatron.errors import UserError, one_line, printable, say
 from sedd_megatron.wording import how_to_install
 
 COPIED = (".idx", "_stats.json", "_digests.json", *(f"_tokenizer/{name}" for name in TOKENIZER_FILES))
-# botocore's codes for what another key or another name of the bucket mends.
+# botocore's errors in the middle of an answer, and its codes for what another key or another name of the bucket mends.
+BROKEN_OFF = ("ResponseStreamingError", "IncompleteReadError", "ReadTimeoutError")
 REFUSED = ("AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
+
+
+# Of an answer that broke off: botocore repeats requests alone, and a long run reads millions of windows.
+ATTEMPTS_TO_READ = 3
 
 
 @dataclass(frozen=True)
@@ -35,21 +40,21 @@ class RemoteBin:
 
     url: str
     size: int
+    version: str
 
 
 class RemoteTokens:
     """The tokens of a RemoteBin, as the array that a slice of a memory-mapped file would give."""
 
-    def __init__(self, url: str, dtype: np.dtype, num_tokens: int) -> None:
-        self.filename, self.dtype, self._num_tokens = url, dtype, num_tokens
+    def __init__(self, url: str, version: str, dtype: np.dtype, num_tokens: int) -> None:
+        self.filename, self.version, self.dtype, self._num_tokens = url, version, dtype, num_tokens
 
     def __len__(self) -> int:
         return self._num_tokens
 
     def __getitem__(self, part: slice) -> np.ndarray:
         start, stop, _ = part.indices(self._num_tokens)
-        with _errors(self.filename):
-            return _reader(self.filename, os.getpid()).read(self.dtype.type, stop - start, start * self.dtype.itemsize)
+        return _read(self.filename, self.version, self.dtype.type, stop - start, start * self.dtype.itemsize)
 
 
 def remote_bin(prefix: str) -> RemoteBin | None:
@@ -63,15 +68,15 @@ def remote_bin(prefix: str) -> RemoteBin | None:
         return None
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
-        return RemoteBin(written["url"], written["objects"][".bin"][0])
+        size, version = written["objects"][".bin"]
+        return RemoteBin(written["url"], size, version)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged ({one_line(error)}); delete it, and the corpus is copied again") from error
 
 
-def read_bytes(url: str, offset: int, count: int) -> bytes:
-    """A range of an object."""
-    with _errors(url):
-        return _reader(url, os.getpid()).read(np.uint8, count, offset).tobytes()
+def read_bytes(remote: RemoteBin, offset: int, count: int) -> bytes:
+    """A range of it."""
+    return _read(remote.url, remote.version, np.uint8, count, offset).tobytes()
 
 
 def copy_beside(url: str, prefix: str) -> None:
@@ -95,9 +100,10 @@ def _copy(url: str, prefix: str) -> None:
         objects = _objects(url)
     for suffix in (".idx", ".bin"):
         if suffix not in objects:
-            raise UserError(f"--data-path {url}: no object {url}{suffix}; give the prefix of a corpus that is there")
-    written = Path(f"{prefix}_remote.json")
-    if remote_bin(prefix) is not None and json.loads(written.read_text(encoding="utf-8"))["objects"] == objects:
+            raise UserError(f"{url}: no object {url}{suffix}; give the prefix of a corpus that is there")
+    written, new = Path(f"{prefix}_remote.json"), {"url": f"{url}.bin", "objects": objects}
+    # The same place may have been another store's.
+    if remote_bin(prefix) is not None and json.loads(written.read_text(encoding="utf-8")) == new:
         return
     written.unlink(missing_ok=True)
     for suffix in COPIED:
@@ -110,7 +116,7 @@ def _copy(url: str, prefix: str) -> None:
             _download(f"{url}{suffix}", f"{place}.part")
         os.replace(f"{place}.part", place)
     part = Path(f"{written}.part")
-    part.write_text(json.dumps({"url": f"{url}.bin", "objects": objects}, indent=1) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(new, indent=1) + "\n", encoding="utf-8")
     os.replace(part, written)
 
 
@@ -136,8 +142,25 @@ def _download(url: str, place: str) -> None:
         _msc().download_file(url, place)
 
 
-@functools.lru_cache(maxsize=64)
-def _reader(url: str, process: int) -> Any:
+def _read(url: str, version: str, dtype: type[np.number], count: int, offset: int) -> np.ndarray:
+    """Numbers of an object, from the byte `offset` on; an answer that breaks off is asked for again, and that is told.
+
+    Raises:
+        UserError: it cannot be read, or is not of this version any more.
+    """
+    with _errors(url):
+        for attempt in range(1, ATTEMPTS_TO_READ):
+            try:
+                return _reader(url, version, os.getpid()).read(dtype, count, offset)
+            except Exception as error:  # as in _errors
+                if type(error).__name__ not in BROKEN_OFF:
+                    raise
+                say(f"{url}: attempt {attempt} broke off ({one_line(error)})", to_stderr=True)
+        return _reader(url, version, os.getpid()).read(dtype, count, offset)
+
+
+@functools.cache
+def _reader(url: str, version: str, process: int) -> Any:
     """Megatron's reader of a .bin. One for each process: a forked one must not share the connections of another."""
     from megatron.core.datasets.indexed_dataset import OBJECT_STORAGE_BIN_READERS
     from megatron.core.datasets.object_storage_utils import ObjectStorageConfig
@@ -145,7 +168,15 @@ def _reader(url: str, process: int) -> Any:
     is_s3 = url.startswith("s3://")
     _boto3() if is_s3 else _msc()
     # A range as it is asked for. Megatron's blocks of 256 MiB are for reading in order, and windows are shuffled.
-    return OBJECT_STORAGE_BIN_READERS["s3" if is_s3 else "msc"](url, ObjectStorageConfig("", bin_chunk_nbytes=1))
+    reader = OBJECT_STORAGE_BIN_READERS["s3" if is_s3 else "msc"](url, ObjectStorageConfig("", bin_chunk_nbytes=1))
+    if is_s3:
+        # An object that is replaced while a run reads it would give windows of two corpora. Megatron's reader knows no
+        # versions, but its client asks here for more to say.
+        def of_this_version(params: dict[str, Any], **_: Any) -> dict[str, Any]:
+            return {**params, "IfMatch": version}
+
+        reader._client.meta.events.register("provide-client-params.s3.GetObject", of_this_version)
+    return reader
 
 
 @functools.cache
@@ -195,6 +226,8 @@ def _errors(url: str) -> Iterator[None]:
             way_out = "give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         elif code == "NoSuchBucket":
             way_out = "name a bucket that is there, or its store by AWS_ENDPOINT_URL"
+        elif code == "PreconditionFailed":
+            way_out = "it has changed since this run opened it: put back what was there, or start again with what is"
         elif code in REFUSED:
             way_out = "give the credentials of an account that may list and read there"
         else:

@@ -38,12 +38,8 @@ def check_tokens_of_parts(windows: Windows, num_tokens: int, part: int = 0, num_
     Raises:
         UserError: a file has tokens outside the vocabulary.
     """
-    checked: set[str] = set()
-    for dataset in windows:
-        files = {str(corpus.tokens.filename) for corpus in _corpora(dataset)}
-        if not files <= checked:
-            check_tokens(windows._replace(train=dataset), num_tokens, part, num_parts)
-        checked |= files
+    by_file = {str(corpus.tokens.filename): corpus for dataset in windows for corpus in _corpora(dataset)}
+    check_tokens(by_file.values(), num_tokens, part, num_parts)
 
 
 def _corpora(dataset: WindowDataset) -> tuple[CorpusWindows, ...]:

@@ -2,7 +2,7 @@
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from sedd_megatron.data.object_storage import RemoteTokens
 from sedd_megatron.data.sample_order import SampleOrder, is_keyed
 from sedd_megatron.data.token_range import check_range, range_of_blocks
 from sedd_megatron.errors import UserError
-from sedd_megatron.training_config import WeightedCorpus, is_in_object_storage
+from sedd_megatron.training_config import WeightedCorpus
 from sedd_megatron.wording import counted
 
 
@@ -72,9 +72,10 @@ class CorpusWindows(WindowDataset):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Loader processes that are not forked get the dataset by pickle, which would copy the whole corpus to each.
-        where = (self.tokens.filename, self.tokens.dtype, len(self.tokens))
+        tokens = self.tokens
+        where = tokens if isinstance(tokens, RemoteTokens) else (tokens.filename, tokens.dtype)
         own = (self.seq_length, self.first_window, self.num_windows, self.seed, self.shuffle, self.number)
-        return _reopen, (*where, *own, self.num_tokens)
+        return _reopen, (where, *own, self.num_tokens)
 
 
 @dataclass(frozen=True)
@@ -183,22 +184,19 @@ def split_ranges(split: str, num_windows: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
-def check_tokens(windows: Windows, num_tokens: int, part: int = 0, num_parts: int = 1) -> None:
+def check_tokens(corpora: Iterable[CorpusWindows], num_tokens: int, part: int = 0, num_parts: int = 1) -> None:
     """Read every `num_parts`-th block of the corpora, from the block `part` on, at about a gigabyte per second.
 
     Raises:
         UserError: it has tokens outside the vocabulary.
     """
-    train, first = windows.train, part
-    # A corpus without a training window was refused.
-    for corpus in train.corpora if isinstance(train, BlendedWindows) else (train,):
+    first = part
+    for corpus in corpora:
         extremes, num_blocks = range_of_blocks(corpus.tokens, first, num_parts)
         # The next corpus goes on where this one ends: many small ones are shared as well.
         first = (first - num_blocks) % num_parts
         check_range(*extremes, num_tokens, str(corpus.tokens.filename))
 
 
-def _reopen(filename: str, dtype: np.dtype, num_tokens: int, *fields: Any) -> CorpusWindows:
-    if is_in_object_storage(str(filename)):
-        return CorpusWindows(RemoteTokens(filename, dtype, num_tokens), *fields)
-    return CorpusWindows(np.memmap(filename, dtype=dtype, mode="r"), *fields)
+def _reopen(where: RemoteTokens | tuple[str, np.dtype], *fields: Any) -> CorpusWindows:
+    return CorpusWindows(where if isinstance(where, RemoteTokens) else np.memmap(*where, mode="r"), *fields)

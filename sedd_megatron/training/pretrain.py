@@ -93,7 +93,7 @@ def _open_inputs(options: PretrainOptions, device: torch.device) -> Inputs:
     tokenizer, seq_length, seed = data_tokenizer(options), options.model.seq_length, options.training.seed
     prefixes = [prefix for _, prefix in weighted_corpora(options.data)]
     preparation = preparation_of(prefixes) if prefixes else Preparation()
-    check_ends_of_documents(options.data, tokenizer, preparation)
+    check_ends_of_documents(options.data, tokenizer, prefixes)
     if options.data.mock_data:
         tell(["--mock-data: every window is made up, and what is learned from them is good for nothing else"])
         windows = mock_windows(tokenizer.num_tokens, seq_length, seed)

@@ -37,6 +37,7 @@ from sedd_megatron.model.published_weights import (
 )
 from sedd_megatron.model.sedd_model import SEDDModel
 from sedd_megatron.options import in_short
+from sedd_megatron.training_config import PARTED_DOCUMENTS
 
 CONFIG, SAFETENSORS, PICKLE = "config.json", "model.safetensors", "pytorch_model.bin"
 # Of a run: what its code calls them. Checkpoints of other steps are beside, in checkpoints/.
@@ -59,6 +60,7 @@ class PublishedFolder:
     num_tokens: int
     preparation: Preparation  # of the data, where our own conversion wrote it down
     run_checkpoint: Path | None = None  # of a run of the published training code
+    parted_documents: tuple[str, ...] = ()  # of training_config.PARTED_DOCUMENTS, written down as the preparation is
 
     def open_weights(self, trained: bool = False) -> Callable[[SEDDModel], None]:
         """Read and check the weights; what it returns puts this rank's part of them into a network.
@@ -123,6 +125,9 @@ def read_published_folder(path: Path) -> PublishedFolder:
             hidden_dropout=_number(model, "dropout"),
         )
         preparation = Preparation.of(config.get("preparation", {}))
+        parted = config.get("parted_documents", [])
+        if not isinstance(parted, list) or any(name not in PARTED_DOCUMENTS for name in parted):
+            raise ValueError(f"parted_documents is {in_short(parted)}, must be of {', '.join(PARTED_DOCUMENTS)}")
         num_tokens, scales_by_sigma = _count(config, "tokens"), model["scale_by_sigma"] is True
         noise_range = {name: _number(noise, name) for name in ("sigma_min", "sigma_max") if name in noise}
         diffusion = DiffusionOptions(graph=graph, noise=noise["type"], **noise_range)
@@ -145,7 +150,7 @@ def read_published_folder(path: Path) -> PublishedFolder:
     check_model_layout(options, ParallelOptions())
     check_diffusion(diffusion)
     if run is None:
-        return PublishedFolder(path, options, diffusion, num_tokens, preparation)
+        return PublishedFolder(path, options, diffusion, num_tokens, preparation, parted_documents=tuple(parted))
     checkpoint = path if path.is_file() else run / RUN_CHECKPOINT
     return PublishedFolder(run, options, diffusion, num_tokens, preparation, checkpoint)
 

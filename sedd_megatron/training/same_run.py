@@ -137,7 +137,7 @@ def first_difference(
         else:
             words = f"was trained with {flag_of(name)} {theirs[name]}, this run has {ours[name]}"
         return name, words
-    if "data_path" not in allowed and _has_another_order(saved, own):
+    if is_same_run and "data_path" not in allowed and _has_another_order(saved, own):
         return "data_path", "read its windows in the order that releases before 0.8 gave so many"
     return None
 
@@ -238,7 +238,7 @@ def _sample_digest(prefix: str) -> str:
             starts = [(size - BLOCK_BYTES) * block // (BLOCKS - 1) for block in range(BLOCKS)]
         if remote is not None:
             for start in starts:
-                digest.update(read_bytes(remote.url, start, min(BLOCK_BYTES, size - start)))
+                digest.update(read_bytes(remote, start, min(BLOCK_BYTES, size - start)))
             continue
         with path.open("rb") as file:
             for start in starts:

@@ -67,19 +67,26 @@ def test_validation_reads_from_the_beginning_every_time(tmp_path):
 
 def test_every_part_is_checked_and_each_file_once(prefixes, monkeypatch):
     flags = ["--train-data-path", prefixes["a"], "--valid-data-path", prefixes["beyond"]]
-    with pytest.raises(UserError, match=r"beyond_text_document\.bin: has tokens 191 to 195, the"):
-        open_parts(corpora_by_flag(data_of(*flags)), seq_length=LENGTH, split="", num_tokens=128, seed=1)
-    opened = open_parts(corpora_by_flag(data_of(*flags)), seq_length=LENGTH, split="", num_tokens=None, seed=1)
-    with pytest.raises(UserError, match=r"beyond_text_document.bin: has tokens"):
+    opened = open_parts(corpora_by_flag(data_of(*flags)), seq_length=LENGTH, split="", num_tokens=128, seed=1)
+    line = r"beyond_text_document\.bin: has tokens 191 to 195, the"
+    with pytest.raises(UserError, match=line):
         check_tokens_of_parts(opened, 128)
-    from sedd_megatron.data import splits
+    with pytest.raises(UserError, match=line):
+        opened.valid[0]
+    from sedd_megatron.data import windows
 
-    read = []
-    monkeypatch.setattr(splits, "check_tokens", lambda windows, *_: read.append(windows.train))
-    check_tokens_of_parts(parts("--data-path", prefixes["a"]), 256)
-    check_tokens_of_parts(parts("--train-data-path", prefixes["a"], "--valid-data-path", prefixes["a"]), 256)
+    read, range_of_blocks = [], windows.range_of_blocks
+
+    def noted(tokens, *place):
+        read.append(str(tokens.filename))
+        return range_of_blocks(tokens, *place)
+
+    monkeypatch.setattr(windows, "range_of_blocks", noted)
+    a, b = prefixes["a"], prefixes["b"]
+    check_tokens_of_parts(parts("--data-path", a), 256)
+    check_tokens_of_parts(parts("--train-data-path", a, "--valid-data-path", "1", b, "1", a), 256)
     check_tokens_of_parts(mock_windows(9, LENGTH, 0), 9)
-    assert len(read) == 2
+    assert read == [f"{prefix}.bin" for prefix in (a, a, b)]
 
 
 @pytest.mark.parametrize(

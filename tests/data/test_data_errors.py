@@ -13,8 +13,9 @@ from sedd_megatron.data.background_check import check_in_background
 from sedd_megatron.data.corpus import open_tokens, write_corpus
 from sedd_megatron.data.digests import digests_path, find_fault
 from sedd_megatron.data.preparation import Preparation, preparation_of, stats_path
+from sedd_megatron.data.splits import check_tokens_of_parts
 from sedd_megatron.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
-from sedd_megatron.data.windows import check_tokens, open_windows
+from sedd_megatron.data.windows import open_windows
 from sedd_megatron.errors import UserError
 from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.wording import counted
@@ -100,7 +101,7 @@ def test_tokens_outside_the_vocabulary_may_be_damage(prefix):
 
     def said() -> str:
         with pytest.raises(UserError) as error:
-            check_tokens(open_windows([(1, prefix)], seq_length=4, split="1,0,0", num_tokens=256, seed=0), 256)
+            check_tokens_of_parts(open_windows([(1, prefix)], seq_length=4, split="1,0,0", num_tokens=256, seed=0), 256)
         return str(error.value)
 
     line = (

@@ -3,10 +3,13 @@
 import pickle
 import re
 import shutil
+import threading
 from fractions import Fraction
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import boto3
+import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 
@@ -14,8 +17,9 @@ from sedd_megatron.arguments import corpora_in_object_storage, parse_pretrain_op
 from sedd_megatron.data import object_storage
 from sedd_megatron.data.corpus import open_tokens
 from sedd_megatron.data.digests import find_fault
-from sedd_megatron.data.object_storage import copy_beside
-from sedd_megatron.data.windows import check_tokens, open_windows
+from sedd_megatron.data.object_storage import RemoteTokens, copy_beside
+from sedd_megatron.data.splits import check_tokens_of_parts
+from sedd_megatron.data.windows import open_windows
 from sedd_megatron.errors import UserError
 from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.prepare_data import PrepareOptions, prepare
@@ -73,7 +77,7 @@ def test_windows_and_what_lies_beside_are_those_of_the_disk(bucket, byte_corpus,
     prefix = copied(tmp_path)
     assert prefix == str(tmp_path / "texts/corpora/c") == weighted_corpora(options_of(tmp_path).data)[0].prefix
     here, there = opened(str(byte_corpus)), opened(prefix)
-    check_tokens(there, 256)
+    check_tokens_of_parts(there, 256)
     for windows in (there, pickle.loads(pickle.dumps(there))):
         for n in (0, 1, 7, len(here.train), 2 * len(here.train) - 1):
             assert windows.train[n][1].tolist() == here.train[n][1].tolist()
@@ -117,7 +121,7 @@ def said(folder, url: str = URL) -> str:
 
 def test_errors_are_one_line_with_the_way_out(bucket, tmp_path, monkeypatch, capsys):
     assert said(tmp_path, "s3://texts/none") == (
-        "--data-path s3://texts/none: no object s3://texts/none.idx; give the prefix of a corpus that is there"
+        "s3://texts/none: no object s3://texts/none.idx; give the prefix of a corpus that is there"
     )
     assert re.fullmatch(r"s3://nowhere/c: cannot be read \(.*NoSuchBucket.*\); name a bucket that is there, or its "
                         r"store by AWS_ENDPOINT_URL", said(tmp_path, "s3://nowhere/c"))  # fmt: skip
@@ -144,6 +148,52 @@ def test_errors_are_one_line_with_the_way_out(bucket, tmp_path, monkeypatch, cap
     ):
         with pytest.raises(UserError, match=text):
             parse_pretrain_options(["--data-path", url, *flags, *MODEL])
+
+
+def test_an_object_that_is_replaced_is_not_read_on(bucket, byte_corpus, tmp_path):
+    prefix = copied(tmp_path)
+    tokens, other = open_tokens(prefix), Path(f"{byte_corpus}.bin").read_bytes()[::-1]
+    assert len(tokens[:4]) == 4
+    bucket.put_object(Bucket="texts", Key="corpora/c.bin", Body=other)
+    with pytest.raises(UserError, match=rf"^{URL}.bin: cannot be read \(.*\); it has changed since this run opened it"):
+        tokens[8:12]
+    assert open_tokens(copied(tmp_path))[:4].tobytes() == other[:8]
+
+
+class Breaking(BaseHTTPRequestHandler):
+    """A store of b"abcdefgh" that breaks off in the middle of its first answers, and then does not."""
+
+    protocol_version, answers, versions = "HTTP/1.1", [], []
+
+    def do_GET(self) -> None:
+        self.versions.append(self.headers["If-Match"])
+        self.send_response(206)
+        self.send_header("Content-Length", "8")
+        self.end_headers()
+        self.wfile.write(b"abcdefgh"[: self.answers.pop()])
+        self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        """Not among what the test says."""
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again_and_told(bucket, monkeypatch, capsys):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Breaking)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    Breaking.answers[:] = [8, 3, 0]
+    tokens = RemoteTokens("s3://broken/off.bin", '"v1"', np.dtype(np.uint16), 4)
+    assert tokens[:4].tobytes() == b"abcdefgh"
+    assert Breaking.versions == ['"v1"'] * 3
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(" broke off (")[0] for line in said] == [f"s3://broken/off.bin: attempt {n}" for n in (1, 2)]
+    Breaking.answers[:] = [5] * 9
+    # Megatron's keeps the last range that it read.
+    tokens = RemoteTokens("s3://broken/other.bin", '"v1"', np.dtype(np.uint16), 4)
+    with pytest.raises(UserError, match=r"^s3://broken/other.bin: cannot be read \(.*\); mend that and start again"):
+        tokens[:4]
+    assert len(Breaking.answers) == 6
+    server.shutdown()
 
 
 def test_a_store_without_credentials_says_which(bucket, tmp_path, monkeypatch):

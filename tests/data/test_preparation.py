@@ -13,7 +13,9 @@ import tokenizers as hf
 from sedd_megatron.arguments import parse_pretrain_options
 from sedd_megatron.data.corpus import write_corpus
 from sedd_megatron.data.digests import digests_path
+from sedd_megatron.data.document_ends import check_ends_of_documents
 from sedd_megatron.data.library_tokenizers import HuggingFaceTokenizer
+from sedd_megatron.data.null_tokenizer import NullTokenizer
 from sedd_megatron.data.preparation import Preparation, preparation_of, stats_path
 from sedd_megatron.data.special_tokens import SpecialNamesTokenizer
 from sedd_megatron.data.tokenizers import ByteTokenizer, CharTokenizer
@@ -112,6 +114,26 @@ def test_a_blend_has_seen_what_any_of_its_corpora_had(tmp_path):
 
 def test_nobody_knows_of_data_with_a_long_name(tmp_path):
     assert preparation_of([str(tmp_path / ("x" * 250))]) == Preparation()
+
+
+@pytest.mark.parametrize("flags", [["--reset-attention-mask"], ["--reset-attention-mask", "--reset-position-ids"]])
+def test_documents_are_apart_where_each_corpus_has_ends(tmp_path, words, flags):
+    tokenizer = HuggingFaceTokenizer.from_name(str(words))
+    data = parse_pretrain_options(["--data-path", "x", *flags]).data
+    ended, plain, foreign = (str(tmp_path / name) for name in ("ended", "plain", "foreign"))
+    for prefix, has_ends in ((ended, True), (plain, False)):
+        stats_path(prefix).write_text(json.dumps({"append_eod": has_ends}))
+    check_ends_of_documents(data, tokenizer, [ended, foreign])
+    check_ends_of_documents(parse_pretrain_options(["--data-path", "x"]).data, NullTokenizer(9), [plain])
+    rule = f"{' '.join(flags)}: documents end at end-of-document tokens, and "
+    way_out = f"; prepare it so, or leave {'it' if len(flags) == 1 else 'them'} out"
+    for one, prefixes, what in (
+        (tokenizer, [ended, plain], f"{plain} was prepared without --append-eod"),
+        (NullTokenizer(9), [foreign], "the tokenizer (NullTokenizer) has no end-of-document token"),
+    ):
+        with pytest.raises(UserError) as refused:
+            check_ends_of_documents(data, one, prefixes)
+        assert str(refused.value) == rule + what + way_out
 
 
 @pytest.mark.parametrize("damaged", ["{", "[]", '{"append_eod": 1}', '{"allow_special_tokens": null}', "[" * 100_000])

@@ -16,8 +16,9 @@ from sedd_megatron.data.collator import NoisingCollator
 from sedd_megatron.data.corpus import write_corpus
 from sedd_megatron.data.loader import training_batches, validation_batches
 from sedd_megatron.data.micro_batch import MicroBatchCollator
+from sedd_megatron.data.splits import check_tokens_of_parts
 from sedd_megatron.data.tokenizers import ByteTokenizer
-from sedd_megatron.data.windows import CorpusWindows, check_tokens, open_windows, split_ranges
+from sedd_megatron.data.windows import CorpusWindows, open_windows, split_ranges
 from sedd_megatron.diffusion import AbsorbingGraph, LogLinearSchedule, UniformGraph
 from sedd_megatron.diffusion.draws import Stream, philox_generator
 from sedd_megatron.errors import UserError
@@ -38,7 +39,7 @@ def data_path(tmp_path_factory) -> str:
 def windows(data_path: str, **change):
     corpora = [WeightedCorpus(Fraction(1), data_path)]
     opened = open_windows(corpora, **{"seq_length": LENGTH, "split": "80,15,5", "num_tokens": 256, "seed": 3, **change})
-    check_tokens(opened, change.get("num_tokens", 256))
+    check_tokens_of_parts(opened, change.get("num_tokens", 256))
     return opened
 
 
@@ -183,7 +184,7 @@ def test_errors_name_the_value_and_the_way_out(data_path, change, text):
 
 def finds_strange_tokens(blended, path: str, rank: int) -> bool:
     try:
-        check_tokens(blended, 256, rank, 3)
+        check_tokens_of_parts(blended, 256, rank, 3)
     except UserError as error:
         return str(error).startswith(f"{path}.bin: has tokens ")
     return False

@@ -16,7 +16,7 @@ from sedd_megatron.parallel import cpu_backend
 
 cpu_backend.install()
 
-from sedd_megatron import convert  # noqa: E402
+from sedd_megatron import convert, evaluate  # noqa: E402
 from sedd_megatron.pretrained import load_pretrained  # noqa: E402
 from sedd_megatron.saved_model import find_saved_model  # noqa: E402
 from sedd_megatron.training.published_format import read_weights  # noqa: E402
@@ -51,6 +51,23 @@ def test_a_published_folder_gives_the_published_log_scores(tmp_path, graph):
     (text,) = model.generate(prompts="3 4 5", length=8, steps=4)
     assert text.tokens[:3] == [3, 4, 5]
     assert [int(word) for word in text.text.split()] == text.tokens
+
+
+def test_that_documents_were_apart_goes_there_and_back(tmp_path):
+    source = published_folder(tmp_path / "published", "absorb")
+    config = json.loads((source / "config.json").read_text())
+    config["parted_documents"] = ["reset_position_ids"]
+    (source / "config.json").write_text(json.dumps(config))
+    convert.from_published(str(source), tmp_path / "checkpoint")
+    convert.to_published(str(tmp_path / "checkpoint"), tmp_path / "back")
+    for folder in (source, tmp_path / "checkpoint", tmp_path / "back"):
+        assert find_saved_model(folder, "cpu").parted_documents == ("reset_position_ids",)
+        with pytest.raises(UserError, match=r"its documents were cut off from each other .* give --windowing strided"):
+            evaluate.check(["--load", str(folder), "--data", __file__, "--device", "cpu"])
+    for damaged in ("reset_position_ids", ["seed"], [["reset_position_ids"]], {}):
+        (source / "config.json").write_text(json.dumps(config | {"parted_documents": damaged}))
+        with pytest.raises(UserError, match=r"parted_documents is .*, must be of reset_attention_mask, reset"):
+            find_saved_model(source, "cpu")
 
 
 @pytest.mark.parametrize("graph", ["absorb", "uniform"])
