@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import re
 import reprlib
 import types
 import typing
@@ -30,6 +31,8 @@ from sedd_megatron.preset_files import config_file, presets
 LONGEST_PATH, LONGEST_NAME = 4095, 255
 # Ours, of the parts: pathlib makes missing folders by recursion, which Python ends at 1000.
 DEEPEST_PATH = 255
+# Values that argparse takes for flags, unlike -1 and -0.1.
+NEGATIVE_NUMBER = re.compile(r"-(\d+\.|(\d+\.?|\d*\.\d+)e[+-]?\d+|inf(inity)?|nan)", re.IGNORECASE | re.ASCII)
 # Flags or keys that are told one by one.
 MOST_UNKNOWN = 50
 
@@ -137,11 +140,13 @@ def _without_unknown(argv: Sequence[str], fields: dict[str, dataclasses.Field]) 
     for word in argv:
         name = word.split("=", 1)[0]
         # As argparse tells a flag from a value.
-        if name in flags or (word.startswith("--") and word != "--" and " " not in word):
+        if name in flags or (word.startswith("--") and " " not in word):
             is_own = name in flags
             if not is_own:
                 unknown.setdefault(name, word)
-        if is_own:
+        if is_own and own and own[-1] in flags and NEGATIVE_NUMBER.fullmatch(word):
+            own[-1] += f"={word}"
+        elif is_own:
             own.append(word)
     return own, list(unknown.values())
 

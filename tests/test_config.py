@@ -153,6 +153,11 @@ FP8 = ["--bf16", "--fp8-format", "hybrid"]
             "--distributed-timeout-minutes 1.0 must be at least 1.5 with --save",
         ),
         (["--lr", "-1"], 1, "--lr -1.0 must be at least 0"),
+        (["--lr", "-1e-3"], 1, "--lr -0.001 must be at least 0"),
+        (["--adam-eps", "-.1E2"], 1, "--adam-eps -10.0 must be above 0"),
+        (["--lr", "-inf"], 1, "argument --lr: -inf must be finite"),
+        (["--bf16", "-1e3"], 1, "ignored explicit argument '-1e3'"),
+        (["--", "--seed", "3"], 1, "unknown flag --: "),
         (
             ["--ema-interval", "100", "--train-iters", "3", "--lr-warmup-iters", "1"],
             1,
