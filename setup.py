@@ -2,14 +2,21 @@
 unrelated.
 """
 
+import os
 from pathlib import Path
 
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
+PRESETS = sorted(os.path.relpath(path) for path in (Path(__file__).parent / "examples" / "configs").glob("*.yaml"))
+
 
 class BuildWithPresets(build_py):
     """Puts examples/configs into the package as sedd_megatron/presets, where a wheel's --config finds them."""
+
+    def get_source_files(self) -> list[str]:
+        """What a source distribution has, for a wheel that is built of it."""
+        return [*super().get_source_files(), *PRESETS]
 
     def run(self) -> None:
         """Copy them; an editable installation reads the checkout's own."""
@@ -18,8 +25,8 @@ class BuildWithPresets(build_py):
             return
         folder = Path(self.build_lib) / "sedd_megatron" / "presets"
         folder.mkdir(parents=True, exist_ok=True)
-        for preset in sorted((Path(__file__).parent / "examples" / "configs").glob("*.yaml")):
-            self.copy_file(str(preset), str(folder / preset.name))
+        for preset in PRESETS:
+            self.copy_file(preset, str(folder / os.path.basename(preset)))
 
 
 setup(

@@ -199,12 +199,13 @@ def _weighted(flag: str, values: Sequence[str]) -> list[WeightedCorpus]:
 
 def check_data(data: DataOptions) -> None:
     """Check that the data comes from one place, and mock data's tokens from nowhere else."""
-    sources = [flag_of(name) for name in ("data_path", "train_data_path", "mock_data") if getattr(data, name)]
     parts = [flag_of(name) for name in PARTS[1:] if getattr(data, name)]
-    require(bool(sources or parts), "missing --data-path: required; --help explains")
-    require(len(sources) <= 1, f"{' and '.join(sources)} are two sources of data; leave one of them out")
     require(
-        not parts or sources == ["--train-data-path"],
+        bool(data.data_path or data.train_data_path or data.mock_data or parts),
+        "missing --data-path: required; --help explains",
+    )
+    require(
+        not parts or data.train_data_path is not None,
         f"{' and '.join(parts)}: only beside --train-data-path; name that too, or cut --data-path by --split",
     )
     is_null = data.tokenizer_type == "NullTokenizer"

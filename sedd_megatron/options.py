@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import re
 import reprlib
 import types
 import typing
@@ -30,19 +31,33 @@ from sedd_megatron.preset_files import config_file, presets
 LONGEST_PATH, LONGEST_NAME = 4095, 255
 # Ours, of the parts: pathlib makes missing folders by recursion, which Python ends at 1000.
 DEEPEST_PATH = 255
+# Values that argparse takes for flags, unlike -1 and -0.1.
+NEGATIVE_NUMBER = re.compile(r"-(\d+\.|(\d+\.?|\d*\.\d+)e[+-]?\d+|inf(inity)?|nan)", re.IGNORECASE | re.ASCII)
 # Flags or keys that are told one by one.
 MOST_UNKNOWN = 50
 
 
 def option(
-    default: Any, help: str, choices: Sequence[str] = (), is_text: bool = False, instead_of: Sequence[str] = ()
+    default: Any,
+    help: str,
+    choices: Sequence[str] = (),
+    is_text: bool = False,
+    instead_of: Sequence[str] = (),
+    also: Sequence[str] = (),
 ) -> Any:
     """A dataclass field that is also a flag; `dataclasses.MISSING` as default makes it required.
 
-    `is_text` is for a str that names nothing, and may be empty and of any length. `instead_of` names the options that
-    say the same otherwise: the flag wins over those of a YAML file.
+    `is_text` is for a str that names nothing, and may be empty and of any length. `instead_of` names the options in
+    whose place it stands: the flag wins over those of a YAML file, and beside them it is refused. `also` are further
+    names of the same option.
     """
-    metadata = {"help": help, "choices": tuple(choices), "is_text": is_text, "instead_of": tuple(instead_of)}
+    metadata = {
+        "help": help,
+        "choices": tuple(choices),
+        "is_text": is_text,
+        "instead_of": tuple(instead_of),
+        "also": tuple(also),
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -74,8 +89,9 @@ def parse_options(
     """
     fields = _fields_by_name(option_classes)
     parser = _build_parser(option_classes, prog, description)
-    flags = [flag_of(name) for name in fields]
-    own, unknown = _without_unknown(argv, fields)
+    by_any_name = _fields_by_any_name(option_classes)
+    flags = [flag_of(name) for name in by_any_name]
+    own, unknown = _without_unknown(argv, by_any_name)
     if not {"-h", "--help"} & set(own):
         _require_known(unknown, "flag", flags, foreign)
     namespace, stray = parser.parse_known_args(own)
@@ -87,13 +103,34 @@ def parse_options(
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(namespace).items()}
     values = given
     if given.get("config"):
-        replaced = {other for name in given for other in fields[name].metadata["instead_of"]}
+        replaced = {other for name in _said(given) for other in fields[name].metadata["instead_of"]}
         of_file = load_yaml_options(config_file(given["config"]), option_classes, foreign)
         values = {name: value for name, value in of_file.items() if name not in replaced} | given
+    _require_one_of_each(values, fields)
     required = [name for name in required_options(option_classes) if name not in values]
     if required:
         raise UserError(f"missing {', '.join(flag_of(n) for n in required)}: required; --help explains")
     return instances_of(values, option_classes)
+
+
+def _said(values: dict[str, Any]) -> list[str]:
+    """Names of the options that are not left or switched off."""
+    return [name for name, value in values.items() if value is not None and value is not False]
+
+
+def _require_one_of_each(values: dict[str, Any], fields: dict[str, dataclasses.Field]) -> None:
+    """Refuse an option beside one in whose place it stands, whatever their values are."""
+    said = _said(values)
+    for name in said:
+        for other in fields[name].metadata["instead_of"]:
+            if other in said:
+                one, two = (f"{flag_of(one)}{_shown_behind(values[one])}" for one in (name, other))
+                raise UserError(f"{one} stands in place of {two}; leave one of them out")
+
+
+def _shown_behind(value: Any) -> str:
+    words = value if isinstance(value, tuple) else () if value is True else (value,)
+    return "".join(f" {shown(word)}" for word in words)
 
 
 def _without_unknown(argv: Sequence[str], fields: dict[str, dataclasses.Field]) -> tuple[list[str], list[str]]:
@@ -103,11 +140,13 @@ def _without_unknown(argv: Sequence[str], fields: dict[str, dataclasses.Field]) 
     for word in argv:
         name = word.split("=", 1)[0]
         # As argparse tells a flag from a value.
-        if name in flags or (word.startswith("--") and word != "--" and " " not in word):
+        if name in flags or (word.startswith("--") and " " not in word):
             is_own = name in flags
             if not is_own:
                 unknown.setdefault(name, word)
-        if is_own:
+        if is_own and own and own[-1] in flags and NEGATIVE_NUMBER.fullmatch(word):
+            own[-1] += f"={word}"
+        elif is_own:
             own.append(word)
     return own, list(unknown.values())
 
@@ -150,10 +189,16 @@ def check_values(
     foreign: Callable[[str], str | None] = lambda flag: None,
 ) -> dict[str, Any]:
     """Convert plain values (from YAML or JSON) to the options' types; `where` opens the message of an error."""
-    fields = _fields_by_name(option_classes)
+    fields = _fields_by_any_name(option_classes)
     unknown = [name for name in values if name not in fields]
     _require_known(unknown, "option", list(fields), foreign, f"{where}: ")
-    return {name: _convert(name, value, fields[name], where) for name, value in values.items()}
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        field = fields[name]
+        if field.name in checked:
+            raise UserError(f"{where}: {' and '.join(_names_of(field))} are one option; give one")
+        checked[field.name] = _convert(name, value, field, where)
+    return checked
 
 
 def check_rules(options: Any, rules: Sequence[tuple[str, bool, str]], name_of: Callable[[str], str] = flag_of) -> None:
@@ -181,6 +226,15 @@ def _fields_by_name(option_classes: Sequence[type]) -> dict[str, dataclasses.Fie
     return {field.name: field for cls in option_classes for field in dataclasses.fields(cls)}
 
 
+def _fields_by_any_name(option_classes: Sequence[type]) -> dict[str, dataclasses.Field]:
+    fields = _fields_by_name(option_classes).values()
+    return {name: field for field in fields for name in _names_of(field)}
+
+
+def _names_of(field: dataclasses.Field) -> list[str]:
+    return [field.name, *field.metadata["also"]]
+
+
 def _build_parser(option_classes: Sequence[type], prog: str, description: str) -> argparse.ArgumentParser:
     # Abbreviations are off: a preset or script must not change meaning when an option is added.
     parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
@@ -205,7 +259,7 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
             arguments["metavar"] = "|".join(field.metadata["choices"])
         if is_list:
             arguments["nargs"] = "+"
-    group.add_argument(flag_of(field.name), dest=field.name, **arguments)
+    group.add_argument(*map(flag_of, _names_of(field)), dest=field.name, **arguments)
 
 
 def _scalar_type(field: dataclasses.Field) -> tuple[type, bool]:

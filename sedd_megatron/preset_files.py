@@ -7,6 +7,11 @@ PACKAGE = Path(__file__).resolve().parent
 FOLDERS = (PACKAGE.parent / "examples" / "configs", PACKAGE / "presets")
 
 
+def is_checkout() -> bool:
+    """Whether there are examples beside the package."""
+    return FOLDERS[0].is_dir()
+
+
 def presets() -> dict[str, Path]:
     """Each preset's file by its name."""
     return {path.stem: path for folder in FOLDERS for path in sorted(folder.glob("*.yaml"))}

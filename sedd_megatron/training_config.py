@@ -100,7 +100,10 @@ class TrainingOptions:
         "the last, and steps after the last update are left out",
     )
     skip_train: bool = option(
-        False, "only compute the validation and the test loss of what --save holds, or --load; nothing is saved"
+        False,
+        "by both names: only compute the validation and the test loss of what --save holds, or --load; nothing is "
+        "saved",
+        also=("eval_only",),
     )
     seed: int = option(1234, "seed of initialisation, sample order, noise and dropout")
 
@@ -129,14 +132,19 @@ class DataOptions:
         None,
         "prefix of a .bin/.idx pair, as printed by sedd_megatron.prepare_data; or a blend of several, weights and "
         "prefixes in turn: 0.7 data/a 0.3 data/b; --split cuts each",
+        instead_of=("train_data_path", "valid_data_path", "test_data_path", "mock_data"),
     )
     train_data_path: tuple[str, ...] | None = option(
-        None, "in place of --data-path: a prefix or a blend that is trained on whole"
+        None,
+        "in place of --data-path: a prefix or a blend that is trained on whole",
+        instead_of=("data_path", "mock_data", "split"),
     )
     valid_data_path: tuple[str, ...] | None = option(None, "with --train-data-path: what is validated on, if anything")
     test_data_path: tuple[str, ...] | None = option(None, "with --train-data-path: test windows, if any")
     mock_data: bool = option(
-        False, "made-up windows in place of data, to try a layout or a machine; needs --tokenizer-type NullTokenizer"
+        False,
+        "made-up windows in place of data, to try a layout or a machine; needs --tokenizer-type NullTokenizer",
+        instead_of=("data_path", "train_data_path", "valid_data_path", "test_data_path", "split"),
     )
     split: str = option(
         "969,30,1", "weights of training, validation and test windows of --data-path, for each corpus of a blend"

@@ -15,7 +15,6 @@ DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainingOp
 OF_SAMPLES = "lr_decay_samples lr_warmup_samples lr_wsd_decay_samples rampup_batch_size".split()
 # What counts steps, and what says the same in samples.
 IN_SAMPLES = {
-    "train_iters": "train_samples",
     "lr_decay_iters": "lr_decay_samples",
     "lr_warmup_iters": "lr_warmup_samples",
     "lr_wsd_decay_iters": "lr_wsd_decay_samples",
@@ -179,16 +178,6 @@ def _check_one_count(training: TrainingOptions) -> None:
                 f"{flag_of(name)} {value} counts steps, and the run samples (--train-samples "
                 f"{training.train_samples}); give {flag_of(in_samples)} in its place",
             )
-    fraction, iters = training.lr_warmup_fraction, training.lr_warmup_iters
-    for name, is_given in (
-        ("lr_warmup_iters", iters != DEFAULTS["lr_warmup_iters"]),
-        ("lr_warmup_samples", training.lr_warmup_samples is not None),
-    ):
-        require(
-            fraction is None or not is_given,
-            f"--lr-warmup-fraction {fraction} and {flag_of(name)} {getattr(training, name)} both say how long the "
-            "warm-up is; give one of them",
-        )
 
 
 def _check_ramp(training: TrainingOptions) -> None:

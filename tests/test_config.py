@@ -25,9 +25,11 @@ def parse(*flags: str, world_size: int = 1, monkeypatch=None):
 
 
 @pytest.mark.parametrize("preset", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
-def test_presets_are_valid(preset):
+def test_presets_are_valid(preset, monkeypatch):
     given = load_yaml_options(preset, GROUPS)
-    parsed = parse("--config", str(preset)).to_dict()
+    # Among as many ranks as a machine of a few GiB can hold the largest on.
+    flags = ["--config", str(preset), "--tensor-model-parallel-size", "4", "--pipeline-model-parallel-size", "4"]
+    parsed = parse(*flags, world_size=16, monkeypatch=monkeypatch).to_dict()
     assert given
     assert {name: parsed[name] for name in given} == given
 
@@ -51,6 +53,72 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
     options = parse("--config", str(config), "--seed", "8", "--no-bf16")
     assert (options.training.lr, options.training.seed, options.precision.bf16) == (1e-2, 8, False)
     assert parse().training.lr == 3e-4
+
+
+@pytest.mark.parametrize("name", ["skip_train", "eval_only"])
+def test_an_option_has_all_of_its_names_on_the_command_line_and_in_yaml(name, tmp_path, capsys):
+    flag = f"--{name.replace('_', '-')}"
+    assert parse(flag).training.skip_train
+    assert not parse(flag, f"--no-{flag[2:]}").training.skip_train
+    config = tmp_path / "c.yaml"
+    config.write_text(f"{name}: true\n")
+    assert parse("--config", str(config)).training.skip_train
+    # As one option: the last of both flags counts, and a flag wins over the file.
+    assert not parse("--config", str(config), "--no-skip-train").training.skip_train
+    assert not parse(flag, "--no-eval-only").training.skip_train
+    assert "eval_only" not in parse().to_dict()
+    with pytest.raises(UserError, match=f"unknown flag {flag}s: did you mean {flag}"):
+        parse(f"{flag}s")
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--skip-train, --no-skip-train, --eval-only, --no-eval-only by both names: only compute the vali" in text
+
+
+def test_one_option_by_two_names_in_a_file_is_refused(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("skip_train: true\neval_only: false\n")
+    with pytest.raises(UserError) as error:
+        parse("--config", str(config))
+    assert str(error.value) == f"--config {config}: skip_train and eval_only are one option; give one"
+
+
+MOCK = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "50"]
+PARTS = ["--train-data-path", "a", "--valid-data-path", "b"]
+
+
+def test_a_source_of_data_wins_over_a_files_and_over_what_would_cut_it(tmp_path):
+    default = parse().data.split
+    for name, flags in (("mock_data", MOCK), ("train_data_path", PARTS)):
+        data = parse_pretrain_options(["--config", "tiny", *flags]).data
+        assert (data.split, bool(getattr(data, name))) == (default, True)
+    config = tmp_path / "c.yaml"
+    config.write_text("train_data_path: c\nvalid_data_path: d\n")
+    data = parse("--config", str(config), "--split", "1,1,1").data
+    assert (data.data_path, data.train_data_path, data.valid_data_path, data.split) == (("x",), None, None, "1,1,1")
+    # What is switched off says nothing.
+    config.write_text("data_path: y\nsplit: 1,1,1\n")
+    data = parse_pretrain_options(["--config", str(config), "--no-mock-data"]).data
+    assert (data.data_path, data.split) == (("y",), "1,1,1")
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ([*MOCK, "--split", "1,1,1"], "--mock-data stands in place of --split 1,1,1; leave one of them out"),
+        ([*PARTS, "--split", "969,30,1"], "--train-data-path a stands in place of --split 969,30,1; leave one of them"),
+        ([*PARTS, *MOCK], "--train-data-path a stands in place of --mock-data; leave one of them out"),
+    ],
+)
+def test_what_stands_in_place_of_each_other_is_not_given_together(flags, text, tmp_path):
+    with pytest.raises(UserError, match=text):
+        parse_pretrain_options(flags)
+    # In one file, or where the flag is what the file's option stands in place of.
+    config = tmp_path / "c.yaml"
+    config.write_text("train_data_path: a\nsplit: 969,30,1\n")
+    for argv in (["--config", str(config)], ["--config", str(config), "--split", "1,1,1"]):
+        with pytest.raises(UserError, match=r"--train-data-path a stands in place of --split .*; leave"):
+            parse_pretrain_options(argv)
 
 
 FP8 = ["--bf16", "--fp8-format", "hybrid"]
@@ -85,6 +153,11 @@ FP8 = ["--bf16", "--fp8-format", "hybrid"]
             "--distributed-timeout-minutes 1.0 must be at least 1.5 with --save",
         ),
         (["--lr", "-1"], 1, "--lr -1.0 must be at least 0"),
+        (["--lr", "-1e-3"], 1, "--lr -0.001 must be at least 0"),
+        (["--adam-eps", "-.1E2"], 1, "--adam-eps -10.0 must be above 0"),
+        (["--lr", "-inf"], 1, "argument --lr: -inf must be finite"),
+        (["--bf16", "-1e3"], 1, "ignored explicit argument '-1e3'"),
+        (["--", "--seed", "3"], 1, "unknown flag --: "),
         (
             ["--ema-interval", "100", "--train-iters", "3", "--lr-warmup-iters", "1"],
             1,

@@ -144,7 +144,7 @@ COMMANDS = {
     "prepare_data": (prepare_check, (prepare_data.PrepareOptions,),
                      ["--output-prefix", "out", "--input", TEXT, "--tokenizer-type", "ByteTokenizer"], 400),
     "convert": (convert.check, (convert.ConvertOptions,), [], 150),
-    "plan": (plan.check, (plan.PlanOptions, ConfigFile, *plan.OPTION_CLASSES), ["--bf16"], 300),
+    "plan": (plan.check, (plan.PlanOptions, ConfigFile, *GROUPS), ["--bf16"], 300),
     "harness": (harness_check, harness_model.MODEL_ARGUMENTS, [f"--load={MODEL}"], 400),
     "report": (report.check, (report.ReportOptions,), ["--runs", TEXT, "--output", "page.html"], 100),
     "sample_quality": (sample_quality.check, (sample_quality.QualityOptions, *OF_TEXTS), ["--samples", TEXT], 300),

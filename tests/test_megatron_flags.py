@@ -25,8 +25,9 @@ FLAGS = (Path(__file__).parent / "fixtures" / "megatron_flags.txt").read_text(en
 
 def flags_of(option_classes) -> set[str]:
     fields = [field for cls in option_classes for field in dataclasses.fields(cls)]
-    negated = [flag_of(f"no_{field.name}") for field in fields if field.type is bool]
-    return {*(flag_of(field.name) for field in fields), *negated}
+    names = [(name, field) for field in fields for name in (field.name, *field.metadata["also"])]
+    negated = [flag_of(f"no_{name}") for name, field in names if field.type is bool]
+    return {*(flag_of(name) for name, _ in names), *negated}
 
 
 CONFIG = [flag_of(field.name) for field in dataclasses.fields(TransformerConfig)]

@@ -163,8 +163,9 @@ def test_a_flag_wins_over_what_says_the_same_in_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        ("--train-samples 99 --train-iters 9", "--train-iters 9 counts steps, and the run samples (--train-samples "
-         "99); give --train-samples in its place"),
+        ("--train-samples 99 --train-iters 9", "--train-samples 99 stands in place of --train-iters 9; leave one of"),
+        # Which is what it would be without the flag.
+        ("--train-samples 9999 --train-iters 400000", "--train-samples 9999 stands in place of --train-iters 400000"),
         ("--train-samples 9999 --lr-decay-iters 9", "--lr-decay-iters 9 counts steps, and the run samples"),
         ("--train-samples 9999 --lr-warmup-iters 9", "give --lr-warmup-samples in its place"),
         ("--train-samples 9999 --lr-wsd-decay-iters 9", "give --lr-wsd-decay-samples in its place"),
@@ -173,9 +174,9 @@ def test_a_flag_wins_over_what_says_the_same_in_a_file(tmp_path):
         ("--lr-decay-samples 9", "--lr-decay-samples 9 counts samples, and the run steps (--train-iters 400000)"),
         ("--lr-wsd-decay-samples 9", "--lr-wsd-decay-samples 9 counts samples"),
         ("--rampup-batch-size 8 8 90", "--rampup-batch-size 8 8 90 counts samples, and the run steps"),
-        ("--lr-warmup-iters 9 --lr-warmup-fraction 0.1", "--lr-warmup-fraction 0.1 and --lr-warmup-iters 9 both say "
-         "how long the warm-up is; give one of them"),
-        ("--train-samples 9999 --lr-warmup-samples 9 --lr-warmup-fraction 0.1", "--lr-warmup-samples 9 both say"),
+        ("--lr-warmup-iters 9 --lr-warmup-fraction 0.1", "--lr-warmup-iters 9 stands in place of "
+         "--lr-warmup-fraction 0.1; leave one of them out"),
+        ("--train-samples 9999 --lr-warmup-samples 9 --lr-warmup-fraction 0.1", "--lr-warmup-samples 9 stands in "),
         ("--lr-warmup-fraction 1", "--lr-warmup-fraction 1.0 must be at least 0 and below 1"),
         ("--lr-warmup-init 1", "--lr-warmup-init 1.0 must not be above --lr 0.0003"),
         ("--train-samples 511", "--train-samples 511 are less than one batch of 512, so that nothing is trained"),

@@ -17,6 +17,7 @@ from sedd_megatron.wording import how_to_install
 from tests.distributed.launch import REPOSITORY
 from tests.distributed.layouts import MODEL
 
+PRESETS = "presets are sedd-1.7b, sedd-7b, sedd-medium, sedd-small, tiny"
 # In place of Python's own way to an installed command, which is by the same line of the wheel.
 START = """
 import importlib.metadata, sys
@@ -28,16 +29,19 @@ entry.load()()
 
 @pytest.fixture(scope="module")
 def site_packages(tmp_path_factory) -> Path:
-    """The wheel's content, in a folder of its own."""
+    """The content, in a folder of its own, of a wheel that is built of a source distribution and nothing else."""
     root = tmp_path_factory.mktemp("wheel")
     source = root / "source"
     # Not in the checkout, where a build leaves folders behind.
     for name in ("sedd_megatron", "examples"):
         shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPOSITORY / "setup.py", source / "setup.py")
-    subprocess.run([sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--quiet",
-                    "--wheel-dir", str(root)], cwd=source, check=True, capture_output=True, timeout=200)  # fmt: skip
+    subprocess.run([sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(root)], cwd=source, check=True,
+                   capture_output=True, timeout=200)  # fmt: skip
     shutil.rmtree(source)
+    (sdist,) = root.glob("*.tar.gz")
+    subprocess.run([sys.executable, "-m", "pip", "wheel", str(sdist), "--no-deps", "--no-build-isolation", "--quiet",
+                    "--wheel-dir", str(root)], cwd=root, check=True, capture_output=True, timeout=200)  # fmt: skip
     (wheel,) = root.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(root / "site-packages")
@@ -63,7 +67,7 @@ def test_a_wheel_has_the_presets_and_trains(site_packages, tmp_path):
     assert (options["lr"], options["ema_decay"], options["hidden_size"]) == (0.003, 0.995, 32)
     done = start(site_packages, "--config", "small")
     assert done.returncode == 2
-    assert done.stderr == "error: --config small: no such file; presets are sedd-medium, sedd-small, tiny\n"
+    assert done.stderr == "error: --config small: no such file; {PRESETS}\n"
 
 
 def test_a_preset_is_known_by_name_unless_a_file_has_it(tmp_path, monkeypatch):
@@ -72,7 +76,10 @@ def test_a_preset_is_known_by_name_unless_a_file_has_it(tmp_path, monkeypatch):
         assert parse_pretrain_options(["--config", name, "--data-path", "x"]).model.hidden_size == 128
     (tmp_path / "tiny").write_text("hidden_size: 64\nnum_attention_heads: 2\n")
     assert parse_pretrain_options(["--config", "tiny", "--data-path", "x"]).model.hidden_size == 64
-    with pytest.raises(UserError, match=r"--config no/tiny: no such file; presets are sedd-medium, sedd-small, tiny"):
+    with pytest.raises(
+        UserError,
+        match=f"--config no/tiny: no such file; {PRESETS}",
+    ):
         parse_pretrain_options(["--config", "no/tiny"])
 
 

@@ -21,6 +21,7 @@ from sedd_megatron.wording import counted
 # Below this a rank's part of a sequence is not worth its exchange of keys and values.
 LEAST_TOKENS_OF_A_PART = 1024
 MOST_SEQUENCES = 64  # of a micro-batch
+MOST_CHUNKS = 64  # that a rank's layers are interleaved in, where hardly anything of a bubble is left
 # What a plan decides, but for what its command line gives.
 LAYOUT_NAMES = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage",
@@ -120,7 +121,7 @@ def plan_of(options: PretrainOptions, cluster: Cluster, num_states: int, head_ro
     replicas = data_parallel_size_of(options.parallel, cluster.gpus)
     stages = options.parallel.pipeline_model_parallel_size
     # The first stage has the embedding and keeps most micro-batches, the last one has the head.
-    ranks = (rank_memory(options, num_states, replicas, rank, "cuda") for rank in {0, stages - 1})
+    ranks = (rank_memory(options, num_states, head_rows, replicas, rank, "cuda") for rank in {0, stages - 1})
     memory = max(ranks, key=lambda found: found.total)
     time = step_time(workload_of(options, cluster, num_states, head_rows), cluster.device)
     return Plan(options, cluster, num_states, head_rows, memory, time)
@@ -170,7 +171,8 @@ def _choices(options: PretrainOptions, cluster: Cluster, kept: Collection[str]) 
         replicas = gpus // (tensor * stages * context)
         shares, interleaved = replicas * context > 1, [None]
         if stages > 1:
-            interleaved += [n for n in _divisors(model.num_layers // stages) if n * stages < model.num_layers]
+            layers = model.num_layers // stages
+            interleaved += [layers // chunks for chunks in range(MOST_CHUNKS, 1, -1) if layers % chunks == 0]
         for virtual, micro_batch, recompute in itertools.product(
             of("num_layers_per_virtual_pipeline_stage", interleaved),
             of("micro_batch_size", _powers_of_two(MOST_SEQUENCES)),

@@ -73,9 +73,15 @@ class RankMemory:
 
 
 def rank_memory(
-    options: PretrainOptions, num_states: int, data_parallel_size: int, pipeline_rank: int, device: str
+    options: PretrainOptions,
+    num_states: int,
+    head_rows: float,
+    data_parallel_size: int,
+    pipeline_rank: int,
+    device: str,
 ) -> RankMemory:
     """An estimate for a `device` of this type, cpu or cuda; on a CPU tests hold it against what gloo ranks allocate.
+    `head_rows` is the fraction of positions that need the head.
 
     The distributed optimizer is ZeRO's first stage (Rajbhandari et al., arXiv 1910.02054, section 5.1) over all ranks
     with the same parameters, those of the sequence included.
@@ -85,7 +91,7 @@ def rank_memory(
     shares = data_parallel_size * parallel.context_parallel_size if parallel.use_distributed_optimizer else 1
     updated, size = count.total / shares, 2 if precision.bf16 else 4
     num_microbatches = training.global_batch_size // training.micro_batch_size // data_parallel_size
-    activations = activation_bytes(options, num_states, pipeline_rank, num_microbatches, device)
+    activations = activation_bytes(options, num_states, head_rows, pipeline_rank, num_microbatches, device)
     communicators = sum(
         ranks > 1
         for ranks in (

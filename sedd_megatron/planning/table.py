@@ -9,6 +9,7 @@ from sedd_megatron.config import PretrainOptions
 from sedd_megatron.options import flag_of
 from sedd_megatron.planning.layouts import LAYOUT_NAMES, Plan
 from sedd_megatron.planning.memory import RankMemory, checkpoint_bytes, parameters_of_model
+from sedd_megatron.preset_files import is_checkout
 from sedd_megatron.training_schedule import end_of
 
 GIGA, SECONDS_A_DAY = 1e9, 86_400
@@ -117,12 +118,15 @@ def _flag(name: str, value: Any) -> list[str]:
 
 
 def command_lines(plan: Plan, flags: Sequence[str]) -> list[str]:
-    """torchrun on each node, and the same under Slurm; `flags` are those of examples/pretrain_sedd.py."""
+    """torchrun on each node, and the same under Slurm; `flags` are those of sedd_megatron.pretrain."""
     gpus, node = plan.cluster.gpus, min(plan.cluster.gpus_per_node, plan.cluster.gpus)
     nodes = gpus // node
     several = "" if nodes == 1 else f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint FIRST_NODE:29500 "
-    run = shlex.join(flags)
+    tasks, run = f"--nodes={nodes} --ntasks-per-node={node} --gpus-per-node={node}", shlex.join(flags)
+    if not is_checkout():
+        module = f"-m sedd_megatron.pretrain {run}"
+        return [f"torchrun {several}--nproc-per-node {node} {module}", f"srun {tasks} python {module}"]
     return [
         f"torchrun {several}--nproc-per-node {node} examples/pretrain_sedd.py {run}",
-        f"sbatch --nodes={nodes} --ntasks-per-node={node} --gpus-per-node={node} examples/slurm/train.sbatch {run}",
+        f"sbatch {tasks} examples/slurm/train.sbatch {run}",
     ]

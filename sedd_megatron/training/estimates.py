@@ -73,10 +73,16 @@ class ActivationBytes:
 
 
 def activation_bytes(
-    options: PretrainOptions, num_states: int, pipeline_rank: int, num_microbatches: int, device: str
+    options: PretrainOptions,
+    num_states: int,
+    head_rows: float,
+    pipeline_rank: int,
+    num_microbatches: int,
+    device: str,
 ) -> ActivationBytes:
     """An estimate for the local layers on a `device` of this type, in the manner of Korthikanti et al. (arXiv
-    2205.05198, section 4), for layers that keep less; a test holds it against what autograd keeps.
+    2205.05198, section 4), for layers that keep less; a test holds it against what autograd keeps. `head_rows` as for
+    `flops_per_token`.
     """
     model, parallel, recompute = options.model, options.parallel, options.recompute
     stages = parallel.pipeline_model_parallel_size
@@ -99,14 +105,16 @@ def activation_bytes(
     # 1F1B: a stage starts as many micro-batches as there are stages from it to the last; interleaving adds a round.
     in_flight = layers * min(stages - pipeline_rank, num_microbatches)
     in_flight += layers // chunks * (stages - 1) if chunks > 1 else 0
-    head = _head_bytes(options, num_states, rows, size, device) if pipeline_rank == stages - 1 else 0.0
+    head = _head_bytes(options, num_states, head_rows, rows, size, device) if pipeline_rank == stages - 1 else 0.0
     return ActivationBytes(per_layer, in_flight, recomputed + layer.gradients, head)
 
 
-def _head_bytes(options: PretrainOptions, num_states: int, rows: float, size: int, device: str) -> float:
-    """The head and loss at their worst moment."""
+def _head_bytes(
+    options: PretrainOptions, num_states: int, head_rows: float, rows: float, size: int, device: str
+) -> float:
+    """The head and loss at their worst moment, of a micro-batch in which as many positions count as on average."""
     hidden, shard = options.model.hidden_size, num_states / options.parallel.tensor_model_parallel_size
-    chunk = min(options.training.loss_chunk_rows_on(device), rows)
+    chunk = min(options.training.loss_chunk_rows_on(device), head_rows * rows)
     if chunk == 0:
         # Logits, and in the loss two float32 copies of them.
         return rows * shard * (size + 8)

@@ -34,9 +34,11 @@ class StepProbe:
         self.timers = Timers(level, "max") if level > 0 else None
         self.first_iteration = self.last_told = run.iteration
         self.profiler: torch.profiler.profile | None = None
-        if self.options.profile and run.iteration >= self.options.profile_step_end:
-            end = self.options.profile_step_end
-            tell([f"--profile-step-end {end}: the run is at iteration {run.iteration}, and nothing is profiled"])
+        first, last = self.options.profile_step_start, self.options.profile_step_end
+        if self.options.profile and not (run.iteration < last and first < run.end.iteration):
+            steps = f"iteration {run.iteration} to {run.end.iteration}"
+            tell([f"--profile-step-start {first} --profile-step-end {last}: the run goes from {steps}, and nothing is "
+                  "profiled"])  # fmt: skip
         self.tflop_per_token = trained_flops_per_token(run) / 1e12 / torch.distributed.get_world_size()
         self._give_timers(self.timers)
 

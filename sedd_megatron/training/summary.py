@@ -43,7 +43,7 @@ def cost_line(run: TrainingRun) -> str:
     groups = run.groups
     num_microbatches = run.num_microbatches_of(options.training.global_batch_size)
     activations = activation_bytes(
-        options, run.graph.num_states, groups.pipeline_rank, num_microbatches, groups.device.type
+        options, run.graph.num_states, _head_rows(run), groups.pipeline_rank, num_microbatches, groups.device.type
     )
     memory = {
         "weights": sum(p.numel() * (1 if is_float8tensor(p) else p.element_size()) for p in parameters),

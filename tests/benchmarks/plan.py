@@ -2,10 +2,8 @@
 python -m tests.benchmarks.plan
 
 Memory: bytes of tensors of training runs on a CPU, weights, gradients, optimizer and moving average after a step by
-their storages, and the most that a step allocates beside them, counted at the allocator. The estimate of the head is
-for a micro-batch all of whose positions count, as they do under the uniform graph; under the absorbing one half of them
-do on average. Time: Megatron-LM's published tables (tests/benchmarks/published_gpt.py), whose causal GPTs are put
-through the planner's time model.
+their storages, and the most that a step allocates beside them, counted at the allocator. Time: Megatron-LM's published
+tables (tests/benchmarks/published_gpt.py), whose causal GPTs are put through the planner's time model.
 """
 
 import argparse
@@ -18,10 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sedd_megatron.config import GROUPS, ConfigFile, PretrainOptions
-from sedd_megatron.diffusion import make_graph
+from sedd_megatron.diffusion import LogLinearSchedule, make_graph
 from sedd_megatron.layout_rules import data_parallel_size_of
 from sedd_megatron.options import parse_options
 from sedd_megatron.planning.memory import RankMemory, parameters_of_rank, rank_memory
+from sedd_megatron.training.estimates import fraction_of_head_rows
 from tests.benchmarks.goals import PLAN_MEMORY_ERROR, PLAN_TIME_ERROR
 from tests.benchmarks.pairs import Lines, write_table
 from tests.benchmarks.published_gpt import AMPERE, HOPPER, estimated_tflops
@@ -57,6 +56,7 @@ CASES = {
     "DP2": (2, []),
     "DP2-dist-opt": (2, DIST_OPT),
     "DP2-dist-opt-overlap-bf16": (2, [*OVERLAP, *BF16]),
+    "SP2-PP2-bf16": (4, [*TP2, *SP, *PP2, *BF16]),
     "SP2-PP2-bf16-uniform": (4, [*TP2, *SP, *PP2, *BF16, "--graph", "uniform"]),
     "PP2-DP2-dist-opt": (4, [*PP2, *DIST_OPT]),
 }
@@ -143,15 +143,16 @@ def _found(name: str, rank: int, folder: Path) -> RankFound:
     found = json.loads((folder / f"{name}-{rank}.json").read_text())
     _, *groups = parse_options((ConfigFile, *GROUPS), [*MODEL, *CASES[name][1]], "plan", "")
     options = PretrainOptions(*groups)
-    num_states = make_graph(options.diffusion.graph, NUM_TOKENS).num_states
+    graph = make_graph(options.diffusion.graph, NUM_TOKENS)
+    head_rows = fraction_of_head_rows(graph, LogLinearSchedule(options.diffusion.noise_eps), options.diffusion.time_eps)
     replicas, stage = data_parallel_size_of(options.parallel, _world_size(name)), found["pipeline_rank"]
     return RankFound(
         name,
         rank,
-        (found["parameters"], parameters_of_rank(options, num_states, stage).total),
+        (found["parameters"], parameters_of_rank(options, graph.num_states, stage).total),
         sum(found[kind] for kind in ("weights", "gradients", "optimizer", "moving average")),
         found["passing"],
-        rank_memory(options, num_states, replicas, stage, "cpu"),
+        rank_memory(options, graph.num_states, head_rows, replicas, stage, "cpu"),
     )
 
 

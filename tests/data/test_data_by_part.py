@@ -93,10 +93,10 @@ def test_every_part_is_checked_and_each_file_once(prefixes, monkeypatch):
     ("flags", "text"),
     [
         ([], "missing --data-path: required"),
-        (["--data-path", "a", "--train-data-path", "b"], "--data-path and --train-data-path are two sources of data"),
-        (["--data-path", "a", "--mock-data"], "--data-path and --mock-data are two sources of data"),
+        (["--data-path", "a", "--train-data-path", "b"], "--data-path a stands in place of --train-data-path b"),
+        (["--data-path", "a", "--mock-data"], "--data-path a stands in place of --mock-data; leave"),
         (["--valid-data-path", "a"], "--valid-data-path: only beside --train-data-path; name that too, or cut"),
-        (["--data-path", "a", "--test-data-path", "b"], "--test-data-path: only beside"),
+        (["--data-path", "a", "--test-data-path", "b"], "--data-path a stands in place of --test-data-path b"),
         (["--train-data-path", "a", "b"], "--train-data-path a b: the weight a must be a number above 0"),
         (["--mock-data"], "--mock-data has no text, and needs --tokenizer-type NullTokenizer and"),
         (["--mock-data", "--tokenizer-type", "NullTokenizer"], "--tokenizer-type NullTokenizer needs --vocab-size"),

@@ -62,6 +62,15 @@ def test_the_layouts_are_all_that_the_rules_allow(gpus):
     assert len(found) == 3 * len(expected)
 
 
+def test_a_model_of_any_depth_is_planned_in_bounded_time():
+    """Of 2 billion layers there are 110 divisors, and of what each leaves as many again."""
+    options = options_of(SMALL.replace("-layers 12", "-layers 2000000000"))
+    found = list(layouts(options, Cluster(8, 8, DEVICES["h100"]), {"tensor_model_parallel_size"}))
+    chunks = {layout.parallel.num_model_chunks(2 * 10**9) for layout in found}
+    assert chunks == {1, 2, 4, 5, 8, 10, 16, 20, 25, 32, 40, 50, 64}
+    assert len(found) < 3000
+
+
 def test_what_is_given_stays():
     options = options_of(f"{SMALL} --tensor-model-parallel-size 2 --micro-batch-size 3 --no-sequence-parallel")
     names = {"tensor_model_parallel_size", "micro_batch_size", "sequence_parallel"}

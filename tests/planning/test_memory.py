@@ -46,9 +46,26 @@ def test_a_checkpoint_has_weights_master_weights_moments_and_average():
 
 def test_replicas_share_what_the_distributed_optimizer_holds():
     plain, shared = (
-        rank_memory(options_of("--bf16", *flags), 50258, 8, 0, "cuda")
+        rank_memory(options_of("--bf16", *flags), 50258, 1.0, 8, 0, "cuda")
         for flags in ([], ["--use-distributed-optimizer"])
     )
     assert shared.optimizer == plain.optimizer / 8
     assert shared.moving_average == plain.moving_average / 8
     assert (shared.weights, shared.gradients) == (plain.weights, plain.gradients)
+
+
+def test_gradients_in_bf16_take_half_the_memory():
+    plain, half = (
+        rank_memory(options_of("--bf16", *flags), 50258, 1.0, 8, 0, "cuda") for flags in ([], ["--grad-reduce-in-bf16"])
+    )
+    assert half.gradients == plain.gradients / 2 == plain.weights
+    assert plain.total - half.total == half.gradients
+
+
+def test_the_head_needs_memory_for_positions_that_count():
+    flags = ["--bf16", "--micro-batch-size", "1", "--loss-chunk-rows", "4096"]
+    absorbing, uniform = (rank_memory(options_of(*flags), 50258, rows, 8, 0, "cuda") for rows in (0.5, 1.0))
+    # A chunk's hidden states and what its norm needs, of width 768, for half of 1024 positions.
+    chunk = 512 * 768 * (2 * 2 + 5 * 4)
+    tile = lambda rows: min(rows * 50258, 2**25) * (4 + 2)  # noqa: E731
+    assert uniform.head - absorbing.head == chunk + tile(1024) - tile(512)

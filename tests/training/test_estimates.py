@@ -89,7 +89,7 @@ def test_activation_estimate_is_what_autograd_keeps(flags):
 
     measured = (kept_bytes(flags, 6) - kept_bytes(flags, 2)) / 4
     options = parse_pretrain_options([*SIZES, "--num-layers", "6", *flags])
-    estimate = activation_bytes(options, NUM_TOKENS + 1, pipeline_rank=0, num_microbatches=1, device="cpu")
+    estimate = activation_bytes(options, NUM_TOKENS + 1, 1.0, pipeline_rank=0, num_microbatches=1, device="cpu")
     assert estimate.in_flight == 6
     assert abs(estimate.per_layer - measured) < 0.1 * measured, (estimate.per_layer, measured)
 
