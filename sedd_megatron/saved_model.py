@@ -69,7 +69,7 @@ class SavedModel:
         """What a run keeps beside its checkpoints, each as what it is and its path."""
         from sedd_megatron.training import going_back, metrics_file, run_folder, run_lock
 
-        names = (run_folder.LATEST, going_back.WENT_BACK, run_lock.FILE, METRICS, LOST, SAMPLES,
+        names = (run_folder.LATEST, run_folder.FINISHED, going_back.WENT_BACK, run_lock.FILE, METRICS, LOST, SAMPLES,
                  metrics_file.WRITERS, metrics_file.RUN_ID)  # fmt: skip
         return [("a file of the run", str(self.path.parent / name)) for name in names]
 
