@@ -27,7 +27,7 @@ SCRIPTS = {
     "srun": ("train.sbatch", ("--ntasks=2", "--time=60"), {}),
     "torchrun": ("torchrun.sbatch", ("--cpus-per-task=2", "--time=60"), {"RANKS_PER_NODE": "2"}),
 }
-STEPS, SIGNALS, PATIENCE = 800, 50, 400.0
+STEPS, SIGNALS, PATIENCE = 400, 50, 900.0
 # Of the signals, those that come during a start; and in which part of the steps the others come after the first.
 DURING_STARTS, PART = 0.2, 0.1
 
