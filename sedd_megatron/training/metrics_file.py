@@ -60,6 +60,10 @@ class MetricsFile:
         """Whether there is a record of this iteration and none of its validation; False of what cannot be read."""
         return {"validation_loss" in record for record in self._records_of(iteration)} == {False}
 
+    def has_step(self, iteration: int) -> bool:
+        """Whether there is a record of this iteration."""
+        return bool(self._records_of(iteration))
+
     def has_test_loss(self, iteration: int) -> bool:
         """Whether there is a test loss of this iteration; False where it may be another run's."""
         return self._is_of_one_run and any("test_loss" in record for record in self._records_of(iteration))

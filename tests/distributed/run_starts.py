@@ -159,12 +159,13 @@ def evaluation_alone_tells_what_training_told(run: Commands) -> None:
 def a_test_loss_that_was_broken_off_is_made_up_for_once(run: Commands) -> None:
     from sedd_megatron.training import held_out
 
-    flags = ["--save", "@/tested", *EVALUATED]
+    flags = ["--save", "@/tested", *EVALUATED, "--sample-interval", "2", "--sampling-steps", "2", "--num-samples", "1"]
     with mock.patch.object(held_out, "request_to_any_rank", return_value=signal.SIGTERM):
         run.train(3, *flags)
     finished = run.root / "tested" / "finished"
-    # The validation after the second step was broken off, and with it the run.
+    # The validation after the second step was broken off, and with it the run: its samples are left out as well.
     assert (run.losses("tested"), finished.exists()) == (run.losses("old")[:2], False)
+    assert not (run.root / "tested" / "samples.jsonl").exists()
     with mock.patch.object(held_out, "request_to_any_rank", lambda run, requests: signal.SIGTERM * (run.iteration > 2)):
         run.train(3, *flags)
     assert (len(run.losses("tested")), finished.exists()) == (3, False)
@@ -173,6 +174,8 @@ def a_test_loss_that_was_broken_off_is_made_up_for_once(run: Commands) -> None:
     (test,) = [line for line in records(run.root / "tested") if "test_loss" in line]
     (validation,) = [line for line in records(run.root / "tested") if "validation_loss" in line]
     assert (test["iteration"], validation["iteration"], finished.exists()) == (3, 2, True)
+    (sample,) = (run.root / "tested" / "samples.jsonl").read_text().splitlines()
+    assert json.loads(sample)["iteration"] == 2
     # Killed before it could say that it is finished, or asked to keep less.
     finished.unlink()
     told = run.train(3, *flags)
