@@ -24,7 +24,12 @@ from sedd_megatron.evaluation.windows import MAX_DRAWS, WINDOWINGS, Window, wind
 from sedd_megatron.layout_rules import check_layout
 from sedd_megatron.options import check_rules, option, parse_options
 from sedd_megatron.output_files import check_output, write_output
-from sedd_megatron.parallel.groups import is_first_rank, parallel_groups
+from sedd_megatron.parallel.groups import (
+    errors_before_joining,
+    is_first_rank,
+    joined_after_checks,
+    sees_what_the_first_rank_does,
+)
 from sedd_megatron.wording import counted
 
 if TYPE_CHECKING:
@@ -89,9 +94,16 @@ def check(argv: Sequence[str]) -> "tuple[EvaluateOptions, LayoutOptions, SavedMo
     _check(options)
     from sedd_megatron.saved_model import find_saved_model
 
-    saved = find_saved_model(options.load, layout.device)
-    read = [("--data", path) for path in options.data or ()]
-    check_output("--output", options.output, [*read, *saved.files_of_run()], saved.path)
+    with errors_before_joining(ParallelOptions(**dataclasses.asdict(layout))):
+        saved = find_saved_model(options.load, layout.device)
+        read = [("--data", path) for path in options.data or ()]
+        if sees_what_the_first_rank_does():
+            check_output("--output", options.output, [*read, *saved.files_of_run()], saved.path)
+        _check_for_model(options, saved)
+    return options, layout, saved
+
+
+def _check_for_model(options: EvaluateOptions, saved: "SavedModel") -> None:
     if saved.parted_documents and options.windowing == "concatenate":
         raise UserError(
             f"--load {options.load}: its documents were cut off from each other (--reset-attention-mask or "
@@ -102,25 +114,25 @@ def check(argv: Sequence[str]) -> "tuple[EvaluateOptions, LayoutOptions, SavedMo
         find_for_graph(INTEGRATIONS, options.integrate_over, saved.graph, "--integrate-over")
     except ValueError as error:
         raise UserError(str(error)) from error
-    return options, layout, saved
 
 
 def main() -> None:
     """Parse the flags, load model and text, print the bound."""
     options, layout, saved = check(sys.argv[1:])
-    texts_of = _texts(options)
+    parallel = ParallelOptions(**dataclasses.asdict(layout))
     length, may_give = saved.model_options.seq_length, saved.graph.mask_token_id is not None
     append_eod = _append_eod(options, saved)
     windowing = options.windowing
     if windowing == "concatenate" and saved.tokenizer.eod_id is not None:
         windowing += f", documents {'ended' if append_eod else 'not ended'}"
-    windows_by_name = {name: windows_of(texts, saved.tokenizer, length, options.windowing, may_give, append_eod)
-                       for name, texts in texts_of.items()}  # fmt: skip
-    parallel = ParallelOptions(**dataclasses.asdict(layout))
+    with errors_before_joining(parallel):
+        texts_of = _texts(options)
+        windows_by_name = {name: windows_of(texts, saved.tokenizer, length, options.windowing, may_give, append_eod)
+                           for name, texts in texts_of.items()}  # fmt: skip
     found = {}
     with ExitStack() as stack:
         model = saved.load(
-            parallel, PrecisionOptions(bf16=options.bf16), lambda: stack.enter_context(parallel_groups(parallel))
+            parallel, PrecisionOptions(bf16=options.bf16), lambda: stack.enter_context(joined_after_checks(parallel))
         )
         for name, windows in windows_by_name.items():
             found[name] = _bound_units(model, windows, options, saved.diffusion.time_eps)

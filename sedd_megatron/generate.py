@@ -17,7 +17,14 @@ from sedd_megatron.generation.settings import SamplingOptions, settings_of
 from sedd_megatron.layout_rules import check_layout
 from sedd_megatron.options import option, parse_options
 from sedd_megatron.output_files import OutputFile, check_output
-from sedd_megatron.parallel.groups import choose_device, errors_of_all_replicas, is_first_rank, parallel_groups
+from sedd_megatron.parallel.groups import (
+    choose_device,
+    errors_before_joining,
+    errors_of_all_replicas,
+    is_first_rank,
+    joined_after_checks,
+    sees_what_the_first_rank_does,
+)
 
 if TYPE_CHECKING:
     from sedd_megatron.diffusion import SamplingSettings
@@ -71,14 +78,15 @@ def check(argv: Sequence[str]) -> Checked:
         _check_cuda_graph(layout)
     from sedd_megatron.saved_model import find_saved_model
 
-    saved = find_saved_model(options.load, layout.device)
-    settings = settings_of(sampling, saved.graph)
-    frames = _frames(options, request, sampling, saved)
-    if is_first_rank():
-        # Not emptied yet: a start that fails leaves an older file as it was.
-        others = [("--requests", options.requests), *saved.files_of_run()]
-        check_output("--output", options.output, others, saved.path)
-        check_output("--trace", options.trace, [*others, ("--output", options.output)], saved.path)
+    with errors_before_joining(ParallelOptions(**asdict(layout))):
+        saved = find_saved_model(options.load, layout.device)
+        settings = settings_of(sampling, saved.graph)
+        frames = _frames(options, request, sampling, saved)
+        if sees_what_the_first_rank_does():
+            # Not emptied yet: a start that fails leaves an older file as it was.
+            others = [("--requests", options.requests), *saved.files_of_run()]
+            check_output("--output", options.output, others, saved.path)
+            check_output("--trace", options.trace, [*others, ("--output", options.output)], saved.path)
     return Checked(options, request, sampling, layout, saved, settings, frames)
 
 
@@ -88,7 +96,7 @@ def main() -> None:
     parallel = ParallelOptions(**asdict(layout))
     with ExitStack() as stack:
         model = saved.load(
-            parallel, PrecisionOptions(bf16=options.bf16), lambda: stack.enter_context(parallel_groups(parallel))
+            parallel, PrecisionOptions(bf16=options.bf16), lambda: stack.enter_context(joined_after_checks(parallel))
         )
         if options.cuda_graph:
             model.score_fn.capture()

@@ -13,12 +13,14 @@ def main() -> None:
 
 def _train() -> int:
     with StopRequests() as requests:
+        requests.is_to_save = not {"--skip-train", "--verify-layout"} & set(sys.argv)
         # These take seconds, and whoever asks meanwhile for an end is heard.
         from sedd_megatron.arguments import parse_pretrain_options
         from sedd_megatron.training.pretrain import pretrain
 
         options = parse_pretrain_options(sys.argv[1:])
-        requests.has_a_result = options.verify.verify_layout or options.training.skip_train
+        # A file of options may ask for either, too.
+        requests.is_to_save = not (options.training.skip_train or options.verify.verify_layout)
         code = pretrain(options, requests)
     ignore_from_now_on()
     return code

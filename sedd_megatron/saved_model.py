@@ -67,10 +67,10 @@ class SavedModel:
 
     def files_of_run(self) -> list[tuple[str, str]]:
         """What a run keeps beside its checkpoints, each as what it is and its path."""
-        from sedd_megatron.training import ending, going_back, metrics_file, run_folder, run_lock
+        from sedd_megatron.training import going_back, metrics_file, run_folder, run_lock
 
-        names = (run_folder.LATEST, going_back.WENT_BACK, run_lock.FILE, METRICS, LOST, SAMPLES,
-                 metrics_file.WRITERS, metrics_file.RUN_ID, ending.FINISHED)  # fmt: skip
+        names = (run_folder.LATEST, run_folder.FINISHED, going_back.WENT_BACK, run_lock.FILE, METRICS, LOST, SAMPLES,
+                 metrics_file.WRITERS, metrics_file.RUN_ID)  # fmt: skip
         return [("a file of the run", str(self.path.parent / name)) for name in names]
 
     def load(

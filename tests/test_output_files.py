@@ -82,7 +82,7 @@ def test_no_output_is_a_file_of_the_model_that_is_read(trained, monkeypatch):
 
     checkpoint = trained / "iter_0000006"
     inside = [checkpoint / "manifest.json", checkpoint / "new.jsonl", checkpoint / "tokenizer" / "description.json"]
-    of_run = [trained / name for name in ("metrics.jsonl", "training.lock", "latest_checkpointed_iteration.txt")]
+    of_run = [trained / name for name in ("metrics.jsonl", "finished", "latest_checkpointed_iteration.txt")]
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     for command, flag in ((generate, "--output"), (generate, "--trace"), (evaluate, "--output")):
         more = ["--data", "x"] if command is evaluate else []

@@ -23,9 +23,10 @@ export PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
 
-# Sets MAX_RESTARTS, SAVE and ARGUMENTS, which are those of training, from the script's own.
+# Sets MAX_RESTARTS, SAVE and ARGUMENTS, which are those of training, from the script's own; SAVES is empty where it is
+# asked for a result and saves nothing.
 read_arguments() {
-    MAX_RESTARTS=100 SAVE='' ARGUMENTS=()
+    MAX_RESTARTS=100 SAVE='' SAVES=1 ARGUMENTS=()
     while [ $# -gt 0 ]; do
         case $1 in
             --max-restarts) MAX_RESTARTS=${2:-} && shift ;;
@@ -35,11 +36,12 @@ read_arguments() {
         case $1 in
             --save) SAVE=${2:-} ;;
             --save=*) SAVE=${1#*=} ;;
+            --skip-train | --verify-layout) SAVES='' ;;
         esac
         [ $# -eq 0 ] || shift
     done
     [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || fail "--max-restarts $MAX_RESTARTS: must be a number"
-    [ -n "$SAVE" ] || fail "--save DIR is missing on the command line: by what lies there the job is requeued or ends"
+    [ -n "$SAVE" ] || [ -z "$SAVES" ] || fail "--save DIR is missing on the command line: by what lies there the job is requeued or ends"
 }
 
 # Line number SLURM_ARRAY_TASK_ID of a file, as words; quotes as in a shell.
@@ -66,6 +68,7 @@ remember_save() {
 # when it was asked to end, the code alone means nothing: `any-code` judges by the folder.
 end_job() {
     local code=$1 judges=${2:-} finished saved restarts=${SLURM_RESTART_COUNT:-0}
+    [ -n "$SAVES" ] || exit "$code"
     finished=$(state_of "$SAVE/finished") saved=$(state_of "$SAVE/latest_checkpointed_iteration.txt")
     if [ -n "$finished" ] && [ "$finished" != "$FINISHED_BEFORE" ]; then
         echo "job $SLURM_JOB_ID: $SAVE is finished"

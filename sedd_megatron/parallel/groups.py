@@ -142,6 +142,11 @@ def ranks_share_a_machine() -> bool:
     return started_ranks() in (1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
+def sees_what_the_first_rank_does() -> bool:
+    """Whether this rank is the first, or known to be on its machine: what it finds there, all of those find."""
+    return is_first_rank() or ranks_share_a_machine()
+
+
 def is_first_of_machine() -> bool:
     """Whether this process is the first of its machine's."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
@@ -197,6 +202,36 @@ def parallel_groups(
             torch.distributed.destroy_process_group()
         if device.type == "cuda":
             _forget_fp8_state()
+
+
+@contextlib.contextmanager
+def errors_before_joining(options: ParallelOptions) -> Iterator[None]:
+    """Around what a command looks for on the disk before its ranks join by `joined_after_checks`: what a machine lacks
+    ends all ranks at once, where those of the others would wait for its own.
+
+    Raises:
+        UserError: what is raised inside, on every rank where they are on several machines.
+    """
+    try:
+        yield
+    except UserError as error:
+        if ranks_share_a_machine():
+            raise
+        with parallel_groups(options):
+            raise_on_every_rank(error)
+
+
+@contextlib.contextmanager
+def joined_after_checks(options: ParallelOptions) -> Iterator[ParallelGroups]:
+    """parallel_groups after `errors_before_joining`.
+
+    Raises:
+        UserError: as both.
+    """
+    with parallel_groups(options) as groups:
+        if not ranks_share_a_machine():
+            raise_on_every_rank(None)
+        yield groups
 
 
 def _forget_fp8_state() -> None:

@@ -21,12 +21,11 @@ from sedd_megatron.parallel.groups import on_first_rank, tell
 from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.checkpoint_checks import DamagedCheckpointError
 from sedd_megatron.training.checkpoint_format import sync_file, verify_files, write_synced
-from sedd_megatron.training.run_folder import FoundCheckpoint, checkpoint_folders, checkpoint_name
+from sedd_megatron.training.run_folder import FINISHED, FoundCheckpoint, checkpoint_folders, checkpoint_name
 from sedd_megatron.training.stop_requests import StopRequests
 from sedd_megatron.training_config import TrainingOptions
 from sedd_megatron.training_schedule import Progress, end_of
 
-FINISHED = "finished"
 # What ends a run before its last step, beside the numbers of signals; any rank's greatest counts.
 EXIT_DURATION, EXIT_INTERVAL = 1001, 1002
 

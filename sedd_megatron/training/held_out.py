@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sedd_megatron.data.windows import WindowDataset, Windows
 from sedd_megatron.errors import UserError
-from sedd_megatron.parallel.groups import is_first_rank
+from sedd_megatron.parallel.groups import is_first_rank, on_first_rank
 from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.metrics import MetricsWriter
 from sedd_megatron.training.metrics_file import MetricsFile
@@ -28,8 +28,11 @@ def validate_if_due(
 
 
 def compute_test_loss(run: TrainingRun, windows: Windows, metrics: MetricsWriter | None, requests: StopRequests) -> int:
-    """The loss of the test windows, as Megatron-LM computes it after the last step; returns as `validate_if_due`."""
-    if run.options.logging.eval_interval == 0:
+    """The loss of the test windows, as Megatron-LM computes it after the last step; returns as `validate_if_due`. A
+    start that has trained nothing makes up for one that a kill or a signal has broken off, and repeats none.
+    """
+    is_there = on_first_rank(lambda: metrics is not None and metrics.has_test_loss(run.iteration))
+    if run.options.logging.eval_interval == 0 or is_there:
         return 0
     return _evaluate(run, "test", windows.test, metrics, requests)
 

@@ -31,7 +31,7 @@ from sedd_megatron.training.profiling import StepProbe, profiling
 from sedd_megatron.training.replicas import check_replicas_if_due
 from sedd_megatron.training.run_folder import FoundCheckpoint
 from sedd_megatron.training.run_lock import RunLock
-from sedd_megatron.training.samples import draw_samples_if_due
+from sedd_megatron.training.samples import draw_samples_if_due, make_up_for_samples
 from sedd_megatron.training.saving import RunSaver, open_saver
 from sedd_megatron.training.step import find_fp8_scales, train_step
 from sedd_megatron.training.step_guard import StepGuard
@@ -107,6 +107,7 @@ def _train_and_save(
     request, digests = 0, None
     if on_first_rank(lambda: metrics is not None and metrics.lacks_validation(run.iteration)):
         request = validate_if_due(run, windows, metrics, requests, probe)
+    request = request or make_up_for_samples(run, metrics, lambda: request_to_any_rank(run, requests))
     batches = probe.timed(training_iterators(run, windows.train))
     if options.faults.check_for_nan_in_loss_and_grad:
         run.guard = StepGuard(run, windows.train)

@@ -125,6 +125,14 @@ class MetricsWriter:
         """Whether the file has this step of the run and no validation after it, which a kill may have broken off."""
         return self.file is not None and self.file.lacks_validation(iteration)
 
+    def has_step(self, iteration: int) -> bool:
+        """Whether the file has this step of the run."""
+        return self.file is not None and self.file.has_step(iteration)
+
+    def has_test_loss(self, iteration: int) -> bool:
+        """Whether the file has the run's loss of the test windows after this step, from an earlier start."""
+        return self.file is not None and self.file.has_test_loss(iteration)
+
     def close(self) -> None:
         """Bring everything to the disk."""
         if self.file is not None:

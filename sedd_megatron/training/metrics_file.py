@@ -43,6 +43,7 @@ class MetricsFile:
         self._writer = writer
         self._waiting: deque[bytes] = deque()
         self._descriptor: int | None = None
+        self._is_of_one_run = False
         self._failed_at: float | None = None
         self._write_waiting()
 
@@ -57,13 +58,15 @@ class MetricsFile:
 
     def lacks_validation(self, iteration: int) -> bool:
         """Whether there is a record of this iteration and none of its validation; False of what cannot be read."""
-        try:
-            lines = self.path.read_bytes().splitlines()
-        except OSError:
-            return False
-        # By its beginning, so that not every record of a long run is parsed.
-        own = filter(None, (_record(line) for line in lines if line.startswith(b"%s: %d," % (RECORD_START, iteration))))
-        return {"validation_loss" in record for record in own} == {False}
+        return {"validation_loss" in record for record in self._records_of(iteration)} == {False}
+
+    def has_step(self, iteration: int) -> bool:
+        """Whether there is a record of this iteration."""
+        return bool(self._records_of(iteration))
+
+    def has_test_loss(self, iteration: int) -> bool:
+        """Whether there is a test loss of this iteration; False where it may be another run's."""
+        return self._is_of_one_run and any("test_loss" in record for record in self._records_of(iteration))
 
     def close(self) -> None:
         """Write what waits, or say how much of it is lost."""
@@ -71,6 +74,15 @@ class MetricsFile:
         if self._waiting:
             say(f"warning: {self.path}: {len(self._waiting)} records were not written", to_stderr=True)
         self._close()
+
+    def _records_of(self, iteration: int) -> list[dict[str, Any]]:
+        try:
+            lines = self.path.read_bytes().splitlines()
+        except OSError:
+            return []
+        # By its beginning, so that not every record of a long run is parsed.
+        records = (_record(line) for line in lines if line.startswith(b"%s: %d," % (RECORD_START, iteration)))
+        return [record for record in records if record is not None]
 
     def _write_waiting(self) -> None:
         try:
@@ -96,6 +108,8 @@ class MetricsFile:
         # A link stays a link, and what is no file (/dev/null) is written to as it is.
         target = self.path.resolve()
         is_alone = self._writer is None or _is_only_writer(target, self._writer)
+        # Not where runs that do not save add to each other's records.
+        self._is_of_one_run = self._is_of_one_run or (is_alone and self._continued_at is not None)
         if target.is_file():
             end_last_line(target)
             if self._continued_at is not None and is_alone:

@@ -1,6 +1,7 @@
 """What lies in a run's folder: which checkpoint counts, what a dead run left, which checkpoints are kept.
 
     DIR/latest_checkpointed_iteration.txt      the newest, as in Megatron-LM: written for others, compared, not obeyed
+    DIR/finished                               the run has done all that it was asked for (ending.py)
     DIR/iter_0000500/                          a checkpoint
     DIR/iter_0000600.set-aside/                one that was put away (going_back.py); .damaged for that reason
     DIR/.iter_0000700.partial.TOKEN/           one while a start writes it; .replaced, .removed while that is done to it
@@ -24,7 +25,7 @@ from sedd_megatron.training.checkpoint_checks import DamagedCheckpointError
 from sedd_megatron.training.checkpoint_format import MANIFEST, read_manifest, sync_file, verify_records, write_synced
 from sedd_megatron.training_config import CheckpointOptions
 
-LATEST = "latest_checkpointed_iteration.txt"
+LATEST, FINISHED = "latest_checkpointed_iteration.txt", "finished"
 NAME = re.compile(r"iter_([0-9]{7,})")
 # What a person calls one by mistake, too.
 CALLED_ONE = re.compile(r"iter_([0-9]{1,18})")

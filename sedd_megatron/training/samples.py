@@ -16,8 +16,9 @@ from sedd_megatron.diffusion.score_reader import Asked, ScoresNotFiniteError
 from sedd_megatron.errors import say
 from sedd_megatron.model.score_network import ScoreNetwork
 from sedd_megatron.model.sedd_model import SEDDModel
-from sedd_megatron.parallel.groups import ParallelGroups, is_first_rank, tell
+from sedd_megatron.parallel.groups import ParallelGroups, is_first_rank, on_first_rank, tell
 from sedd_megatron.training.build import TrainingRun
+from sedd_megatron.training.metrics import MetricsWriter
 from sedd_megatron.training.metrics_file import append_whole, end_last_line
 from sedd_megatron.training_config import SAMPLES
 
@@ -81,8 +82,17 @@ def draw_samples_if_due(run: TrainingRun, requested: Callable[[], int]) -> int:
 
     texts = draw_samples(run, is_broken_off)
     if texts is not None and is_first_rank():
-        write_samples(Path(options.logging.log_dir or options.checkpoint.save), run.iteration, texts)
+        write_samples(_folder(run), run.iteration, texts)
     return request
+
+
+def make_up_for_samples(run: TrainingRun, metrics: MetricsWriter | None, requested: Callable[[], int]) -> int:
+    """Where a run goes on, draw the samples of its last step if those were left out; returns as draw_samples_if_due."""
+
+    def are_left_out() -> bool:
+        return metrics is not None and metrics.has_step(run.iteration) and not _has_samples(run)
+
+    return draw_samples_if_due(run, requested) if on_first_rank(are_left_out) else 0
 
 
 def draw_samples(run: TrainingRun, is_broken_off: Callable[[], bool] = lambda: False) -> list[str] | None:
@@ -115,6 +125,18 @@ def draw_samples(run: TrainingRun, is_broken_off: Callable[[], bool] = lambda: F
             tell([f"warning: {where}: scores are not finite at sigma {error.sigma:.4g}"], to_stderr=True)
             return None
     return [run.tokenizer.decode(states) for states in result.states.tolist()]
+
+
+def _folder(run: TrainingRun) -> Path:
+    return Path(run.options.logging.log_dir or run.options.checkpoint.save)
+
+
+def _has_samples(run: TrainingRun) -> bool:
+    try:
+        lines = (_folder(run) / SAMPLES).read_bytes().splitlines()
+    except OSError:
+        return False
+    return any(line.startswith(b'{"iteration": %d,' % run.iteration) for line in lines)
 
 
 def write_samples(folder: Path, iteration: int, texts: Sequence[str]) -> None:

@@ -25,10 +25,10 @@ class StopRequests:
     """Notes SIGTERM, SIGINT, SIGHUP and SIGUSR1 of a run, from before the imports that take seconds until it ends; used
     in a `with`, on the main thread.
 
-    Before `start_waiting` a signal ends the process at once with 0, for there is nothing to save; with 128 + its number
-    where `has_a_result` says that somebody waits for one. After it the first one is noted in `requested`, and a later
-    one ends the process at once: the checkpoints on disk are whole at any moment. A signal that the process was started
-    to ignore (SIGHUP under nohup, SIGINT behind a shell's &) stays ignored.
+    Before `start_waiting` a signal ends the process at once, for there is nothing to save: a run with 0, and a command
+    that is to give a result, and not `is_to_save`, as one that gave none. After it the first one is noted in
+    `requested`, and a later one ends the process at once: the checkpoints on disk are whole at any moment. A signal
+    that the process was started to ignore (SIGHUP under nohup, SIGINT behind a shell's &) stays ignored.
 
     A thread of its own listens, because Python runs handlers only between two instructions of the main thread, which
     may wait for another rank for minutes.
@@ -36,8 +36,8 @@ class StopRequests:
 
     def __init__(self) -> None:
         self.began_at = time.monotonic()  # --exit-duration-in-mins counts from here
+        self.is_to_save = True
         self.requested = 0  # the first signal's number; 0 while there is none
-        self.has_a_result = False  # a verdict or a loss, which 0 would say is there
         self._requested_at = 0.0
         self._is_waiting = False
 
@@ -73,10 +73,11 @@ class StopRequests:
             number = received[0]
             if number not in self._handlers:
                 continue
-            if not self._is_waiting:
+            if not self.is_to_save:
+                self._end(number, "ended without a result", 128 + number)
+            elif not self._is_waiting:
                 # What was asked is done; by another code a launcher would kill this rank's neighbours, and say failed.
-                code = 128 + number if self.has_a_result else 0
-                self._end(number, "broken off" if self.has_a_result else "ended before the first step", code)
+                self._end(number, "ended before the first step", 0)
             elif not self.requested:
                 self.requested, self._requested_at = number, time.monotonic()
             elif time.monotonic() - self._requested_at > SAME_REQUEST_SECONDS:

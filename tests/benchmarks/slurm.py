@@ -1,9 +1,10 @@
 """python -m tests.benchmarks.slurm: signals at random times to jobs of a real Slurm, under srun and under torchrun.
 
-Each signal is sent to every process of a job's step at a random time between the step's start and the time that a
-whole run takes. It must leave the run saved at its last step and the job requeued; or, before the first step, nothing,
-and the job failed, which is then submitted again; or find the run finished. In the end each run must have the numbers
-of an unbroken one to the bit. It takes about 30 minutes on two idle cores, most of it the starts.
+Each signal is sent to every process of a job's step: one in five at a random time of the start, the others at a random
+time after the first step of that start, within a tenth of what the steps of a whole run take. It must leave the run
+saved at its last step and the job requeued; or, before the first step, nothing, and the job failed, which is then
+submitted again; or find the run finished. In the end each run must have the numbers of an unbroken one to the bit. Both
+launchers are attacked at once; it takes about 20 minutes on two idle cores, most of it the starts.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,8 +27,9 @@ SCRIPTS = {
     "srun": ("train.sbatch", ("--ntasks=2", "--time=60"), {}),
     "torchrun": ("torchrun.sbatch", ("--cpus-per-task=2", "--time=60"), {"RANKS_PER_NODE": "2"}),
 }
-STEPS, SIGNALS, PATIENCE = 150, 50, 400.0
-COMMAND = "python -m tests.benchmarks.slurm --output tests/benchmarks/results/slurm.md"
+STEPS, SIGNALS, PATIENCE = 400, 50, 900.0
+# Of the signals, those that come during a start; and in which part of the steps the others come after the first.
+DURING_STARTS, PART = 0.2, 0.1
 
 
 @dataclass
@@ -61,24 +64,28 @@ class Attack:
         environment = environment | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]}
         return self.cluster.submit(script, *flags, options=(*options, "--signal=TERM@10"), **environment)
 
-    def whole_run(self, save: Path) -> float:
-        """A run that nobody asks to stop; the seconds that its step takes."""
+    def whole_run(self, save: Path) -> tuple[float, float]:
+        """A run that nobody asks to stop; the seconds before its first step, and those of the steps."""
         number = self.submit(save)
         self.wait_for_step(number, 0)
-        start = time.monotonic()
+        begin = time.monotonic()
+        self.wait_for_training(number, save, 0)
+        first_step = time.monotonic()
         state = self.cluster.wait_for(number, ENDED, PATIENCE)
         if state != "COMPLETED 0":
             raise RuntimeError(f"{state} without a signal: {self.cluster.log(number)[-3000:]}")
-        return time.monotonic() - start
+        return first_step - begin, time.monotonic() - first_step
 
-    def send(self, count: int, seconds: float, reference: Path) -> Score:
-        """Send so many signals, each within so many seconds of a start, and let every run come to its end."""
+    def send(self, count: int, deadline: float) -> Score:
+        """Send so many signals, or those that can be sent until then, and let every run come to its end."""
+        reference = self.folder / f"{self.launcher}-reference"
+        seconds = self.whole_run(reference)
         expected = result(reference, STEPS)
-        while self.score.signals < count:
+        while self.score.signals < count and time.monotonic() < deadline:
             save = self.folder / f"{self.launcher}-{self.score.runs}-{self.score.signals}"
             number, restarts = self.submit(save), 0
-            while self.score.signals < count:
-                state = self.signal(number, restarts, save, seconds)
+            while self.score.signals < count and time.monotonic() < deadline:
+                state = self.signal(number, restarts, save, *seconds)
                 if state.startswith("COMPLETED"):
                     break
                 is_new = state.startswith("FAILED")
@@ -91,23 +98,29 @@ class Attack:
                 self.score.faults.append(f"{save.name}: {difference}")
         return self.score
 
-    def signal(self, number: str, restarts: int, save: Path, seconds: float) -> str:
-        """Send one signal to a start of a job; the state in which it leaves the job."""
+    def signal(self, number: str, restarts: int, save: Path, starting: float, training: float) -> str:
+        """Send one signal to a start of a job; the state in which it leaves the job.
+
+        `starting` and `training` are the seconds that the start and the steps of a run take.
+        """
+        before, trained = self.cluster.log(number), last_iteration(save)
         self.wait_for_step(number, restarts)
-        time.sleep(self.random.uniform(0, seconds))
-        before, ended = self.cluster.log(number), self.cluster.state(number).split()[0] in ENDED
-        if not ended:
+        if self.random.random() < DURING_STARTS:
+            time.sleep(self.random.uniform(0, starting))
+        else:
+            self.wait_for_training(number, save, trained)
+            time.sleep(self.random.uniform(0, PART * training))
+        if not self.has_ended(number):
             self.cluster.said("scancel", "--signal=TERM", number)
         self.cluster.wait(lambda: self.has_left(number, restarts), PATIENCE, f"{number} to be left by its start")
         state, said = self.cluster.state(number), self.cluster.log(number)[len(before) :]
         saved, trained = saved_iterations(save)[-1:], last_iteration(save)
+        is_requeued = state in (f"PENDING {restarts + 1}", f"RUNNING {restarts + 1}")
         if saved != [trained] and trained:
             self.score.faults.append(f"{save.name}: trained to {trained}, saved {saved}, {state}: {said[-500:]}")
         elif state.startswith("COMPLETED") and saved == [STEPS]:
             self.score.finished += 1
-        elif (
-            state == f"PENDING {restarts + 1}" and f"SIGTERM: stopped at iteration {trained} of {STEPS}, saved" in said
-        ):
+        elif is_requeued and f"SIGTERM: stopped at iteration {trained} of {STEPS}, saved" in said:
             self.score.requeued += 1
         elif state == f"FAILED {restarts}" and "stopped at" not in said:
             self.score.before_the_first_step += 1
@@ -121,14 +134,24 @@ class Attack:
             lambda: (
                 self.cluster.state(number) == f"RUNNING {restarts}" and self.cluster.said("squeue", "-hs", "-j", number)
             )
-            or self.cluster.state(number).split()[0] in ENDED,
+            or self.has_ended(number),
             PATIENCE, f"start {restarts} of {number}",
         )  # fmt: skip
+
+    def wait_for_training(self, number: str, save: Path, trained: int) -> None:
+        """Wait until a run has gone further than that."""
+        self.cluster.wait(
+            lambda: last_iteration(save) > trained or self.has_ended(number), PATIENCE, f"a step after {trained}"
+        )
+
+    def has_ended(self, number: str) -> bool:
+        """Whether the job is over."""
+        return self.cluster.state(number).split()[0] in ENDED
 
     def has_left(self, number: str, restarts: int) -> bool:
         """Whether a start of the job is over."""
         state, count = self.cluster.state(number).split()
-        return state in ENDED or (state == "PENDING" and int(count) > restarts)
+        return state in ENDED or (state in ("PENDING", "RUNNING") and int(count) > restarts)
 
 
 def table(scores: list[Score], slurm: str, minutes: float) -> str:
@@ -139,8 +162,8 @@ def table(scores: list[Score], slurm: str, minutes: float) -> str:
         good = score.signals - len(score.faults)
         lines.append(f"| {score.launcher} | {score.signals} | {score.requeued} | {score.before_the_first_step} | "
                      f"{score.finished} | {good} (goal {score.signals}) | {score.runs} |")  # fmt: skip
-    flags = "" if scores[0].signals == SIGNALS else f" --signals {scores[0].signals}"
-    lines += ["", f"In {minutes:.0f} minutes; `{COMMAND}{flags}`, {slurm} on {os.cpu_count()} CPU cores "
+    command = f"python -m tests.benchmarks.slurm {' '.join(sys.argv[1:])}".strip()
+    lines += ["", f"In {minutes:.0f} minutes; `{command}`, {slurm} on {os.cpu_count()} CPU cores "
               f"({platform.machine()}, {platform.system()}).", ""]  # fmt: skip
     return "\n".join(lines)
 
@@ -159,6 +182,7 @@ def main() -> int:
     """Send the signals, print the table, and write it; 1 if one did not end as it should."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.slurm", description=__doc__.splitlines()[0])
     parser.add_argument("--signals", type=int, default=SIGNALS, help=f"for each launcher (default: {SIGNALS})")
+    parser.add_argument("--minutes", type=float, default=600.0, help="send no signal after so many (default: 600)")
     parser.add_argument("--launchers", nargs="+", default=list(SCRIPTS), choices=list(SCRIPTS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="also write the table to this file")
@@ -167,16 +191,16 @@ def main() -> int:
     if reason is not None:
         print(f"error: {reason}", file=sys.stderr)
         return 2
-    begin, scores = time.monotonic(), []
+    begin = time.monotonic()
     with tempfile.TemporaryDirectory() as name, running_cluster(Path(name)) as cluster:
         folder, slurm = Path(name), cluster.said("sbatch", "--version").strip()
-        data = prepare(folder)
-        for launcher in options.launchers:
-            attack = Attack(cluster, folder, data, launcher, options.seed)
-            seconds = attack.whole_run(folder / f"{launcher}-reference")
-            scores.append(attack.send(options.signals, seconds, folder / f"{launcher}-reference"))
-            for fault in scores[-1].faults:
-                print(f"{launcher}: {fault}", flush=True)
+        data, deadline = prepare(folder), begin + 60 * options.minutes
+        attacks = [Attack(cluster, folder, data, launcher, options.seed) for launcher in options.launchers]
+        with ThreadPoolExecutor(len(attacks)) as pool:
+            scores = list(pool.map(lambda attack: attack.send(options.signals, deadline), attacks))
+    for score in scores:
+        for fault in score.faults:
+            print(f"{score.launcher}: {fault}", flush=True)
     text = table(scores, slurm, (time.monotonic() - begin) / 60)
     print(text)
     if options.output is not None:

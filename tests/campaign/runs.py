@@ -30,7 +30,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 }
 SAMPLING = "--sampler event-driven --length 16 --num-samples 2 --seed 3 --device cpu".split()
 # Of metrics.jsonl, and of --output: what two equal runs do not share.
-CLOCKS = ("tokens_per_second", "seconds", "started", "memory_bytes", "data_wait_seconds")
+MEASURED = ("tokens_per_second", "seconds", "started", "memory_bytes", "data_wait_seconds")
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def metrics(log_dir: Path) -> dict[tuple[str, int], dict[str, Any]]:
         key = (kinds[0], record["iteration"])
         if key in found:
             raise ValueError(f"metrics.jsonl has {key} twice")
-        found[key] = {name: value for name, value in record.items() if name not in CLOCKS}
+        found[key] = {name: value for name, value in record.items() if name not in MEASURED}
     return found
 
 
@@ -168,7 +168,7 @@ def records(path: Path) -> list[dict[str, Any]]:
     """What generate --output wrote, without times."""
     lines = path.read_text(encoding="utf-8").split("\n")
     found = [json.loads(line) for line in lines if line]
-    return [{name: value for name, value in record.items() if name not in CLOCKS} for record in found]
+    return [{name: value for name, value in record.items() if name not in MEASURED} for record in found]
 
 
 def saved_iterations(save: Path) -> list[int]:

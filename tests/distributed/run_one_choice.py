@@ -1,7 +1,9 @@
 """Two ranks to whom the disk looks different, or of whom one alone has damage: both do what the first rank chooses."""
 
 import os
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,12 @@ from sedd_megatron.errors import UserError
 from sedd_megatron.parallel import cpu_backend
 from sedd_megatron.parallel.groups import parallel_groups
 from tests.distributed.compare import metrics, whole_tensors
-from tests.distributed.launch import own_jobs
+from tests.distributed.launch import REPOSITORY, own_jobs
 from tests.distributed.run_checkpoint_faults import flip_a_bit
 
 cpu_backend.install()
 
+from sedd_megatron import evaluate, generate  # noqa: E402
 from sedd_megatron.saved_model import find_saved_model  # noqa: E402
 from sedd_megatron.training import checkpoint, run_folder  # noqa: E402
 from sedd_megatron.training.pretrain import pretrain  # noqa: E402
@@ -106,6 +109,28 @@ def ranks_that_found_different_models_end(unbroken: Path, other: Path) -> None:
         loaded_average(unbroken if RANK == 0 else other)
 
 
+def what_one_machine_lacks_ends_both(unbroken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if each rank was on a machine of its own; at the default time-out the other would wait for minutes."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    layout = ["--tensor-model-parallel-size", "2", "--device", "cpu"]
+    sampling, text = ["--length", "8", "--sampling-steps", "2"], str(REPOSITORY / "LICENSE")
+
+    def start(command, load: Path, *flags: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["command", "--load", str(load), *layout, *flags])
+        command()
+
+    lacking = unbroken.parent / "lacking"
+    for mistaken, command, load, flags, line in (
+        (1, generate.main, lacking, sampling, f"--load {lacking}: no such folder"),
+        (0, generate.main, unbroken, [*sampling, "--output", "/dev/null/x"], "--output /dev/null/x: cannot be written"),
+        (1, evaluate.main, unbroken, ["--data", str(lacking)], f"--data {lacking}: "),
+    ):
+        sound = sampling if command is generate.main else ["--data", text, "--mc-samples", "2", "--max-documents", "1"]
+        with pytest.raises(UserError, match=f"^{re.escape(line)}"):
+            start(command, *((load, *flags) if mistaken == RANK else (unbroken, *sound)))
+    start(generate.main, unbroken, *sampling)
+
+
 def check(step: str, arguments: list[str], root: str) -> None:
     unbroken, other = Path(root) / "unbroken", Path(root) / "other"
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -128,6 +153,8 @@ def check(step: str, arguments: list[str], root: str) -> None:
                 one_rank_chooses_for_sampling(unbroken, monkeypatch)
             case "sampling around damage":
                 sampling_goes_around_damage(Path(root) / "damaged to sample")
+            case "one machine's mistake":
+                what_one_machine_lacks_ends_both(unbroken, monkeypatch)
             case "different models":
                 ranks_that_found_different_models_end(unbroken, other)
 

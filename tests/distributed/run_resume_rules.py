@@ -20,7 +20,7 @@ import torch
 from sedd_megatron import load_pretrained
 from sedd_megatron.arguments import parse_pretrain_options
 from sedd_megatron.config import DiffusionOptions, ModelOptions
-from sedd_megatron.data import digests
+from sedd_megatron.data import background_check, digests
 from sedd_megatron.data.corpus import write_corpus
 from sedd_megatron.data.digests import digests_path, write_digests
 from sedd_megatron.data.null_tokenizer import NullTokenizer
@@ -195,7 +195,7 @@ def a_short_run_on_damaged_data_is_not_saved(run: Commands) -> None:
         time.sleep(1)
         return describe(path)
 
-    with mock.patch.multiple(digests, SECONDS_TO_WAIT=0.0, file_record=slowly):
+    with mock.patch.object(background_check, "SECONDS_TO_WAIT", 0.0), mock.patch.object(digests, "file_record", slowly):
         refused = run.refusal("--save", "@/short", train_iters=1, corpus=corpus)
     assert f"{corpus}.bin: is not what was written" in refused
     assert refused.endswith("; nothing is saved from here on")

@@ -4,8 +4,10 @@ import contextlib
 import io
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -154,14 +156,46 @@ def evaluation_alone_tells_what_training_told(run: Commands) -> None:
     )
 
 
+def a_test_loss_that_was_broken_off_is_made_up_for_once(run: Commands) -> None:
+    from sedd_megatron.training import held_out
+
+    flags = ["--save", "@/tested", *EVALUATED, "--sample-interval", "2", "--sampling-steps", "2", "--num-samples", "1"]
+    with mock.patch.object(held_out, "request_to_any_rank", return_value=signal.SIGTERM):
+        run.train(3, *flags)
+    finished = run.root / "tested" / "finished"
+    # The validation after the second step was broken off, and with it the run: its samples are left out as well.
+    assert (run.losses("tested"), finished.exists()) == (run.losses("old")[:2], False)
+    assert not (run.root / "tested" / "samples.jsonl").exists()
+    with mock.patch.object(held_out, "request_to_any_rank", lambda run, requests: signal.SIGTERM * (run.iteration > 2)):
+        run.train(3, *flags)
+    assert (len(run.losses("tested")), finished.exists()) == (3, False)
+    assert not [line for line in records(run.root / "tested") if "test_loss" in line]
+    run.train(3, *flags)
+    (test,) = [line for line in records(run.root / "tested") if "test_loss" in line]
+    (validation,) = [line for line in records(run.root / "tested") if "validation_loss" in line]
+    assert (test["iteration"], validation["iteration"], finished.exists()) == (3, 2, True)
+    (sample,) = (run.root / "tested" / "samples.jsonl").read_text().splitlines()
+    assert json.loads(sample)["iteration"] == 2
+    # Killed before it could say that it is finished, or asked to keep less.
+    finished.unlink()
+    told = run.train(3, *flags)
+    assert told == [f"resumes from {run.root}/tested/iter_0000003"]
+    told = run.train(3, *flags, "--keep-last", "1")
+    assert [line.split(" | ")[0] for line in told] == [f"resumes from {run.root}/tested/iter_0000003"]
+    assert ([line for line in records(run.root / "tested") if "test_loss" in line], finished.exists()) == ([test], True)
+
+
 def a_run_resumes_in_the_middle_of_a_ramp(run: Commands) -> None:
     ramp = ["--global-batch-size", "12", "--train-samples", "70", "--rampup-batch-size", "2", "2", "36",
             "--lr-decay-style", "WSD", "--lr-wsd-decay-samples", "30", "--lr-warmup-samples", "8"]  # fmt: skip
     unbroken = train_samples(run, *ramp, "--save", "@/ramp", "--lr-decay-samples", "70")
-    assert unbroken[-1].startswith(f"saved {run.root}/ramp/iter_")
+    assert unbroken[-1] == f"finished at iteration 11 of 11, saved {run.root}/ramp/iter_0000011"
     sizes = metrics(run.root / "ramp", "consumed_samples").diff(prepend=torch.zeros(1)).tolist()
     assert sizes == [2, 2, 2, 2, 4, 4, 6, 8, 10, 12, 12]
-    assert unbroken[-2].startswith("iteration 11/11 |")
+    assert unbroken[-3].startswith("iteration 11/11 |")
+    # Two samples are less than the last batch.
+    again = train_samples(run, *ramp, "--train-samples", "72", "--save", "@/ramp", "--lr-decay-samples", "70")
+    assert again[-1] == f"nothing left to do: {run.root}/ramp has its 11 iterations; a greater --train-samples goes on"
     # Stopped at 8, 16 and 30 samples: the first has a step of the next size, the others lie in the middle of one.
     for samples in ("8", "20", "37", "70"):
         train_samples(run, *ramp, "--train-samples", samples, "--lr-decay-samples", "70", "--save", "@/ramp in parts")
@@ -183,6 +217,7 @@ if __name__ == "__main__":
         without_the_optimizers_state_the_first_step_is_adams_first,
         a_part_comes_from_another_folder,
         evaluation_alone_tells_what_training_told,
+        a_test_loss_that_was_broken_off_is_made_up_for_once,
         a_run_resumes_in_the_middle_of_a_ramp,
     ):
         step(run)

@@ -20,5 +20,5 @@ def test_the_first_rank_chooses_for_all(tmp_path, byte_corpus):
              "--micro-batch-size 2 --make-vocab-size-divisible-by 8 --lr 1e-3 --lr-warmup-iters 1 --eval-interval 0 "
              "--ema-decay 0.5 --device cpu --tensor-model-parallel-size 2 --data-path").split()  # fmt: skip
     steps = ("unbroken", "other", "training", "damage", "not finite", "sampling", "sampling around damage",
-             "different models")  # fmt: skip
+             "one machine's mistake", "different models")  # fmt: skip
     launch("run_one_choice.py", 2, [[step, [*small, str(byte_corpus)], str(tmp_path)] for step in steps], timeout=120)

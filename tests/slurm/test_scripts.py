@@ -61,6 +61,13 @@ def test_a_job_ends_by_what_its_run_has_left(name, tmp_path):
     assert ("scontrol" in said) == ("requeue" in line and expected == 0)
 
 
+@pytest.mark.parametrize("code", ["0", "143", "1 any-code"])
+@pytest.mark.parametrize("flags", [["--skip-train", "--load", "x"], ["--save={}", "--verify-layout"]])
+def test_a_job_that_saves_nothing_ends_as_its_command(flags, code, tmp_path):
+    flags = [flag.format(tmp_path) for flag in flags]
+    assert ended(tmp_path, ":", code, *flags) == (int(code.split()[0]), "", "")
+
+
 def test_the_first_start_has_an_empty_folder(tmp_path):
     assert ended(tmp_path, SAVED)[0] == 0
     assert "no checkpoint came" in ended(tmp_path, ":")[2]
