@@ -6,6 +6,7 @@ torchrun sets them. `run_command` adds them for the others, before anything else
 its ranks, and hear signals, while that is still imported.
 """
 
+import contextlib
 import os
 import re
 import zlib
@@ -26,13 +27,20 @@ BINDS_GPUS = ("SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND", "SLURM_NTASKS_PER_GPU")
 
 
 def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """What a process lacks of torchrun's variables, by mpirun's or those of a step of Slurm; none where RANK is set or
-    one process was started.
+    """What a process lacks of torchrun's variables, by mpirun's or those of a step of Slurm; none where one process was
+    started, and where RANK is set none that would be of another rank.
 
     Raises:
         ValueError: they do not tell all of it. The message is one line for people.
     """
+    if FROM_TORCHRUN in environment:
+        return {}
     if "RANK" in environment:
+        # Set by people's scripts, or by what starts containers (enroot's hook for PyTorch), which set some of them.
+        with contextlib.suppress(ValueError):
+            found = _ranks_of_mpi(environment) or _ranks_of_slurm(environment)
+            if all(environment.get(name) == found.get(name) for name in ("RANK", "WORLD_SIZE")):
+                return {name: value for name, value in found.items() if name not in environment}
         return {}
     # Before Slurm: in a job, Open MPI starts its daemons as a step, whose variables the ranks then have as well.
     found = _ranks_of_mpi(environment) or _ranks_of_slurm(environment)

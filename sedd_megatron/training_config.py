@@ -240,7 +240,9 @@ class LoggingOptions:
     wandb_save_dir: str | None = option(None, "folder for its files; wandb in the save folder if not given")
     mlflow_experiment: str | None = option(None, "MLflow experiment; needs the extra 'log'")
     mlflow_run_name: str | None = option(None, "name of the run there; the save folder's if not given")
-    mlflow_tracking_uri: str | None = option(None, "MLflow's server; what MLFLOW_TRACKING_URI says if not given")
+    mlflow_tracking_uri: str | None = option(
+        None, "MLflow's server, or a folder; what MLFLOW_TRACKING_URI says if not given"
+    )
     sample_interval: int = option(
         0, "steps between samples that are drawn from the moving average, into samples.jsonl; 0 for none"
     )

@@ -50,6 +50,13 @@ def test_what_a_person_has_set_stays():
     own = {"MASTER_ADDR": "10.0.0.3", "MASTER_PORT": "29500"}
     assert not rank_variables(STEP | own).keys() & own.keys()
     assert rank_variables(STEP | {"RANK": "0"}) == {}
+    assert rank_variables(STEP | {"RANK": "5", "WORLD_SIZE": "7", "SLURM_NODEID": "9"}) == {}
+
+
+def test_what_a_container_s_hook_leaves_out_is_added():
+    hook = {"RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu017", "MASTER_PORT": "29500"}
+    assert rank_variables(STEP | hook) == {"LOCAL_WORLD_SIZE": "3"}
+    assert rank_variables(STEP | hook | {"TORCHELASTIC_RUN_ID": "1"}) == {}
 
 
 def test_one_task_and_the_batch_shell_are_one_process():

@@ -2,9 +2,10 @@
 # shellcheck disable=SC2034 # what it sets, they read
 # Runs the steps of the other scripts in a container by pyxis, which adds these flags to srun; sourced by common.sh
 # where CONTAINER_IMAGE is given:
-#     CONTAINER_IMAGE=nvcr.io#nvidia/pytorch:25.10-py3 CONTAINER_MOUNTS=/data:/data \
+#     CONTAINER_IMAGE=/images/sedd.sqsh CONTAINER_MOUNTS=/data:/data \
 #         sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 examples/slurm/train.sbatch --config ... --save /data/mine
-# The image has Megatron-Core and what setup.py asks for; PYTHON names its interpreter. What --data-path, --save and the
+# The image has torch 2.11 or newer, and in it was run, from the repository: pip install -e '.[gpu]' --no-build-isolation
+# PYTHON names its interpreter. What --data-path, --save and the
 # like name has to lie in the repository or below CONTAINER_MOUNTS.
 CONTAINER=(
     --container-image="$CONTAINER_IMAGE"

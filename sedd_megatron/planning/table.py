@@ -45,7 +45,7 @@ def plan_lines(plans: Sequence[Plan], num_tokens: int, storage_bandwidth: float)
 _TIME_HEADER = (
     "tensor pipeline interleaved context data micro-batch recompute s/step tokens/s TFLOP/s MFU bubble days GPU-hours"
 ).split()
-_SHARE_HEADER = "compute tensor context pipeline bubble data optimizer NVLink network".split()
+_SHARE_HEADER = "compute tensor context pipeline bubble data optimizer other NVLink network".split()
 
 
 def _time_cells(plan: Plan) -> list[str]:
@@ -83,7 +83,8 @@ def _memory_cells(plan: Plan) -> list[str]:
 def _share_cells(plan: Plan) -> list[str]:
     time = plan.time
     parts = (time.compute, time.tensor, time.context, time.pipeline, time.bubble, time.data, time.optimizer)
-    return [*(f"{100 * part / time.total:.1f}" for part in parts), *(f"{sent / GIGA:.1f}" for sent in time.links)]
+    shares = [*parts, time.total - sum(parts)]
+    return [*(f"{100 * part / time.total:.1f}" for part in shares), *(f"{sent / GIGA:.1f}" for sent in time.links)]
 
 
 def _block(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

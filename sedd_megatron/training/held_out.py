@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sedd_megatron.data.windows import WindowDataset, Windows
 from sedd_megatron.errors import UserError
-from sedd_megatron.parallel.groups import is_first_rank, on_first_rank
+from sedd_megatron.parallel.groups import is_first_rank, on_first_rank, tell
 from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.metrics import MetricsWriter
 from sedd_megatron.training.metrics_file import MetricsFile
@@ -48,6 +48,9 @@ def evaluate_alone(run: TrainingRun, windows: Windows) -> None:
         raise UserError(
             f"--skip-train: --split {run.options.data.split} leaves no window for validation or test; give them a share"
         )
+    for name, dataset in (("validation", windows.valid), ("test", windows.test)):
+        if len(dataset) == 0:
+            tell([f"no {name} windows, and no {name} loss: the data has none, or --split gives them no share"])
     metrics = _open_metrics(run) if is_first_rank() else None
     try:
         # A signal ends it at once: there is nothing to save.

@@ -199,7 +199,7 @@ def _verdict(fault: str | None, result: StepResult, reports: list[RankReport], t
         return f"replayed, every rank computed the same and {size}, which is hardware between the ranks", restart
     return (
         "replayed, every rank computed the same, which is the data or the model",
-        "resume from the last checkpoint with a lower --lr or --clip-grad, and look at the data",
+        "go on from the last checkpoint, or start anew, with a lower --lr or --clip-grad, and look at the data",
     )
 
 

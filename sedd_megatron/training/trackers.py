@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import os
 import queue
 import threading
 import time
@@ -108,8 +109,8 @@ def _connect_wandb(
         project=logging.wandb_project,
         name=logging.wandb_exp_name or _name_of(save),
         entity=logging.wandb_entity,
-        # Megatron-LM's place.
-        dir=logging.wandb_save_dir or (None if save is None else _made(Path(save) / "wandb")),
+        # It makes a folder wandb in there, which is Megatron-LM's place.
+        dir=logging.wandb_save_dir or (None if save is None else _made(Path(save))),
         id=run_id,
         resume=None if run_id is None else "allow",
         config=options.to_dict(),
@@ -130,6 +131,8 @@ def _connect_wandb(
 def _connect_mlflow(
     options: PretrainOptions, run_id: str | None
 ) -> tuple[Callable[[Records], None], Callable[[], None]]:
+    # Or MLflow refuses a folder, which people without a server name.
+    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param
 
