@@ -84,8 +84,8 @@ def test_the_same_result_twice_is_the_data_or_the_model(byte_corpus):
         train_step(run, batches)
     assert str(error.value) == (
         "the loss is nan at iteration 5; nothing is saved from here on: replayed, every rank computed the same, which "
-        "is the data or the model; go on from the last checkpoint, or start anew, with a lower --lr or --clip-grad, and look at the "
-        "data, or go on without such steps by --max-skipped-steps 1"
+        "is the data or the model; go on from the last checkpoint, or start anew, with a lower --lr or "
+        "--clip-grad, and look at the data, or go on without such steps by --max-skipped-steps 1"
     )
 
 

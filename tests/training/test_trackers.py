@@ -90,7 +90,7 @@ def test_wandb_has_every_number_of_both_starts_under_one_id(tmp_path, monkeypatc
     assert "warning" not in said.err
     assert "wandb" not in said.out
     found, names = [], set()
-    files = sorted((tmp_path / "mine" / "wandb").glob("wandb/offline-run-*/*.wandb"))
+    files = sorted((tmp_path / "mine" / "wandb").glob("offline-run-*/*.wandb"))
     assert [file.stem for file in files] == 2 * [f"run-{run_id_of(tmp_path / 'mine')}"]
     for file in files:
         for data in records_of(file.read_bytes()):
