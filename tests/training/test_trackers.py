@@ -46,7 +46,7 @@ def run_id_of_save(options) -> str:
 
 def test_mlflow_has_every_number_of_both_starts_in_one_run(tmp_path, monkeypatch, capsys):
     mlflow = pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
     uri = (tmp_path / "store").as_uri()
     options = options_of(*MLFLOW, "--mlflow-tracking-uri", uri, "--save", str(tmp_path / "mine"))
     write_run(options, 1, 3)
