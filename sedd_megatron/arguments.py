@@ -160,7 +160,7 @@ def corpora_in_object_storage(data: DataOptions) -> dict[str, str]:
 def _place_of(flag: str, prefix: str, data: DataOptions) -> str:
     if not is_in_object_storage(prefix):
         return prefix
-    folder, name = data.object_storage_cache_path, prefix.partition("://")[2]
+    folder, (scheme, _, name) = data.object_storage_cache_path, prefix.partition("://")
     require(
         folder is not None,
         f"{flag} {prefix}: is in object storage; give --object-storage-cache-path FOLDER for its index and tokenizer",
@@ -169,7 +169,7 @@ def _place_of(flag: str, prefix: str, data: DataOptions) -> str:
         "/" in name.strip("/") and not {"", ".", ".."} & set(name.split("/")),
         f"{flag} {prefix}: must be a bucket and a prefix, as s3://BUCKET/FOLDER/NAME_text_document",
     )
-    return os.path.join(folder, name)
+    return os.path.join(folder, scheme, name)
 
 
 def _named_corpora(data: DataOptions) -> dict[str, list[WeightedCorpus]]:

@@ -2,8 +2,8 @@
 
 Everything but PREFIX.bin is copied once into --object-storage-cache-path, where it lies as beside any corpus:
 
-    CACHE/BUCKET/PREFIX.idx, PREFIX_stats.json, PREFIX_digests.json, PREFIX_tokenizer/
-    CACHE/BUCKET/PREFIX_remote.json    {"url": "s3://BUCKET/PREFIX.bin", "objects": {".bin": [bytes, version], ...}}
+    CACHE/s3/BUCKET/PREFIX.idx, PREFIX_stats.json, PREFIX_digests.json, PREFIX_tokenizer/
+    CACHE/s3/BUCKET/PREFIX_remote.json    {"url": "s3://BUCKET/PREFIX.bin", "objects": {".bin": [bytes, version], ...}}
 
 The tokens stay there: each window is one request for its range, of that version of the object (in S3).
 """
@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import functools
 import json
+import operator
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import numpy as np
 
 from sedd_megatron.data.tokenizer_folder import TOKENIZER_FILES
 from sedd_megatron.errors import UserError, one_line, printable, say
+from sedd_megatron.training_config import is_in_object_storage
 from sedd_megatron.wording import how_to_install
 
 COPIED = (".idx", "_stats.json", "_digests.json", *(f"_tokenizer/{name}" for name in TOKENIZER_FILES))
@@ -60,18 +62,25 @@ class RemoteTokens:
 def remote_bin(prefix: str) -> RemoteBin | None:
     """Where the .bin of a corpus is of which the rest was copied here; None for one that is here.
 
+    What lies beside a corpus cannot send a run elsewhere: the place says which object it is.
+
     Raises:
-        UserError: what the copy left is damaged.
+        UserError: what the copy left is damaged, or of another place.
     """
     path = Path(f"{prefix}_remote.json")
-    if not os.path.isfile(path):
+    if not os.path.isfile(path) or os.path.isfile(f"{prefix}.bin"):
         return None
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
         size, version = written["objects"][".bin"]
-        return RemoteBin(written["url"], size, version)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = RemoteBin(written["url"], operator.index(size), version)
+        if not is_in_object_storage(found.url) or not isinstance(version, str):
+            raise ValueError("it names no object")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({one_line(error)}); delete it, and the corpus is copied again") from error
+    if not f"/{prefix}.bin".endswith("/" + found.url.replace("://", "/", 1)):
+        raise UserError(f"{path}: names {found.url}, which does not belong here; delete it")
+    return found
 
 
 def read_bytes(remote: RemoteBin, offset: int, count: int) -> bytes:

@@ -1,5 +1,6 @@
 """Corpora in object storage against a real server of S3's protocol on this machine: the same windows, the same run."""
 
+import json
 import pickle
 import re
 import shutil
@@ -17,7 +18,7 @@ from sedd_megatron.arguments import corpora_in_object_storage, parse_pretrain_op
 from sedd_megatron.data import object_storage
 from sedd_megatron.data.corpus import open_tokens
 from sedd_megatron.data.digests import find_fault
-from sedd_megatron.data.object_storage import RemoteTokens, copy_beside
+from sedd_megatron.data.object_storage import RemoteTokens, copy_beside, remote_bin
 from sedd_megatron.data.splits import check_tokens_of_parts
 from sedd_megatron.data.windows import open_windows
 from sedd_megatron.errors import UserError
@@ -75,7 +76,7 @@ def opened(prefix: str):
 
 def test_windows_and_what_lies_beside_are_those_of_the_disk(bucket, byte_corpus, tmp_path):
     prefix = copied(tmp_path)
-    assert prefix == str(tmp_path / "texts/corpora/c") == weighted_corpora(options_of(tmp_path).data)[0].prefix
+    assert prefix == str(tmp_path / "s3/texts/corpora/c") == weighted_corpora(options_of(tmp_path).data)[0].prefix
     here, there = opened(str(byte_corpus)), opened(prefix)
     check_tokens_of_parts(there, 256)
     for windows in (there, pickle.loads(pickle.dumps(there))):
@@ -210,6 +211,27 @@ def test_a_store_without_credentials_says_which(bucket, tmp_path, monkeypatch):
     object_storage._boto3.cache_clear()
 
 
+def test_what_lies_beside_a_corpus_sends_no_run_elsewhere(byte_corpus, tmp_path):
+    prefix = str(tmp_path / "s3" / "b" / "c")
+    shutil.copytree(byte_corpus.parent, tmp_path / "s3" / "b")
+    for file in (tmp_path / "s3" / "b").glob(f"{byte_corpus.name}*"):
+        file.rename(file.with_name(file.name.replace(byte_corpus.name, "c")))
+    marker = Path(f"{prefix}_remote.json")
+    marker.write_text(json.dumps({"url": "s3://b/c.bin", "objects": {".bin": [1, "x"]}}))
+    assert remote_bin(prefix) is None, "the tokens are here"
+    Path(f"{prefix}.bin").unlink()
+    assert remote_bin(prefix).url == "s3://b/c.bin"
+    for url, line in (
+        ("s3://other/c.bin", "names s3://other/c.bin, which does not belong here; delete it"),
+        ("http://b/c.bin", "damaged (it names no object); delete it, and the corpus is copied again"),
+        (7, "damaged ('int' object has no attribute 'startswith'); delete it, and the corpus is copied again"),
+    ):
+        marker.write_text(json.dumps({"url": url, "objects": {".bin": [1, "x"]}}))
+        with pytest.raises(UserError) as error:
+            remote_bin(prefix)
+        assert str(error.value) == f"{marker}: {line}"
+
+
 def test_the_multi_storage_client_reads_the_same(byte_corpus, tmp_path, monkeypatch):
     store = tmp_path / "store"
     shutil.copytree(byte_corpus.parent, store / "corpora")
@@ -217,7 +239,8 @@ def test_the_multi_storage_client_reads_the_same(byte_corpus, tmp_path, monkeypa
         f"profiles:\n  disk:\n    storage_provider:\n      type: file\n      options:\n        base_path: {store}\n"
     )
     monkeypatch.setenv("MSC_CONFIG", str(tmp_path / "msc.yaml"))
-    url, prefix = f"msc://disk/corpora/{byte_corpus.name}", str(tmp_path / "cache" / "c")
+    url = f"msc://disk/corpora/{byte_corpus.name}"
+    prefix = str(tmp_path / "cache" / "msc" / "disk" / "corpora" / byte_corpus.name)
     copy_beside(url, prefix)
     here, there = opened(str(byte_corpus)), opened(prefix)
     assert [there.train[n][1].tolist() for n in range(9)] == [here.train[n][1].tolist() for n in range(9)]
