@@ -24,6 +24,8 @@ import torch
 from sedd_megatron.errors import LostRankError, one_line
 
 SECONDS_BETWEEN_LOOKS = 1.0
+# Of all ranks together to the one store: thousands look more rarely.
+LOOKS_A_SECOND = 100
 SECONDS_FOR_ANSWERS = 8.0
 MOST_NAMED = 8
 # Keys of the store: how many have asked, what ranks answered, what the first who asked had in time, how many read that.
@@ -72,14 +74,16 @@ def _our_folders() -> tuple[str, ...]:
 
 
 class RollCall:
-    """Has a thread of each rank answer when another rank asks where it stands. Costs one small request a second."""
+    """Has a thread of each rank answer when another rank asks where it stands. Costs one small request a second, of
+    more than LOOKS_A_SECOND ranks that many, and two connections of each rank to the one that holds the store.
+    """
 
     def __init__(self) -> None:
         self.num_ranks, self._rank = 1, 0
         self._store: torch.distributed.Store | None = None
         self._line: socket.socket | None = None
         self._found: dict[int, Place] | None = None
-        self._stopped = threading.Event()
+        self._stopped, self._pause = threading.Event(), SECONDS_BETWEEN_LOOKS
         self._thread = threading.Thread(target=self._answer_once, args=(threading.get_ident(),), daemon=True)
 
     @property
@@ -91,9 +95,12 @@ class RollCall:
         """Once the ranks have joined."""
         self._rank, self.num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         if self.num_ranks > 1:
-            self._store = torch.distributed.distributed_c10d._get_default_store()
-            self._line = _line_to_holder(self._store)
-            self._thread.start()
+            store = torch.distributed.distributed_c10d._get_default_store()
+            # Where the holder takes no more connections, a lost rank has no name, and the run is none the worse.
+            with contextlib.suppress(OSError):
+                self._line = _line_to_holder(store)
+                self._store, self._pause = store, max(SECONDS_BETWEEN_LOOKS, self.num_ranks / LOOKS_A_SECOND)
+                self._thread.start()
 
     def end(self) -> None:
         """Before the ranks part."""
@@ -110,7 +117,7 @@ class RollCall:
         """
         # In threads: of a process that stands still a store never answers, whatever time-out its client has.
         threading.Thread(target=self._ask_all, args=(own,), daemon=True).start()
-        self._thread.join(SECONDS_FOR_ANSWERS + 3 * SECONDS_BETWEEN_LOOKS)
+        self._thread.join(SECONDS_FOR_ANSWERS + 3 * self._pause)
         if self._rank == 0 and self._found is not None:
             # The store may be in this process, which is about to end.
             self._wait_for_readers()
@@ -123,7 +130,7 @@ class RollCall:
             self._answer(store, own)
             if store.add(ASKED, 1) > 1:
                 return
-            deadline = time.monotonic() + SECONDS_FOR_ANSWERS
+            deadline = time.monotonic() + SECONDS_FOR_ANSWERS - SECONDS_BETWEEN_LOOKS + self._pause
             while len(_places(store.get(ANSWERS))) < self.num_ranks and time.monotonic() < deadline:
                 time.sleep(SECONDS_BETWEEN_LOOKS / 4)
             store.set(FOUND, store.get(ANSWERS))
@@ -133,7 +140,7 @@ class RollCall:
         with contextlib.suppress(RuntimeError, OSError):
             store = self._own_connection()
             while not store.check([ASKED]):
-                if self._stopped.wait(SECONDS_BETWEEN_LOOKS):
+                if self._stopped.wait(self._pause):
                     return
                 self._require_holder()
             frames = [frame for frame, _ in traceback.walk_stack(sys._current_frames()[main_thread])]
