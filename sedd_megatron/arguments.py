@@ -35,15 +35,11 @@ from sedd_megatron.training_config import (
 from sedd_megatron.training_schedule import check_batch_sizes, check_training_schedule
 
 MOST_NOISE = 80.0
-
 # Of the data, each with a flag of its own in place of --data-path.
-PARTS = ("train_data_path", "valid_data_path", "test_data_path")
-
+DATA_OF_PARTS = ("train_data_path", "valid_data_path", "test_data_path")
 
 # Above what training/run_lock.py needs to find a lock's owner dead.
 LEAST_MINUTES_TO_SAVE = 1.5
-
-
 # Whole numbers up to here are float64 numbers, with which the learning rate is computed.
 MOST_SAMPLES = 2**53
 # Exact as a fraction; of few digits, for 1e99999999 would be a fraction of as many.
@@ -173,7 +169,7 @@ def _place_of(flag: str, prefix: str, data: DataOptions) -> str:
 
 
 def _named_corpora(data: DataOptions) -> dict[str, list[WeightedCorpus]]:
-    values = {flag_of(name): getattr(data, name) for name in ("data_path", *PARTS)}
+    values = {flag_of(name): getattr(data, name) for name in ("data_path", *DATA_OF_PARTS)}
     return {flag: _weighted(flag, given) for flag, given in values.items() if given is not None}
 
 
@@ -199,7 +195,7 @@ def _weighted(flag: str, values: Sequence[str]) -> list[WeightedCorpus]:
 
 def check_data(data: DataOptions) -> None:
     """Check that the data comes from one place, and mock data's tokens from nowhere else."""
-    parts = [flag_of(name) for name in PARTS[1:] if getattr(data, name)]
+    parts = [flag_of(name) for name in DATA_OF_PARTS[1:] if getattr(data, name)]
     require(
         bool(data.data_path or data.train_data_path or data.mock_data or parts),
         "missing --data-path: required; --help explains",

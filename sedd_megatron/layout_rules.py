@@ -20,8 +20,6 @@ from sedd_megatron.wording import counted
 # Transformer Engine's matrix products (pytorch/utils.py, assert_dim_for_fp8_exec) and 128 x 128 blocks
 # (pytorch/tensor/float8_blockwise_tensor.py): what the inner sizes and the number of rows must be multiples of.
 FP8_MULTIPLES = {"delayed": (16, 8), "tensorwise": (16, 8), "blockwise": (128, 128)}
-
-
 # Of any count, so that the product of two, as of steps and sequences, is a number of 63 bits; of minutes, a year.
 MOST, MOST_MINUTES = 2**31 - 1, 525_600
 

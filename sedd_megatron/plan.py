@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from sedd_megatron.arguments import PARTS
+from sedd_megatron.arguments import DATA_OF_PARTS
 from sedd_megatron.config import GROUPS, ConfigFile, PretrainOptions
 from sedd_megatron.errors import UserError, print_output, run_command
 from sedd_megatron.megatron_flags import answer_of
@@ -79,7 +79,7 @@ def check(argv: Sequence[str]) -> Checked:
         in_file = load_yaml_options(config_file(config.config), (PlanOptions, ConfigFile, *GROUPS))
         given |= {name for name in LAYOUT_NAMES if "recompute" in name or "virtual" in name} & in_file.keys()
     run, added = PretrainOptions(*groups), ()
-    if not any(getattr(run.data, name) for name in ("data_path", *PARTS, "mock_data")):
+    if not any(getattr(run.data, name) for name in ("data_path", *DATA_OF_PARTS, "mock_data")):
         run, added = replace(run, data=replace(run.data, data_path=(DATA_PATH,))), (flag_of("data_path"), DATA_PATH)
     if run.checkpoint.save is None:
         run, added = replace(run, checkpoint=replace(run.checkpoint, save=SAVE)), (*added, flag_of("save"), SAVE)

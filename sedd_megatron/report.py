@@ -11,7 +11,7 @@ from sedd_megatron.options import option, parse_options
 from sedd_megatron.output_files import check_output, write_whole
 from sedd_megatron.reporting.page import report_page
 from sedd_megatron.reporting.records import read_run
-from sedd_megatron.training_config import METRICS
+from sedd_megatron.run_files import METRICS
 
 
 @dataclass(frozen=True)

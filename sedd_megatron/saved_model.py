@@ -34,7 +34,8 @@ from sedd_megatron.parallel.groups import (
     tell,
 )
 from sedd_megatron.pretrained import PretrainedModel
-from sedd_megatron.training_config import LOST, METRICS, PARTED_DOCUMENTS, SAMPLES
+from sedd_megatron.run_files import LOST, METRICS, SAMPLES
+from sedd_megatron.training_config import PARTED_DOCUMENTS
 
 if TYPE_CHECKING:
     from sedd_megatron.model.sedd_model import SEDDModel

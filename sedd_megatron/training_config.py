@@ -7,12 +7,6 @@ from typing import NamedTuple
 from sedd_megatron.diffusion.sampler import SAMPLERS
 from sedd_megatron.options import option
 
-# What a run writes for those who watch it, beside its checkpoints or into --log-dir.
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-# When a start began, in the record of its first step.
-STARTED = "started"
-# Records that came a second time after a restart.
-LOST = "metrics-lost.jsonl"
 # Of samples during training, for each graph.
 SAMPLER = {"absorb": "event-driven", "uniform": "analytic"}
 # Options by which documents that share a window are not one text.

@@ -11,7 +11,8 @@ PACKAGE = REPOSITORY / "sedd_megatron"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # What a file may import from: its own level and the ones below. model and data do not know each other.
 LEVEL = {"launcher": -2, "errors": -1, "preset_files": -0.5, "options": 0, "megatron_flags": 0, "output_files": 0,
-         "wording": 0, "diffusion": 0, "training_config": 1, "config": 2, "training_schedule": 2, "layout_rules": 2.5,
+         "wording": 0, "run_files": 0, "diffusion": 0, "training_config": 1, "config": 2, "training_schedule": 2,
+         "layout_rules": 2.5,
          "arguments": 3, "parallel": 3.5, "model": 4, "data": 4, "training": 5, "generation": 5, "evaluation": 5,
          "reporting": 5, "planning": 5.5}  # fmt: skip
 COMMANDS = 6

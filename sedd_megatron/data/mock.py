@@ -11,6 +11,9 @@ from sedd_megatron.diffusion.draws import Stream, philox_generator
 
 # No windows are stored, and so many are told apart; a corpus of 16 million tokens in windows of 1024 has as many.
 NUM_WINDOWS = 1 << 14
+MOST_STEP = 4
+# Beyond the numbers of corpora in a blend, which take this place in the keys of their orders.
+FIRST_STEP = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,6 @@ class MockWindows(WindowDataset):
         draws = philox_generator(self.seed, Stream.SAMPLE_ORDER, n % NUM_WINDOWS, FIRST_STEP + self.part)
         start, step = draws.integers(0, self.num_tokens), draws.integers(1, MOST_STEP + 1)
         return n, torch.from_numpy((start + step * np.arange(self.seq_length)) % self.num_tokens)
-
-
-# Beyond the numbers of corpora in a blend, which take this place in the keys of their orders.
-FIRST_STEP = 1 << 32
-MOST_STEP = 4
 
 
 def mock_windows(num_tokens: int, seq_length: int, seed: int) -> Windows:

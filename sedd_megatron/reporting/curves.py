@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 
 from sedd_megatron.reporting.records import RunRecords, Series
+from sedd_megatron.run_files import NETWORK_PARTS, NUM_BANDS
 
 # A curve is drawn from two points of each of these parts, its lowest and its highest.
 PIXELS = 600
 # A smoothed curve is the mean of the steps before, this share of them all.
 SMOOTHED_SHARE = 50
-NUM_BANDS = 8
-PARTS = ("embedding", "sigma_embedding", "modulation", "norm", "attention", "mlp", "head")
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ CHARTS = (
     Chart(
         "Gradient norm by part",
         "before clipping",
-        {f"grad_norm_{part}": part.replace("_", " ") for part in PARTS},
+        {f"grad_norm_{part}": part.replace("_", " ") for part in NETWORK_PARTS},
         is_raw=False,
         is_log=True,
     ),

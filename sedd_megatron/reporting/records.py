@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sedd_megatron.errors import UserError, one_line
-from sedd_megatron.training_config import LOST, METRICS, SAMPLES, STARTED
+from sedd_megatron.run_files import LOST, METRICS, SAMPLES, STARTED
 
 # What a sum of all of them stays finite for; nothing else has a place on a chart.
 LARGEST = 1e290

@@ -6,6 +6,7 @@ from pathlib import Path
 from sedd_megatron.data.windows import WindowDataset, Windows
 from sedd_megatron.errors import UserError
 from sedd_megatron.parallel.groups import is_first_rank, on_first_rank, tell
+from sedd_megatron.run_files import METRICS
 from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.metrics import MetricsWriter
 from sedd_megatron.training.metrics_file import MetricsFile
@@ -71,7 +72,7 @@ def _open_metrics(run: TrainingRun) -> MetricsWriter:
     save, log_dir = run.options.checkpoint.save, run.options.logging.log_dir
     file = None
     if log_dir is not None and (save is None or Path(save).resolve() != Path(log_dir).resolve()):
-        file = MetricsFile(Path(log_dir) / "metrics.jsonl", None, "a run that does not save")
+        file = MetricsFile(Path(log_dir) / METRICS, None, "a run that does not save")
     # TensorBoard would no longer show what the run has written after this step.
     return MetricsWriter(replace(run.options.logging, tensorboard_dir=None), file, run.iteration)
 

@@ -19,6 +19,7 @@ from sedd_megatron.parallel.groups import (
     on_first_rank,
     raise_on_every_rank,
 )
+from sedd_megatron.run_files import METRICS
 from sedd_megatron.training.build import TrainingRun, build_run
 from sedd_megatron.training.checkpoint import resume
 from sedd_megatron.training.ending import asked_to_stop, at_exit_interval, end_run
@@ -39,7 +40,6 @@ from sedd_megatron.training.stop_requests import StopRequests
 from sedd_megatron.training.summary import print_summary, trained_flops_per_token
 from sedd_megatron.training.trackers import open_trackers
 from sedd_megatron.training.validation import compile_validation
-from sedd_megatron.training_config import METRICS
 
 
 def train(

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sedd_megatron.errors import UserError, say
+from sedd_megatron.run_files import STARTED
 from sedd_megatron.training.metrics_file import MetricsFile
 from sedd_megatron.training.trackers import Tracker
-from sedd_megatron.training_config import STARTED, LoggingOptions
+from sedd_megatron.training_config import LoggingOptions
 from sedd_megatron.wording import how_to_install
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sedd_megatron.errors import say
+from sedd_megatron.run_files import LOST
 from sedd_megatron.training.checkpoint_format import write_synced
-from sedd_megatron.training_config import LOST
 
 # Beside a file that several runs may write: one line for each that has.
 WRITERS = "metrics-writers.txt"

@@ -126,8 +126,10 @@ def _train(options: PretrainOptions, inputs: Inputs, groups: ParallelGroups, req
     lock = RunLock(Path(options.checkpoint.save)) if is_saved and is_first_rank() else None
     try:
         # One rank looks for all: what lies on the disk may change from one look to the next.
-        choose = choose_evaluated if options.training.skip_train else choose_start
-        found = on_first_rank(lambda: choose(options, tokenizer, lock))
+        if options.training.skip_train:
+            found = on_first_rank(lambda: choose_evaluated(options, tokenizer))
+        else:
+            found = on_first_rank(lambda: choose_start(options, tokenizer, lock))
         if options.training.skip_train or not nothing_left(options, found):
             with user_buffers(options, groups):
                 train(options, windows, tokenizer, found, groups, preparation, lock, requests)
@@ -215,7 +217,7 @@ def choose_start(options: PretrainOptions, tokenizer: Tokenizer, lock: "RunLock 
     return found
 
 
-def choose_evaluated(options: PretrainOptions, tokenizer: Tokenizer, lock: None = None) -> "FoundCheckpoint":
+def choose_evaluated(options: PretrainOptions, tokenizer: Tokenizer) -> "FoundCheckpoint":
     """The checkpoint that --skip-train evaluates: what --save holds, as for a start, but nothing there is touched.
 
     Raises:

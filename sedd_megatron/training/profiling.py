@@ -40,7 +40,7 @@ class StepProbe:
             tell([f"--profile-step-start {first} --profile-step-end {last}: the run goes from {steps}, and nothing is "
                   "profiled"])  # fmt: skip
         self.tflop_per_token = trained_flops_per_token(run) / 1e12 / torch.distributed.get_world_size()
-        self._give_timers(self.timers)
+        self.give_timers(self.timers)
 
     def timed(self, batches: list[Iterator[MicroBatch]]) -> list[Iterator[MicroBatch]]:
         """The same micro-batches, whose waits are timed at level 2."""
@@ -84,9 +84,9 @@ class StepProbe:
         collects = self.options.manual_gc and self.options.manual_gc_eval
         if collects:
             gc.collect()
-        self._give_timers(None)
+        self.give_timers(None)
         yield
-        self._give_timers(self.timers)
+        self.give_timers(self.timers)
         if collects:
             gc.collect(generation=0)
 
@@ -109,7 +109,7 @@ class StepProbe:
             steps = counted(self.run.iteration - self.first_iteration, "step")
             say(f"{path}: {steps} of rank {rank}, for chrome://tracing or ui.perfetto.dev")
 
-    def _give_timers(self, timers: Timers | None) -> None:
+    def give_timers(self, timers: Timers | None) -> None:
         # Where Megatron's schedules, its reduction of gradients and its optimizer look for them.
         for chunk in self.run.model_chunks:
             chunk.config.timers = timers
@@ -160,6 +160,6 @@ def profiling(run: TrainingRun, folder: Path | None) -> Iterator[StepProbe]:
         yield probe
     finally:
         probe.finish()
-        probe._give_timers(None)
+        probe.give_timers(None)
         if was_on:
             gc.enable()

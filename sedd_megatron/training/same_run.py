@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sedd_megatron.arguments import PARTS, corpora_by_flag
+from sedd_megatron.arguments import DATA_OF_PARTS, corpora_by_flag
 from sedd_megatron.config import GROUPS, ModelOptions, PretrainOptions
 from sedd_megatron.data.digests import DIGESTED, file_record, written_digests
 from sedd_megatron.data.null_tokenizer import NullTokenizer
@@ -178,7 +178,7 @@ def _listed(value: Any) -> list[str]:
 def _data_flags(state: dict[str, Any]) -> str:
     """The flags that name a run's data, with their values; an older checkpoint knows --data-path alone."""
     options = state["options"]
-    named = [name for name in ("data_path", *PARTS) if options.get(name)]
+    named = [name for name in ("data_path", *DATA_OF_PARTS) if options.get(name)]
     flags = [f"{flag_of(name)} {' '.join(_listed(options[name]))}" for name in named]
     return " ".join(flags) or flag_of("mock_data")
 

@@ -17,10 +17,10 @@ from sedd_megatron.errors import say
 from sedd_megatron.model.score_network import ScoreNetwork
 from sedd_megatron.model.sedd_model import SEDDModel
 from sedd_megatron.parallel.groups import ParallelGroups, is_first_rank, on_first_rank, tell
+from sedd_megatron.run_files import SAMPLES
 from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.metrics import MetricsWriter
 from sedd_megatron.training.metrics_file import append_whole, end_last_line
-from sedd_megatron.training_config import SAMPLES
 
 
 class _BrokenOffError(Exception):

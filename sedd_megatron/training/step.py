@@ -15,6 +15,7 @@ from sedd_megatron.data.windows import WindowDataset
 from sedd_megatron.diffusion.transfers import to_device
 from sedd_megatron.errors import UserError
 from sedd_megatron.parallel.groups import ParallelGroups
+from sedd_megatron.run_files import NUM_BANDS
 from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.forward_step import make_forward_step
 from sedd_megatron.training.iterators import training_iterators
@@ -22,7 +23,6 @@ from sedd_megatron.training.main_parameters import copy_main_parameters_to_model
 from sedd_megatron.training.optimizer_step import squared_gradient_norms, update_parameters
 from sedd_megatron.training.recent_steps import StepResult
 from sedd_megatron.training.step_statistics import (
-    NUM_BANDS,
     StepWatch,
     largest_log_score,
     parameters_by_part,

@@ -17,11 +17,9 @@ from torch import Tensor
 from sedd_megatron.data.micro_batch import MicroBatch
 from sedd_megatron.diffusion import AbsorbingGraph, UniformGraph
 from sedd_megatron.diffusion.corruption import NoisyBatch
+from sedd_megatron.run_files import NETWORK_PARTS, NUM_BANDS
 from sedd_megatron.training.main_parameters import MainParameter
 
-# Equal bands of the time t, from 0 to 1.
-NUM_BANDS = 8
-PARTS = ("embedding", "sigma_embedding", "modulation", "norm", "attention", "mlp", "head")
 # Of the modules of a layer; other parameters are of the part that their name begins with.
 PART_IN_LAYER = {
     "modulation": "modulation",
@@ -48,8 +46,8 @@ def loss_numbers(loss: Tensor, of_sequences: Tensor, batch: NoisyBatch) -> Tenso
 
 
 def parameters_by_part(parameters: Sequence[MainParameter]) -> list[list[Tensor]]:
-    """What this rank's optimizer updates of each of PARTS."""
-    found: dict[str, list[Tensor]] = {part: [] for part in PARTS}
+    """What this rank's optimizer updates of each of NETWORK_PARTS."""
+    found: dict[str, list[Tensor]] = {part: [] for part in NETWORK_PARTS}
     for parameter in parameters:
         first, *rest = parameter.sharded.key.split(".")
         found[PART_IN_LAYER[rest[1]] if first == "decoder" else first].append(parameter.tensor)
@@ -89,8 +87,8 @@ def largest_log_score(losses: Sequence[dict[str, Any]], device: torch.device) ->
 def step_metrics(
     means: Sequence[float], squares: Sequence[float], largest: Sequence[float], graph: AbsorbingGraph | UniformGraph
 ) -> dict[str, float]:
-    """The fields of metrics.jsonl, from the mean of `loss_numbers`, the squared norms of PARTS, and the largest of
-    `host_numbers` and `largest_log_score` of any rank.
+    """The fields of metrics.jsonl, from the mean of `loss_numbers`, the squared norms of NETWORK_PARTS, and of any rank
+    the largest of `host_numbers` and `largest_log_score`.
 
     loss_band_K is of t from K/8 to (K+1)/8; a band without a sequence in this step has none, as a step without a
     masked token has no largest_log_score.
@@ -102,6 +100,6 @@ def step_metrics(
     metrics["moved_share" if graph.mask_token_id is None else "masked_share"] = moved
     if log_score > -math.inf:
         metrics["largest_log_score"] = log_score
-    metrics |= {f"grad_norm_{part}": math.sqrt(square) for part, square in zip(PARTS, squares, strict=True)}
+    metrics |= {f"grad_norm_{part}": math.sqrt(square) for part, square in zip(NETWORK_PARTS, squares, strict=True)}
     metrics = {name: float(f"{value:.{DIGITS}g}") for name, value in metrics.items()}
     return metrics | {"memory_bytes": int(memory), "data_wait_seconds": round(data_wait, 6)}

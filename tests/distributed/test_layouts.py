@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sedd_megatron.run_files import NETWORK_PARTS, NUM_BANDS
 from tests.distributed.compare import metrics, relative_difference, whole_tensors
 from tests.distributed.launch import launch
 from tests.distributed.layouts import (
@@ -21,8 +22,7 @@ from tests.distributed.layouts import (
 
 CASES = [(layout, "absorb") for layout in LAYOUTS] + [(layout, "uniform") for layout in UNIFORM_LAYOUTS]
 ONE = {"one": (1, [])}
-PARTS = "embedding sigma_embedding modulation norm attention mlp head".split()
-STEP_FIELDS = [*(f"loss_band_{band}" for band in range(8)), *(f"grad_norm_{part}" for part in PARTS),
+STEP_FIELDS = [*(f"loss_band_{band}" for band in range(NUM_BANDS)), *(f"grad_norm_{part}" for part in NETWORK_PARTS),
                "masked_share", "moved_share", "largest_log_score"]  # fmt: skip
 
 

@@ -7,9 +7,10 @@ import resource
 import pytest
 
 from sedd_megatron.reporting.records import read_run
+from sedd_megatron.run_files import LOST
 from sedd_megatron.training import metrics_file
 from sedd_megatron.training.metrics import MetricsWriter
-from sedd_megatron.training.metrics_file import LOST, WRITERS, MetricsFile
+from sedd_megatron.training.metrics_file import WRITERS, MetricsFile
 from sedd_megatron.training_config import LoggingOptions
 
 

@@ -80,16 +80,16 @@ def test_bands_share_and_largest_score_are_those_of_whole_log_scores(graph, chun
 @pytest.mark.parametrize("flags", [[], ["--bf16"], ["--use-distributed-optimizer"]], ids=" ".join)
 def test_norms_of_parts_are_those_of_their_gradients_and_make_up_the_whole(flags, byte_corpus):
     run, batches = build(byte_corpus, *flags, "--clip-grad", "0")
+    from sedd_megatron.run_files import NETWORK_PARTS
     from sedd_megatron.training.step import train_step
-    from sedd_megatron.training.step_statistics import PARTS
 
     metrics, _ = train_step(run, batches)
-    squares: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+    squares: dict[str, float] = dict.fromkeys(NETWORK_PARTS, 0.0)
     for name, parameter in run.model_chunks[0].named_parameters():
         words = {"self_attention": "attention", "input_layernorm": "norm", "pre_mlp_layernorm": "norm"}
         part = name.split(".")[3] if name.startswith("decoder.") else name.split(".")[0]
         squares[words.get(part, part)] += parameter.main_grad.double().square().sum().item()
-    for part in PARTS:
+    for part in NETWORK_PARTS:
         assert metrics[f"grad_norm_{part}"] == pytest.approx(squares[part] ** 0.5, rel=1e-6), part
     assert metrics["grad_norm"] == pytest.approx(sum(squares.values()) ** 0.5, rel=1e-6)
 
