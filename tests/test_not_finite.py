@@ -91,7 +91,8 @@ def test_the_commands(folder, tmp_path, monkeypatch, capsys):
     for command, (flags, beginning) in cases.items():
         monkeypatch.setattr(sys, "argv", [command.__name__, "--load", str(folder), *flags, "--device", "cpu"])
         # Each leaves the groups that this process' models share.
-        monkeypatch.setattr(command, "parallel_groups", _groups_of_this_process, raising=False)
+        for name in ("parallel_groups", "joined_after_checks"):
+            monkeypatch.setattr(command, name, _groups_of_this_process, raising=False)
         with ends_with(beginning):
             command.main()
         assert capsys.readouterr().out == ""

@@ -117,7 +117,7 @@ def test_the_commands_end_with_one_line(tmp_path, monkeypatch):
     assert done.returncode == 2
     assert done.stderr == "error: standard output: cannot be written (No space left on device); send it elsewhere\n"
     monkeypatch.setattr(sys, "argv", ["generate", *flags, "--output", "/dev/full"])
-    monkeypatch.setattr(generate, "parallel_groups", _entered(groups_of_this_process))
+    monkeypatch.setattr(generate, "joined_after_checks", _entered(groups_of_this_process))
     with pytest.raises(UserError, match=r"^--output /dev/full: cannot be written \(No space left on device\)"):
         generate.main()
 

@@ -67,7 +67,7 @@ def test_a_wheel_has_the_presets_and_trains(site_packages, tmp_path):
     assert (options["lr"], options["ema_decay"], options["hidden_size"]) == (0.003, 0.995, 32)
     done = start(site_packages, "--config", "small")
     assert done.returncode == 2
-    assert done.stderr == "error: --config small: no such file; {PRESETS}\n"
+    assert done.stderr == f"error: --config small: no such file; {PRESETS}\n"
 
 
 def test_a_preset_is_known_by_name_unless_a_file_has_it(tmp_path, monkeypatch):

@@ -175,7 +175,8 @@ def _open_metrics(run: TrainingRun) -> MetricsWriter | None:
         else:
             root = Path(save).resolve()
             file = MetricsFile(path, run.iteration, None if path.resolve().parent == root else writer_name(root))
-    trackers = open_trackers(options, None if save is None else run_id_of(Path(save)))
+    is_tracked = options.logging.wandb_project is not None or options.logging.mlflow_experiment is not None
+    trackers = open_trackers(options, run_id_of(Path(save)) if is_tracked and save is not None else None)
     return MetricsWriter(options.logging, file, run.end.iteration, run.iteration, tflop_per_token, peak, trackers)
 
 

@@ -66,7 +66,9 @@ class Experiment(NamedTuple):
         """The options of a run; the GPT takes all of them but the graph."""
         sizes = self.arguments
         return parse_pretrain_options(
-            f"--data-path unused --graph {graph} --num-layers {sizes.num_layers} --hidden-size {sizes.hidden_size} "
+            # Its windows are made here.
+            "--mock-data --tokenizer-type NullTokenizer --vocab-size 2 "
+            f"--graph {graph} --num-layers {sizes.num_layers} --hidden-size {sizes.hidden_size} "
             f"--num-attention-heads {sizes.num_attention_heads} --seq-length {sizes.seq_length} --cond-dim "
             f"{sizes.cond_dim} --micro-batch-size {sizes.batch_size} --global-batch-size {sizes.batch_size} "
             f"--make-vocab-size-divisible-by 1 --hidden-dropout {sizes.hidden_dropout} --train-iters {iterations} "

@@ -116,6 +116,8 @@ def what_one_machine_lacks_ends_both(unbroken: Path, monkeypatch: pytest.MonkeyP
     sampling, text = ["--length", "8", "--sampling-steps", "2"], str(REPOSITORY / "LICENSE")
 
     def start(command, load: Path, *flags: str) -> None:
+        # A store that the first rank has left must not be met again.
+        monkeypatch.setenv("MASTER_PORT", str(int(os.environ["MASTER_PORT"]) + 1))
         monkeypatch.setattr(sys, "argv", ["command", "--load", str(load), *layout, *flags])
         command()
 

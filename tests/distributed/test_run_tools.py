@@ -14,6 +14,8 @@ from tests.distributed.compare import metrics
 from tests.distributed.launch import launch
 from tests.distributed.layouts import DIST_OPT, MODEL, PP2
 
+# --split belongs to --data-path.
+UNSPLIT = [flag for flag in MODEL if flag not in ("--split", "80,20,0")]
 MOCK = "--mock-data --tokenizer-type NullTokenizer --vocab-size 30".split()
 TOOLS = ("--timing-log-level 2 --log-throughput --profile --profile-step-start 2 --profile-step-end 4 "
          "--profile-ranks 1 --manual-gc --manual-gc-interval 3 --log-interval 2").split()  # fmt: skip
@@ -22,7 +24,7 @@ TOOLS = ("--timing-log-level 2 --log-throughput --profile --profile-step-start 2
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("tools")
-    base = [*MODEL, *MOCK, "--num-layers", "2", "--eval-interval", "3", "--lr", "1e-2"]
+    base = [*UNSPLIT, *MOCK, "--num-layers", "2", "--eval-interval", "3", "--lr", "1e-2"]
 
     def job(name: str, steps: int, *flags: str) -> list[str]:
         return [*base, "--train-iters", str(steps), "--save", str(root / name), *flags]
@@ -111,7 +113,7 @@ def test_mistakes(flags, text):
 def state_of(*flags: str) -> dict:
     from sedd_megatron.training.same_run import describe_run
 
-    return describe_run(parse_pretrain_options([*MODEL, *flags]), 256)
+    return describe_run(parse_pretrain_options([*UNSPLIT, *flags]), 256)
 
 
 def test_a_run_on_other_parts_or_on_made_up_data_is_another_run(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from sedd_megatron.evaluation.sample_quality import (
     unigram_entropy,
 )
 from sedd_megatron.sample_quality import main, read_samples
+from sedd_megatron.wording import how_to_install
 from tests.commands import Done, read_records, run
 
 CONTEXT = 16
@@ -303,11 +305,11 @@ def test_a_judge_that_cannot_be_one_is_refused(judge_folder, tmp_path, monkeypat
         with pytest.raises(UserError, match=r"^--device cuda: there is no GPU; use --device cpu, or leave it out$"):
             load_judge(str(judge_folder), "cuda")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match=r"needs the package transformers; pip install 'sedd_megatron\[quality\]', or"):
+    with pytest.raises(UserError, match=re.escape(f"needs the package transformers; {how_to_install('quality')}, or")):
         load_judge(str(judge_folder))
     monkeypatch.setitem(sys.modules, "mauve", None)
     with pytest.raises(
-        UserError, match=r"^--reference: MAUVE needs the package mauve-text; pip install 'sedd_megatron"
+        UserError, match=re.escape(f"--reference: MAUVE needs the package mauve-text; {how_to_install('quality')}")
     ):
         mauve_score(np.zeros((2, 2)), np.zeros((2, 2)))
 

@@ -14,6 +14,7 @@ from sedd_megatron.arguments import check_options
 from sedd_megatron.config import GROUPS, ConfigFile, PretrainOptions
 from sedd_megatron.errors import UserError
 from sedd_megatron.options import parse_options
+from sedd_megatron.planning.layouts import Plan
 from tests.commands import ENVIRONMENT
 from tests.distributed.launch import REPOSITORY
 
@@ -149,7 +150,7 @@ def test_what_is_exchanged_in_less_time_is_planned_so(capsys, monkeypatch):
     """Each new option by its effect alone: the same layout with and without it."""
     layout = "--gpus 8 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 1 --micro-batch-size 1"
 
-    def only(flags: str = "") -> plan.Plan:
+    def only(flags: str = "") -> Plan:
         argv = [*layout.split(), *SMALL.split(), *flags.split()]
         _, run, kept, _ = plan.check([*argv, "--recompute-granularity", "selective"])
         (found,) = plan.all_plans(run, plan.Cluster(8, 8, plan.DEVICES["h100"]), 100, {*kept, "context_parallel_size"})
