@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import secrets
@@ -95,6 +96,12 @@ def write_output(flag: str, path: str | Path, pieces: Iterable[str]) -> None:
     with OutputFile(flag, path) as file:
         for piece in pieces:
             file.write(piece)
+
+
+def unused_path(folder: Path, stem: str, suffix: str) -> Path:
+    """Where a file goes that replaces none, as another run's that shares the folder: STEM, or STEM.2 and so on."""
+    names = itertools.chain([stem], (f"{stem}.{number}" for number in itertools.count(2)))
+    return next(path for name in names if not (path := folder / f"{name}{suffix}").exists())
 
 
 def write_whole(flag: str, path: Path, text: str) -> None:

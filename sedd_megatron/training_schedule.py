@@ -37,6 +37,11 @@ class LearningRateSamples(NamedTuple):
     wsd_decay: int | None  # the last of them, where WSD decays
 
 
+def is_due(iteration: int, interval: int | None) -> bool:
+    """Whether what is done every `interval` iterations is done after this one; never with 0 or None."""
+    return bool(interval) and iteration % interval == 0
+
+
 def batch_size_at(training: TrainingOptions, consumed_samples: int) -> int:
     """Samples of the step that comes after `consumed_samples`.
 

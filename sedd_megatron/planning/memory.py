@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from sedd_megatron.config import PretrainOptions
 from sedd_megatron.model.conditioning import FREQUENCY_EMBEDDING_SIZE
-from sedd_megatron.training.estimates import activation_bytes
+from sedd_megatron.training.estimates import MOVING_AVERAGE_SIZE, activation_bytes, gradient_size, optimizer_size
 
 # On a GPU, of the libraries: the CUDA context with cuBLAS's and Transformer Engine's workspaces, and of each NCCL
 # communicator its channels' buffers (NCCL_BUFFSIZE, 4 MiB, on up to 32 channels, both ways). Both rounded up.
@@ -105,18 +105,13 @@ def rank_memory(
     return RankMemory(
         weights=size * count.total - (count.layer_matrices if precision.fp8_param_gather else 0),
         gradients=gradient_size(options) * count.total,
-        optimizer=updated * (12 if precision.bf16 else 8),
-        moving_average=4 * updated,
+        optimizer=updated * optimizer_size(options),
+        moving_average=MOVING_AVERAGE_SIZE * updated,
         activations=activations.per_layer * activations.in_flight,
         head=max(activations.head, activations.in_backward),
         communication=_passing_bytes(options, size) + communicators * COMMUNICATOR_BYTES * (device == "cuda"),
         reserve=CONTEXT_BYTES if device == "cuda" else 0,
     )
-
-
-def gradient_size(options: PretrainOptions) -> int:
-    """Bytes of a gradient where it is summed, over micro-batches and over replicas."""
-    return 2 if options.parallel.grad_reduce_in_bf16 else 4
 
 
 def _passing_bytes(options: PretrainOptions, size: int) -> float:

@@ -3,8 +3,9 @@
 from sedd_megatron.config import PretrainOptions
 from sedd_megatron.layout_rules import data_parallel_size_of
 from sedd_megatron.planning.devices import TENSOR_EXPOSED, Cluster
-from sedd_megatron.planning.memory import gradient_size, parameters_of_rank
+from sedd_megatron.planning.memory import parameters_of_rank
 from sedd_megatron.planning.time import Group, Product, Work, Workload
+from sedd_megatron.training.estimates import gradient_size
 
 
 def workload_of(options: PretrainOptions, cluster: Cluster, num_states: int, head_rows: float) -> Workload:

@@ -1,7 +1,7 @@
 """Everything a training run consists of, built from the options: model, DDP, optimizer, schedule, EMA."""
 
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,6 +35,7 @@ from sedd_megatron.training.main_parameters import (
     main_parameters,
 )
 from sedd_megatron.training.recent_steps import RecentSteps
+from sedd_megatron.training.step_statistics import parameters_by_part
 from sedd_megatron.training_schedule import Progress, batch_size_at, end_of, learning_rate_samples
 
 if TYPE_CHECKING:
@@ -63,6 +64,11 @@ class TrainingRun:
     skipped_steps: int = 0  # of the iterations, those without an update of the parameters
     recent: RecentSteps = field(default_factory=RecentSteps)
     guard: "StepGuard | None" = None  # what becomes of a bad step; None: it ends the run
+
+    @cached_property
+    def parameters_by_part(self) -> list[list[torch.Tensor]]:
+        """What this rank's optimizer updates, by the part of the network; asked for at every step."""
+        return parameters_by_part(self.main_parameters)
 
     @property
     def optimizer_steps(self) -> int:

@@ -275,6 +275,14 @@ def write_synced(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def replace_synced(path: Path, text: str) -> None:
+    """Have a text file hold this in one step, whatever was there, and wait until it is on the disk."""
+    hidden = path.with_name(f".{path.name}")
+    write_synced(hidden, text)
+    hidden.replace(path)
+    sync_file(path.parent)
+
+
 def sync_file(path: Path) -> None:
     """Wait until a file's bytes, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

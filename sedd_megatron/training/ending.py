@@ -20,11 +20,11 @@ from sedd_megatron.options import flag_of
 from sedd_megatron.parallel.groups import on_first_rank, tell
 from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.checkpoint_checks import DamagedCheckpointError
-from sedd_megatron.training.checkpoint_format import sync_file, verify_files, write_synced
+from sedd_megatron.training.checkpoint_format import replace_synced, sync_file, verify_files
 from sedd_megatron.training.run_folder import FINISHED, FoundCheckpoint, checkpoint_folders, checkpoint_name
 from sedd_megatron.training.stop_requests import StopRequests
 from sedd_megatron.training_config import TrainingOptions
-from sedd_megatron.training_schedule import Progress, end_of
+from sedd_megatron.training_schedule import Progress, end_of, is_due
 
 # What ends a run before its last step, beside the numbers of signals; any rank's greatest counts.
 EXIT_DURATION, EXIT_INTERVAL = 1001, 1002
@@ -43,8 +43,8 @@ def asked_to_stop(run: TrainingRun, requests: StopRequests, end: int) -> int:
 
 def at_exit_interval(run: TrainingRun, end: int) -> int:
     """EXIT_INTERVAL after a step that --exit-interval divides, but for the last; else 0."""
-    interval = run.options.ending.exit_interval
-    return EXIT_INTERVAL if interval and run.iteration < end and run.iteration % interval == 0 else 0
+    is_asked = run.iteration < end and is_due(run.iteration, run.options.ending.exit_interval)
+    return EXIT_INTERVAL if is_asked else 0
 
 
 def nothing_left(options: PretrainOptions, found: FoundCheckpoint | None) -> bool:
@@ -126,11 +126,9 @@ def _remove_finished(save: Path) -> None:
 
 
 def _write_finished(save: Path, iteration: int) -> None:
-    record, hidden = {"iteration": iteration, "date": time.strftime("%Y-%m-%d %H:%M:%S")}, save / f".{FINISHED}"
+    record = {"iteration": iteration, "date": time.strftime("%Y-%m-%d %H:%M:%S")}
     try:
-        write_synced(hidden, json.dumps(record) + "\n")
-        hidden.replace(save / FINISHED)
-        sync_file(save)
+        replace_synced(save / FINISHED, json.dumps(record) + "\n")
     except OSError as error:
         raise UserError(
             f"{save / FINISHED}: cannot be written ({one_line(error)}); the last checkpoint is whole: make room and "

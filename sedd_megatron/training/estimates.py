@@ -57,6 +57,20 @@ def peak_tflops(device_name: str, fp8: bool) -> float | None:
     return found[1] if fp8 else found[0]
 
 
+# Bytes of a parameter in the moving average.
+MOVING_AVERAGE_SIZE = 4
+
+
+def gradient_size(options: PretrainOptions) -> int:
+    """Bytes of a gradient where it is summed, over micro-batches and over replicas."""
+    return 2 if options.parallel.grad_reduce_in_bf16 else 4
+
+
+def optimizer_size(options: PretrainOptions) -> int:
+    """Bytes that the optimizer keeps of a parameter: Adam's moments, and in bfloat16 the master weight."""
+    return 12 if options.precision.bf16 else 8
+
+
 @dataclass(frozen=True)
 class ActivationBytes:
     """Bytes that one rank's forward passes keep for the backward passes."""

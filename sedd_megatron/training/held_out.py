@@ -14,15 +14,14 @@ from sedd_megatron.training.profiling import StepProbe
 from sedd_megatron.training.step import largest_of_any_rank, read_numbers, require_finite
 from sedd_megatron.training.stop_requests import StopRequests
 from sedd_megatron.training.validation import validate
+from sedd_megatron.training_schedule import is_due
 
 
 def validate_if_due(
     run: TrainingRun, windows: Windows, metrics: MetricsWriter | None, requests: StopRequests, probe: StepProbe
 ) -> int:
     """Validate, unless that is not due; returns the signal that broke it off, or 0."""
-    interval = run.options.logging.eval_interval
-    is_due = interval > 0 and run.iteration % interval == 0
-    if not is_due:
+    if not is_due(run.iteration, run.options.logging.eval_interval):
         return 0
     with probe.around_validation():
         return _evaluate(run, "validation", windows.valid, metrics, requests)

@@ -40,6 +40,7 @@ from sedd_megatron.training.stop_requests import StopRequests
 from sedd_megatron.training.summary import print_summary, trained_flops_per_token
 from sedd_megatron.training.trackers import open_trackers
 from sedd_megatron.training.validation import compile_validation
+from sedd_megatron.training_schedule import is_due
 
 
 def train(
@@ -134,7 +135,7 @@ def _train_and_save(
         request = request or draw_samples_if_due(run, lambda: request_to_any_rank(run, requests))
         request = request or at_exit_interval(run, end)
         is_last = request or run.iteration == end
-        if saver is not None and not is_last and run.iteration % options.checkpoint.save_interval == 0:
+        if saver is not None and not is_last and is_due(run.iteration, options.checkpoint.save_interval):
             saver.save(run)
     if run.iteration > first_iteration:
         # Who asked the run to end may not wait.

@@ -4,7 +4,6 @@ when Python collects garbage. Megatron-LM's flags; without them a step is as it 
 
 import contextlib
 import gc
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,11 @@ from megatron.core.timers import Timers
 
 from sedd_megatron.data.micro_batch import MicroBatch
 from sedd_megatron.errors import one_line, say
+from sedd_megatron.output_files import unused_path
 from sedd_megatron.parallel.groups import tell
 from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.summary import trained_flops_per_token
+from sedd_megatron.training_schedule import is_due
 from sedd_megatron.wording import counted
 
 # Megatron's name of the time that a rank waits for its micro-batches.
@@ -68,12 +69,11 @@ class StepProbe:
         iteration, added = self.run.iteration, {}
         if iteration == self.options.profile_step_end:
             self.finish()
-        interval = self.options.manual_gc_interval
-        if interval and iteration % interval == 0:
+        if is_due(iteration, self.options.manual_gc_interval):
             gc.collect()
         if self.options.log_throughput and "tokens_per_second" in metrics:  # one that was skipped has no speed
             added["tflops_per_device"] = metrics["tokens_per_second"] * self.tflop_per_token
-        is_told = iteration % self.run.options.logging.log_interval == 0
+        is_told = is_due(iteration, self.run.options.logging.log_interval)
         if self.timers is not None and (is_told or iteration == self.run.end.iteration):
             added |= self._times(iteration)
         return added
@@ -139,12 +139,6 @@ class StepProbe:
         parts = ", ".join(f"{name} {seconds * 1000:.1f}" for name, seconds in slowest.items())
         tell([f"milliseconds per step on the slowest rank: {parts}"])
         return {f"{name.replace('-', '_')}_seconds": seconds for name, seconds in slowest.items()}
-
-
-def unused_path(folder: Path, stem: str, suffix: str) -> Path:
-    """Where a file goes that replaces none, as another run's that shares the folder: STEM, or STEM.2 and so on."""
-    names = itertools.chain([stem], (f"{stem}.{number}" for number in itertools.count(2)))
-    return next(path for name in names if not (path := folder / f"{name}{suffix}").exists())
 
 
 @contextlib.contextmanager

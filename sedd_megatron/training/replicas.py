@@ -12,6 +12,7 @@ from sedd_megatron.errors import UserError
 from sedd_megatron.parallel.groups import on_first_rank, raise_on_every_rank
 from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.checkpoint import run_shards
+from sedd_megatron.training_schedule import is_due
 
 # A mark by which ranks know the same part of the same tensor, and its digest.
 ENTRY = np.dtype([("place", "<u8"), ("digest", "<i8")])
@@ -19,8 +20,7 @@ ENTRY = np.dtype([("place", "<u8"), ("digest", "<i8")])
 
 def check_replicas_if_due(run: TrainingRun) -> None:
     """`check_replicas` after the steps that --check-replicas-interval divides."""
-    interval = run.options.faults.check_replicas_interval
-    if interval and run.iteration % interval == 0:
+    if is_due(run.iteration, run.options.faults.check_replicas_interval):
         check_replicas(run)
 
 

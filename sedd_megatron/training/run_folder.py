@@ -22,7 +22,12 @@ from sedd_megatron.data.preparation import Preparation
 from sedd_megatron.errors import UserError, one_line
 from sedd_megatron.parallel.groups import on_first_rank
 from sedd_megatron.training.checkpoint_checks import DamagedCheckpointError
-from sedd_megatron.training.checkpoint_format import MANIFEST, read_manifest, sync_file, verify_records, write_synced
+from sedd_megatron.training.checkpoint_format import (
+    MANIFEST,
+    read_manifest,
+    replace_synced,
+    verify_records,
+)
 from sedd_megatron.training_config import CheckpointOptions
 
 LATEST, FINISHED = "latest_checkpointed_iteration.txt", "finished"
@@ -211,9 +216,7 @@ def load_first_whole(
 
 def write_tracker(root: Path, iteration: int) -> None:
     """Have the tracker file name this iteration, in one step."""
-    write_synced(root / f".{LATEST}", f"{iteration}\n")
-    (root / f".{LATEST}").replace(root / LATEST)
-    sync_file(root)
+    replace_synced(root / LATEST, f"{iteration}\n")
 
 
 def tracker_line(root: Path, folder: Path, iteration: int) -> list[str]:

@@ -21,6 +21,7 @@ from sedd_megatron.run_files import SAMPLES
 from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.metrics import MetricsWriter
 from sedd_megatron.training.metrics_file import append_whole, end_last_line
+from sedd_megatron.training_schedule import is_due
 
 
 class _BrokenOffError(Exception):
@@ -70,9 +71,8 @@ def draw_samples_if_due(run: TrainingRun, requested: Callable[[], int]) -> int:
 
     `requested` gives the signal that has asked any rank to end, or 0. Collective.
     """
-    options, request = run.options, 0
-    interval = options.logging.sample_interval
-    if interval == 0 or run.iteration % interval:
+    request = 0
+    if not is_due(run.iteration, run.options.logging.sample_interval):
         return 0
 
     def is_broken_off() -> bool:

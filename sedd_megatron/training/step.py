@@ -25,7 +25,6 @@ from sedd_megatron.training.recent_steps import StepResult
 from sedd_megatron.training.step_statistics import (
     StepWatch,
     largest_log_score,
-    parameters_by_part,
     step_metrics,
 )
 
@@ -63,7 +62,7 @@ def train_step(
     watch = StepWatch(run.groups.device)
     losses = forward_backward(run, [watch.timed(own) for own in batches], forward_only=False)
     learning_rate = run.optimizer.param_groups[0]["lr"]
-    squares = squared_gradient_norms(run.optimizer, run.groups.device, parameters_by_part(run.main_parameters))
+    squares = squared_gradient_norms(run.optimizer, run.groups.device, run.parameters_by_part)
     # The one wait for the device. What follows is queued without another, so that the host is ahead of the optimizer
     # and makes the next step's batch meanwhile: a wait after it would leave the device idle there instead.
     result, means, squares_read, largest = read_step(run, losses, squares, [*flags, *watch.host_numbers()])
@@ -181,6 +180,7 @@ def largest_of_any_rank(numbers: Sequence[float], groups: ParallelGroups) -> Ten
 
 
 def require_finite(name: str, value: float, iteration: int) -> None:
+    """Raise a UserError that names what has this value after this iteration, unless it is finite."""
     if not math.isfinite(value):
         raise UserError(
             f"the {name} is {value} at iteration {iteration}; nothing is saved from here on: resume from the last "

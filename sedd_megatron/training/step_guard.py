@@ -16,12 +16,12 @@ from torch import Tensor
 from sedd_megatron.data.micro_batch import MicroBatch
 from sedd_megatron.data.windows import WindowDataset
 from sedd_megatron.errors import UserError, one_line, say
+from sedd_megatron.output_files import unused_path
 from sedd_megatron.parallel.groups import on_first_rank, tell
 from sedd_megatron.training.build import TrainingRun
 from sedd_megatron.training.checkpoint_format import write_synced
 from sedd_megatron.training.iterators import training_iterators
 from sedd_megatron.training.optimizer_step import squared_gradient_norms
-from sedd_megatron.training.profiling import unused_path
 from sedd_megatron.training.recent_steps import StepResult
 from sedd_megatron.training.run_folder import checkpoint_name
 from sedd_megatron.training.step import begin_training_pass, forward_backward, read_numbers, read_step

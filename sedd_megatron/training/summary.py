@@ -8,7 +8,14 @@ from sedd_megatron.data.windows import Windows
 from sedd_megatron.errors import say
 from sedd_megatron.options import flag_of
 from sedd_megatron.training.build import TrainingRun
-from sedd_megatron.training.estimates import activation_bytes, flops_per_token, fraction_of_head_rows
+from sedd_megatron.training.estimates import (
+    MOVING_AVERAGE_SIZE,
+    activation_bytes,
+    flops_per_token,
+    fraction_of_head_rows,
+    gradient_size,
+    optimizer_size,
+)
 
 
 def print_summary(run: TrainingRun, windows: Windows) -> None:
@@ -47,10 +54,9 @@ def cost_line(run: TrainingRun) -> str:
     )
     memory = {
         "weights": sum(p.numel() * (1 if is_float8tensor(p) else p.element_size()) for p in parameters),
-        "gradients": (2 if options.parallel.grad_reduce_in_bf16 else 4) * sum(p.numel() for p in parameters),
-        # Adam's moments, and in bfloat16 the master weights.
-        "optimizer": updated * (12 if options.precision.bf16 else 8),
-        "moving average": 4 * updated,
+        "gradients": gradient_size(options) * sum(p.numel() for p in parameters),
+        "optimizer": updated * optimizer_size(options),
+        "moving average": MOVING_AVERAGE_SIZE * updated,
         "activations about": activations.total,
     }
     return (

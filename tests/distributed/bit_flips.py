@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from sedd_megatron.parallel import cpu_backend
+from tests.distributed.signalled_step import before_each_step
 
 
 class Flip(NamedTuple):
@@ -22,22 +22,14 @@ class Flip(NamedTuple):
 @contextlib.contextmanager
 def flipped_gradients(flips: Sequence[Flip]) -> Iterator[None]:
     """Have these happen to runs inside, each once: a replay of its step does not meet it again."""
-    cpu_backend.install()
-    from sedd_megatron.training import loop
 
-    step = loop.train_step
-
-    def flipped_step(run, batches, flags):
+    def arm_those_of_this_step(run) -> None:
         for flip in flips:
             if (flip.iteration, flip.rank) == (run.iteration + 1, torch.distributed.get_rank()):
                 arm(run, flip)
-        return step(run, batches, flags)
 
-    loop.train_step = flipped_step
-    try:
+    with before_each_step(arm_those_of_this_step):
         yield
-    finally:
-        loop.train_step = step
 
 
 def arm(run, flip: Flip) -> None:

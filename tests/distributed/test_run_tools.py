@@ -84,7 +84,7 @@ def test_the_profile_is_of_the_steps_and_the_rank_that_were_asked_for(folders):
 
 
 def test_no_profile_takes_the_place_of_another(tmp_path):
-    from sedd_megatron.training.profiling import unused_path
+    from sedd_megatron.output_files import unused_path
 
     for name in ("p.json.gz", "p.2.json.gz", "p.3.json.gz"):
         path = unused_path(tmp_path, "p", ".json.gz")
